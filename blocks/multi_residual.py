@@ -1,0 +1,68 @@
+"""A block of a user's own branches: y = shortcut(x) + f_1(h) + … + f_k(h), over any modules, unequal ones too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from anabranch.blocks.branch_sum import BranchSum, Hidden
+from anabranch.blocks.convert import prepare
+from anabranch.blocks.errors import ModelError
+
+
+class MultiResidual(BranchSum):
+    """y = after(shortcut(x) + Σ_i branches[i](h)), h = before(x) (Multi-ResNet, Eq. 3).
+
+    branches: modules from h to equally shaped tensors; they may differ in everything else. `nn.BatchNorm*` and
+        `nn.Dropout` in them are converted to ours.
+    before, shortcut, after: replicated modules; identity where None. The shortcut reads x, or h with
+        `shortcut_reads="h"`.
+
+    Raises ModelError if a first layer works in place: it would change what the other branches read.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[nn.Module],
+        *,
+        before: nn.Module | None = None,
+        shortcut: nn.Module | None = None,
+        after: nn.Module | None = None,
+        shortcut_reads: str = "x",
+    ) -> None:
+        super().__init__(len(branches))
+        if shortcut_reads not in ("x", "h"):
+            raise ModelError(f'shortcut_reads is "x" or "h", got {shortcut_reads!r}')
+        self.branch = nn.ModuleDict({str(i): branch for i, branch in enumerate(branches)})
+        self.before, self.shortcut, self.after = before, shortcut, after
+        self.shortcut_reads = shortcut_reads
+        readers = {f"branch {i}": branch for i, branch in enumerate(branches)}
+        readers |= {name: module for name, module in (("before", before), ("shortcut", shortcut)) if module is not None}
+        for name, module in readers.items():
+            _refuse_in_place_start(name, module)
+        prepare(self)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x if self.before is None else self.before(x)
+
+    def branches(self, h: Hidden) -> Tensor:
+        terms = iter(self.branch.values())
+        total: Tensor = next(terms)(h)
+        for term in terms:
+            total = total + term(h)
+        return total
+
+    def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
+        source = h if self.shortcut_reads == "h" else x
+        y = s + (source if self.shortcut is None else self.shortcut(source))
+        return y if self.after is None else self.after(y)
+
+
+def _refuse_in_place_start(name: str, module: nn.Module) -> None:
+    first = next((m for m in module.modules() if not list(m.children())), module)
+    if getattr(first, "inplace", False):
+        raise ModelError(
+            f"{name} starts with {type(first).__name__}(inplace=True), which would change the input that the other "
+            "branches and the shortcut read: use inplace=False there"
+        )

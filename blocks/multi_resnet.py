@@ -1,0 +1,218 @@
+"""Multi-Residual Networks (Abdi & Nahavandi): blocks y = x + f_1(x) + … + f_k(x), and their deeper k = 1 relatives.
+
+Pre-activation branches: BN-ReLU-conv3×3-BN-ReLU-conv3×3 ("basic") or BN-ReLU-conv1×1-BN-ReLU-conv3×3-BN-ReLU-conv1×1
+("bottleneck", middle width a quarter of the output). In the first block of every stage one BN-ReLU is shared: the
+branches *and the shortcut* read h = ReLU(BN(x)). In all others each branch owns its first BN-ReLU; their statistics
+are statistics of x, so x is normalised once and each branch keeps only its affine map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Hidden
+from anabranch.blocks.errors import ModelError
+from anabranch.blocks.network import Head, Network, conv2d, make_stem
+from anabranch.blocks.norm import BatchNorm
+from anabranch.blocks.stacked import Role, StackedAffine, StackedConv2d
+
+Preact = Literal["branch", "shared", "none"]
+
+_IMAGENET_BLOCKS = {
+    ("basic", 18): (2, 2, 2, 2),
+    ("basic", 34): (3, 4, 6, 3),
+    ("bottleneck", 50): (3, 4, 6, 3),
+    ("bottleneck", 101): (3, 4, 23, 3),
+    ("bottleneck", 152): (3, 8, 36, 3),
+    ("bottleneck", 200): (3, 24, 36, 3),
+}
+
+
+class PreactResidual(BranchSum):
+    """One multi-residual block (Eq. 3, Figure 2); branches stacked in each tensor.
+
+    chain: (out_channels, kernel, stride) of a branch's convolutions.
+    preact: "branch" each branch owns its first BN-ReLU; "shared" one BN-ReLU for all; "none" branches start with the
+        convolution. Where the shape changes, or `shortcut_reads_h`, the shortcut reads h.
+    shortcut: "identity", "A" (subsample, zero-pad channels) or "B" (1×1 convolution without BN).
+    """
+
+    def __init__(
+        self,
+        num_branches: int,
+        channels: int,
+        chain: Sequence[tuple[int, int, int]],
+        *,
+        preact: Preact,
+        shortcut: Literal["identity", "A", "B"],
+        shortcut_reads_h: bool,
+    ) -> None:
+        super().__init__(num_branches)
+        self.preact, self.shortcut_kind, self.shortcut_reads_h = preact, shortcut, shortcut_reads_h
+        self.out_channels = chain[-1][0]
+        self.stride = 1
+        if preact != "none":
+            self.norm = BatchNorm(channels, affine=preact == "shared")
+        if preact == "branch":
+            self.affine = StackedAffine(num_branches, channels)
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        for index, (out_channels, kernel, stride) in enumerate(chain):
+            last = index == len(chain) - 1
+            role: Role = "sum" if last else "spread" if index == 0 and preact != "branch" else "each"
+            self.convs.append(StackedConv2d(role, num_branches, channels, out_channels, kernel, stride))
+            if not last:
+                self.norms.append(BatchNorm(num_branches * out_channels))
+            channels, self.stride = out_channels, self.stride * stride
+        if shortcut == "B":
+            in_channels = self.convs[0].channels
+            self.shortcut = conv2d(in_channels, self.out_channels, 1, self.stride)
+
+    def enter(self, x: Tensor) -> Tensor:
+        if self.preact == "none":
+            return x
+        h: Tensor = self.norm(x)
+        return h if self.preact == "branch" else F.relu_(h)
+
+    def branches(self, h: Hidden) -> Tensor:
+        if self.execution == "fused":
+            a = F.relu_(self.affine(h)) if self.preact == "branch" else h
+            for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
+                a = F.relu_(norm(conv(a)))
+            return self.convs[-1](a)
+        total = self._branch(h, 0)
+        for index in range(1, len(self.held)):
+            total = total + self._branch(h, index)
+        return total
+
+    def _branch(self, h: Hidden, index: int) -> Tensor:
+        a = F.relu_(self.affine.one(h, index)) if self.preact == "branch" else h
+        for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
+            rows = slice(index * conv.out_channels, (index + 1) * conv.out_channels)
+            a = F.relu_(norm(conv.one(a, index), rows))
+        return self.convs[-1].one(a, index)
+
+    def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
+        source = h if self.shortcut_reads_h else x
+        if self.shortcut_kind == "B":
+            source = self.shortcut(source)
+        elif self.shortcut_kind == "A":
+            source = source[:, :, :: self.stride, :: self.stride]
+            source = F.pad(source, (0, 0, 0, 0, 0, self.out_channels - source.shape[1]))
+        return source + s
+
+    def branch_tensors(self) -> dict[str, BranchTensor]:
+        dims = {f"convs.{i}.weight": conv.dim for i, conv in enumerate(self.convs)}
+        stacked = ["weight", "bias", "running_mean", "running_var"]
+        dims |= {f"norms.{i}.{name}": 0 for i in range(len(self.norms)) for name in stacked}
+        if self.preact == "branch":
+            dims |= {"affine.weight": 0, "affine.bias": 0}
+        return {name: BranchTensor(self.held, dim) for name, dim in dims.items()}
+
+
+def multi_resnet(
+    depth: int,
+    num_branches: int,
+    width: int = 1,
+    block: Literal["basic", "bottleneck"] = "basic",
+    shortcut: Literal["A", "B"] | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    stem: Literal["cifar", "imagenet"] = "cifar",
+    preact: Literal["branch", "shared"] = "branch",
+    blocks_per_stage: Sequence[int] | None = None,
+) -> Network:
+    """A Multi-ResNet (Tables I-V of the paper).
+
+    depth: CIFAR: 6n+2 (basic) or 9n+2 (bottleneck); ImageNet: 18, 34 (basic), 50, 101, 152, 200 (bottleneck); any depth
+        with `blocks_per_stage`, which then decides.
+    num_branches: k, residual functions in each block.
+    width: widening factor of the stages (the stem keeps its own width).
+    shortcut: on a change of size; "A" subsamples and zero-pads (default on CIFAR basic), "B" is a 1×1 convolution (ImageNet,
+        bottlenecks).
+    num_classes: 10, or 1000 with the ImageNet stem, unless given.
+    preact: "shared" shares the first BN-ReLU in *every* block: not the paper's network, fewer parameters, faster.
+
+    Raises ModelError for a depth or option that does not fit.
+    """
+    for name, value, allowed in (
+        ("block", block, ("basic", "bottleneck")),
+        ("shortcut", shortcut, ("A", "B", None)),
+        ("stem", stem, ("cifar", "imagenet")),
+        ("preact", preact, ("branch", "shared")),
+    ):
+        if value not in allowed:
+            raise ModelError(f"{name} is one of {allowed}, got {value!r}")
+    if width < 1 or num_branches < 1 or in_channels < 1:
+        raise ModelError(f"width {width}, num_branches {num_branches}, in_channels {in_channels} must be at least 1")
+    imagenet, bottleneck = stem == "imagenet", block == "bottleneck"
+    stages = _stages(depth, block, stem, blocks_per_stage)
+    if shortcut is None:
+        shortcut = "B" if imagenet or bottleneck else "A"
+    channels = 64 if imagenet else 16
+    base = [64, 128, 256, 512] if imagenet else [16, 32, 64]
+    blocks: dict[str, dict[str, nn.Module]] = {}
+    for stage, count in enumerate(stages):
+        out = base[stage] * width * (4 if bottleneck else 1)
+        blocks[f"stage{stage + 1}"] = rows = {}
+        for index in range(count):
+            first = index == 0
+            stride = 2 if first and stage > 0 else 1
+            # Basic: one shared BN-ReLU at the head of every stage. Bottleneck (CIFAR): exactly where channels change.
+            shared = first and (not bottleneck or imagenet or channels != out)
+            changes = stride != 1 or channels != out
+            if bottleneck:
+                strides = (1, stride, 1) if imagenet else (stride, 1, 1)
+                chain = [(out // 4, 1, strides[0]), (out // 4, 3, strides[1]), (out, 1, strides[2])]
+            else:
+                chain = [(out, 3, stride), (out, 3, 1)]
+            bare = imagenet and stage == 0 and first  # the stem has just normalised and rectified
+            rows[f"block{index + 1}"] = PreactResidual(
+                num_branches,
+                channels,
+                chain,
+                preact="none" if bare else "shared" if shared else preact,
+                shortcut=shortcut if changes else "identity",
+                shortcut_reads_h=shared or bare,
+            )
+            channels = out
+    classes = num_classes if num_classes is not None else 1000 if imagenet else 10
+    size = 224 if imagenet else 32
+    return Network(
+        make_stem(stem, in_channels, 64 if imagenet else 16),
+        blocks,
+        Head(channels, classes),
+        input_shape=(in_channels, size, size),
+    )
+
+
+def pre_resnet(depth: int, **options: object) -> Network:
+    """A pre-activation ResNet, the baseline: `multi_resnet` with one residual function a block."""
+    if "num_branches" in options:
+        raise ModelError("pre_resnet has one branch a block; several are multi_resnet's: build it with num_branches")
+    return multi_resnet(depth, 1, **options)  # type: ignore[arg-type]
+
+
+def _stages(depth: int, block: str, stem: str, given: Sequence[int] | None) -> tuple[int, ...]:
+    num_stages = 4 if stem == "imagenet" else 3
+    if given is not None:
+        if len(given) != num_stages or min(given) < 1:
+            raise ModelError(f"blocks_per_stage {list(given)} must be {num_stages} numbers of at least 1")
+        return tuple(given)
+    if stem == "imagenet":
+        if (block, depth) not in _IMAGENET_BLOCKS:
+            known = [d for b, d in _IMAGENET_BLOCKS if b == block]
+            raise ModelError(f"no ImageNet {block} network of depth {depth}: use {known} or give blocks_per_stage")
+        return _IMAGENET_BLOCKS[block, depth]
+    layers = 9 if block == "bottleneck" else 6
+    num_blocks, rest = divmod(depth - 2, layers)
+    if rest or num_blocks < 1:
+        low = layers * max(num_blocks, 1) + 2
+        raise ModelError(
+            f"a {block} CIFAR network has depth {layers}n+2, got {depth}: use {low} or {low + layers}, "
+            "or give blocks_per_stage"
+        )
+    return (num_blocks,) * 3

@@ -1,0 +1,242 @@
+"""BatchNorm whose statistics belong to BN groups of samples, wherever those samples lie.
+
+Elsewhere a BN group is called a ghost or virtual batch. Under a `BatchLayout` each group is normalised by its own
+statistics, and the running statistics are *staged*: they move once a step, by `StagedStatistics.commit`, towards the mean over all
+groups of the step (weighted by samples), whatever the number of groups, processes or micro-batches. Without a layout
+the module is `nn.BatchNorm2d`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anabranch.blocks.batch import BatchLayout, GroupSync, current_layout
+
+_WHOLE = slice(None)
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over (N, C, *) with one statistic per BN group; parameters and buffers as `nn.BatchNorm2d`.
+
+    `forward(x, channels)` normalises with the parameters of a slice of the channels: branches stacked in one module
+    can be run one by one.
+    """
+
+    # (3, C): sums over the step's groups of weight·mean, weight·(unbiased) variance, weight; a StagedStatistics' rows.
+    staged: Tensor | None = None
+
+    def forward(self, x: Tensor, channels: slice = _WHOLE) -> Tensor:
+        weight = None if self.weight is None else self.weight[channels]
+        bias = None if self.bias is None else self.bias[channels]
+        layout = current_layout()
+        if not self.training or layout is None:
+            if self.training and self.num_batches_tracked is not None and (channels.start or 0) == 0:
+                self.num_batches_tracked.add_(1)
+            mean = None if self.running_mean is None else self.running_mean[channels]
+            var = None if self.running_var is None else self.running_var[channels]
+            return F.batch_norm(
+                x, mean, var, weight, bias, self.training or mean is None, self._plain_momentum(), self.eps
+            )
+        if x.shape[0] != sum(layout.group_sizes):
+            raise RuntimeError(f"BatchNorm got {x.shape[0]} samples, the batch layout has {layout.group_sizes}")
+        stats = torch.zeros((2, len(layout.group_sizes), x.shape[1]), dtype=self._stat_dtype(x), device=x.device)
+        if layout.sync is not None:
+            y = _SyncedGroupNorm.apply(x, weight, bias, layout.group_sizes, layout.sync, self.eps, stats)
+        elif len(layout.group_sizes) == 1:  # the library's own kernel; momentum 1 makes it return the statistics
+            y = F.batch_norm(x, stats[0, 0], stats[1, 0], weight, bias, True, 1.0, self.eps)
+        else:
+            y = _GroupNorm.apply(x, weight, bias, layout.group_sizes, self.eps, stats)
+        self._stage(stats, layout, channels)
+        return y
+
+    def _plain_momentum(self) -> float:
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / float(self.num_batches_tracked or 1)  # nn.BatchNorm's cumulative average
+
+    def _stat_dtype(self, x: Tensor) -> torch.dtype:
+        return self.running_mean.dtype if self.running_mean is not None else x.dtype
+
+    @torch.no_grad()
+    def _stage(self, stats: Tensor, layout: BatchLayout, channels: slice) -> None:
+        if self.staged is None:
+            return
+        shares = [size / layout.num_samples for size in layout.group_sizes]
+        if len(shares) == 1:
+            self.staged[:2, channels].add_(stats[:, 0], alpha=shares[0])
+        elif shares:
+            self.staged[:2, channels].add_(torch.tensordot(stats.new_tensor(shares), stats, dims=([0], [1])))
+        self.staged[2, channels].add_(sum(shares))
+
+
+class StagedStatistics:
+    """The staged statistics of several BatchNorms in one buffer: reduced by one call, committed by one.
+
+    buffer: (3·channels + num_extra,): for all modules weight·mean, weight·variance, weight, then `extra` numbers that
+        travel along. Whoever runs the modules in several processes sums it over them before `commit`.
+    """
+
+    def __init__(self, modules: Iterable[BatchNorm], device: torch.device, dtype: torch.dtype, num_extra: int = 0) -> None:
+        self.modules = [module for module in modules if module.running_mean is not None]
+        self.sizes = [module.num_features for module in self.modules]
+        total = sum(self.sizes)
+        self.buffer = torch.zeros(3 * total + num_extra, dtype=dtype, device=device)
+        self.rows, self.extra = self.buffer[: 3 * total].view(3, total), self.buffer[3 * total :]
+        for module, staged in zip(self.modules, self.rows.split(self.sizes, 1), strict=True):
+            module.staged = staged
+        rates = [0.0 if m.momentum is None else m.momentum for m in self.modules]
+        self._momentum = torch.tensor(rates, dtype=dtype).repeat_interleave(torch.tensor(self.sizes, dtype=torch.long))
+        self._momentum = self._momentum.to(device)
+        starts = torch.tensor([0, *self.sizes[:-1]], dtype=torch.long).cumsum(0)[: len(self.sizes)]
+        self._starts = starts.to(device)
+
+    def clear(self) -> None:
+        """Forgets what was staged."""
+        self.buffer.zero_()
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Moves the running statistics by the staged ones and clears; modules that nobody ran stay as they are."""
+        if self.modules:
+            used = self.rows[2] > 0
+            targets = self.rows[:2] / self.rows[2].clamp(min=torch.finfo(self.rows.dtype).tiny)
+            module_used = used[self._starts].to(torch.long)
+            counters = [m.num_batches_tracked for m in self.modules]
+            torch._foreach_add_(counters, list(module_used.unbind()))
+            rates = list((self._momentum * used).split(self.sizes))
+            for index, module in enumerate(self.modules):
+                if module.momentum is None:  # nn.BatchNorm's cumulative average
+                    rates[index] = (module_used[index] / counters[index].clamp(min=1)).expand(self.sizes[index])
+            for values, target in (
+                ([m.running_mean for m in self.modules], targets[0]),
+                ([m.running_var for m in self.modules], targets[1]),
+            ):
+                torch._foreach_lerp_(values, list(target.split(self.sizes)), rates)
+        self.clear()
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Each group through the library's batch-norm kernel, results written side by side (no copies)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...], eps: float, stats: Tensor
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        saved = stats.new_empty((2, len(sizes), x.shape[1]))
+        start = 0
+        for group, size in enumerate(sizes):
+            if size:
+                rows = slice(start, start + size)
+                torch.ops.aten.native_batch_norm.out(
+                    x[rows], weight, bias, stats[0, group], stats[1, group], True, 1.0, eps,
+                    out=y[rows], save_mean=saved[0, group], save_invstd=saved[1, group],
+                )  # fmt: skip
+            start += size
+        ctx.sizes, ctx.eps, ctx.affine = sizes, eps, (weight is not None, bias is not None)
+        ctx.save_for_backward(x, weight, saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, saved = ctx.saved_tensors
+        has_weight, has_bias = ctx.affine
+        mask = [ctx.needs_input_grad[0], has_weight, has_bias]
+        grad_y, grad_x, start = grads[0], torch.empty_like(x) if mask[0] else None, 0
+        grad_weight = torch.zeros_like(saved[0, 0]) if has_weight else None
+        grad_bias = torch.zeros_like(saved[0, 0]) if has_bias else None
+        for group, size in enumerate(ctx.sizes):
+            if size:
+                rows = slice(start, start + size)
+                dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+                    grad_y[rows], x[rows], weight, None, None, saved[0, group], saved[1, group], True, ctx.eps, mask
+                )
+                if grad_x is not None:
+                    grad_x[rows] = dx
+                if grad_weight is not None:
+                    grad_weight += dw
+                if grad_bias is not None:
+                    grad_bias += db
+            start += size
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class _SyncedGroupNorm(torch.autograd.Function):
+    """Groups whose samples lie in several processes: one exchange forward (mean, M2, count), one backward.
+
+    Statistics are combined as count, mean and sum of squared deviations (Chan et al.), which loses no digits. The
+    gradients of weight and bias stay this process's own share: the gradient reduction sums them like all others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...],
+        sync: GroupSync, eps: float, stats: Tensor,
+    ) -> Tensor:  # fmt: skip
+        dims, channels = [0, *range(2, x.dim())], x.shape[1]
+        per_sample = x[0, 0].numel() if x.shape[0] else 0
+        wide = x.to(stats.dtype)
+        slots = stats.new_zeros((sync.num_parts, sync.num_groups, 2 * channels + 1))
+        for group, rows in _local_groups(sizes, sync):
+            mean = wide[rows].mean(dims)
+            m2 = (wide[rows] - _per_channel(mean, x)).square().sum(dims)
+            slots[sync.part, group] = torch.cat([mean, m2, mean.new_tensor([wide[rows].shape[0] * per_sample])])
+        slots = sync.all_reduce(slots)
+        means, m2s, counts = slots[..., :channels], slots[..., channels:-1], slots[..., -1:]
+        count = counts.sum(0)  # (groups, 1)
+        mean = (counts * means).sum(0) / count.clamp(min=1)
+        m2 = (m2s + counts * (means - mean).square()).sum(0)
+        invstd = (m2 / count.clamp(min=1) + eps).rsqrt()
+        y = torch.empty_like(x)
+        for group, rows in _local_groups(sizes, sync):
+            normal = (wide[rows] - _per_channel(mean[group], x)) * _per_channel(invstd[group], x)
+            if weight is not None:
+                normal = normal * _per_channel(weight, x)
+            y[rows] = normal if bias is None else normal + _per_channel(bias, x)
+            local = group - sync.first_group
+            stats[0, local] = mean[group]
+            stats[1, local] = m2[group] / (count[group] - 1).clamp(min=1)
+        ctx.sizes, ctx.sync, ctx.affine = sizes, sync, (weight is not None, bias is not None)
+        ctx.save_for_backward(x, weight, mean, invstd, count)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, count = ctx.saved_tensors
+        sync, grad_y = ctx.sync, grads[0].to(mean.dtype)
+        dims = [0, *range(2, x.dim())]
+        sums = mean.new_zeros((sync.num_groups, 2, x.shape[1]))  # Σ grad_y, Σ grad_y·x̂
+        normal = torch.empty_like(grad_y)
+        for group, rows in _local_groups(ctx.sizes, sync):
+            normal[rows] = (x[rows] - _per_channel(mean[group], x)) * _per_channel(invstd[group], x)
+            sums[group, 0] = grad_y[rows].sum(dims)
+            sums[group, 1] = (grad_y[rows] * normal[rows]).sum(dims)
+        has_weight, has_bias = ctx.affine
+        grad_bias = sums[:, 0].sum(0) if has_bias else None
+        grad_weight = sums[:, 1].sum(0) if has_weight else None
+        means = sync.all_reduce(sums.clone()) / count.clamp(min=1)[:, None]
+        grad_x = torch.empty_like(x)
+        for group, rows in _local_groups(ctx.sizes, sync):
+            scale = invstd[group] if weight is None else invstd[group] * weight
+            inner = grad_y[rows] - _per_channel(means[group, 0], x) - normal[rows] * _per_channel(means[group, 1], x)
+            grad_x[rows] = inner * _per_channel(scale, x)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _local_groups(sizes: tuple[int, ...], sync: GroupSync) -> list[tuple[int, slice]]:
+    """(index among the batch's groups, rows here) of each group that has rows here."""
+    groups, start = [], 0
+    for local, size in enumerate(sizes):
+        if size:
+            groups.append((sync.first_group + local, slice(start, start + size)))
+        start += size
+    return groups
+
+
+def _per_channel(values_C: Tensor, like: Tensor) -> Tensor:
+    return values_C.view(1, -1, *([1] * (like.dim() - 2)))
