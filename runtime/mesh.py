@@ -1,0 +1,56 @@
+"""The mesh: ranks as data × branch, `branch` innermost, and a process group along each axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from anabranch.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. The *branch group* holds one replica; the *data group* holds the same branches elsewhere.
+
+    data, branch: sizes of the axes. data_rank, branch_rank: this rank's coordinates.
+    """
+
+    device_mesh: DeviceMesh
+    data: int
+    branch: int
+    data_rank: int
+    branch_rank: int
+    data_group: dist.ProcessGroup
+    branch_group: dist.ProcessGroup
+    world_group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        return self.data_rank * self.branch + self.branch_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.branch
+
+
+def make_mesh(data: int, branch: int, device_type: str = "cpu") -> Mesh:
+    """The mesh over all ranks of the default process group, which must be data·branch many (else ConfigError)."""
+    if dist.get_world_size() != data * branch:
+        raise ConfigError(
+            f"a mesh of {data}x{branch} needs {data * branch} ranks, the process group has {dist.get_world_size()}"
+        )
+    device_mesh = init_device_mesh(device_type, (data, branch), mesh_dim_names=("data", "branch"))
+    world = dist.group.WORLD
+    assert world is not None, "init_device_mesh needs the default process group"
+    return Mesh(
+        device_mesh,
+        data,
+        branch,
+        device_mesh.get_local_rank("data"),
+        device_mesh.get_local_rank("branch"),
+        device_mesh.get_group("data"),
+        device_mesh.get_group("branch"),
+        world,
+    )

@@ -1,0 +1,225 @@
+"""A one-device network becomes this rank's part of a plan.
+
+Between the elements (stem, blocks, head) a rank holds either its *own* samples or, with the others of its branch group,
+the whole *group*'s. Transitions are inserted where the plan changes:
+
+    element           needs      BN statistics over          replicated parameters' gradients count
+    split "sample"    own        own groups                  1      (each rank saw its own samples)
+    split "branch"    group      the replica's groups        1 / M  (each rank of the group saw the same)
+    "replicated"      group      the replica's groups        1 / M
+
+        own ── gather_samples ──► group          group ── scatter_samples ──► own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout
+from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, Hidden, branch_sums
+from anabranch.blocks.convert import prepare
+from anabranch.blocks.network import named_blocks
+from anabranch.runtime.collectives import (
+    copy_to_branches,
+    gather_samples,
+    gathered_rows,
+    reduce_from_branches,
+    scatter_samples,
+)
+from anabranch.runtime.deal import Deal, Share
+from anabranch.runtime.mesh import Mesh
+from anabranch.runtime.model_spec import spec_of
+from anabranch.schedulers import Plan, PlanError
+
+Rows = Literal["own", "group"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter or buffer is to the gradient reduction and to checkpoints.
+
+    tensor: which branches it belongs to; None: replicated by its block.
+    over: the axis its gradient is summed over: "data" where this branch group holds it once, else "world".
+    factor: what this rank's gradient counts in that sum.
+    """
+
+    tensor: BranchTensor | None
+    over: Literal["data", "world"]
+    factor: float
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """A (micro-)batch as one rank sees it.
+
+    own, group: layouts of the rank's own rows and of its replica's. own_range, group_range: those rows' positions in the
+    step's batch. sizes: own rows of each rank of the branch group.
+    """
+
+    own: BatchLayout
+    group: BatchLayout
+    own_range: range
+    group_range: range
+    sizes: tuple[int, ...]
+
+    def range_of(self, rows: Rows) -> range:
+        return self.own_range if rows == "own" else self.group_range
+
+    def layout_of(self, rows: Rows) -> BatchLayout:
+        return self.own if rows == "own" else self.group
+
+    def with_samples(self, own_ids: Tensor, group_ids: Tensor, random_key: int) -> RankBatch:
+        """The same with the rows' sample indices and the step's random key."""
+        own = replace(self.own, sample_ids=own_ids, random_key=random_key)
+        group = replace(self.group, sample_ids=group_ids, random_key=random_key)
+        return replace(self, own=own, group=group)
+
+
+class BranchExchange:
+    """Runs a BranchSum whose other branches are on the other ranks of the branch group."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.group = mesh.branch_group
+
+    def __call__(self, partial_sum: Callable[[Hidden], Tensor], h: Hidden) -> Tensor:
+        copied = copy_to_branches(h, self.group)
+        return reduce_from_branches(partial_sum(copied), copied, self.group)
+
+
+class ParallelNetwork(nn.Module):
+    """This rank's part of a network; parameter names are those of the one-device network.
+
+    roles: by parameter and buffer name. input_rows, output_rows: which samples `forward` takes and returns.
+    """
+
+    def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh) -> None:
+        super().__init__()
+        self.plan, self.mesh = plan, mesh
+        self.stem, self.blocks, self.head = network.stem, network.blocks, network.head
+        self.roles: dict[str, Role] = {}
+
+    @property
+    def input_rows(self) -> Rows:
+        return self._rows(self.plan.stem)
+
+    @property
+    def output_rows(self) -> Rows:
+        return self._rows(self.plan.head)
+
+    def _rows(self, split: str) -> Rows:
+        return "own" if split == "sample" or self.mesh.branch == 1 else "group"
+
+    def elements(self) -> list[tuple[str, nn.Module, Rows]]:
+        """(name, module, rows it works on) of stem, blocks and head, in order."""
+        blocks = [(name, block, self._rows(self.plan.blocks[name].split)) for name, block in named_blocks(self)]
+        return [("stem", self.stem, self.input_rows), *blocks, ("head", self.head, self.output_rows)]
+
+    def forward(self, x: Tensor, batch: RankBatch) -> Tensor:
+        """Rows `input_rows` of the batch in, rows `output_rows` out."""
+        rows = self.input_rows
+        for _, module, wanted in self.elements():
+            if wanted != rows:
+                change = gather_samples if wanted == "group" else scatter_samples
+                x, rows = change(x, batch.sizes, self.mesh.branch_group), wanted
+            with batch_layout(batch.layout_of(rows)):
+                x = module(x)
+        return x
+
+    def to_output_rows(self, target: Tensor, batch: RankBatch) -> Tensor:
+        """Targets that came with the input rows, as the output's rows."""
+        if self.input_rows == self.output_rows:
+            return target
+        if self.output_rows == "group":
+            return gathered_rows(target, batch.sizes, self.mesh.branch_group)
+        start = batch.own_range.start - batch.group_range.start
+        return target[start : start + len(batch.own_range)]
+
+    def rank_batch(self, deal: Deal, num_samples: int) -> RankBatch:
+        """This rank's rows of a dealt batch, in a step of `num_samples` samples."""
+        mesh = self.mesh
+        replica, row = deal.replicas[mesh.data_rank], deal.ranks[mesh.data_rank]
+
+        def layout(share: Share, spans: bool, part: int, num_parts: int, over: str) -> BatchLayout:
+            group = mesh.world_group if over == "world" else mesh.data_group
+            sync = None
+            if spans and num_parts > 1:
+                sync = GroupSync(share.first_group, len(deal.group_sizes), part, num_parts, _summing(group))
+            return BatchLayout(share.group_sizes, num_samples, sync=sync)
+
+        own = row[mesh.branch_rank]
+        return RankBatch(
+            layout(own, deal.groups_span_ranks, mesh.rank, mesh.world_size, "world"),
+            layout(replica, deal.groups_span_replicas, mesh.data_rank, mesh.data, "data"),
+            range(deal.start + own.start, deal.start + own.stop),
+            range(deal.start + replica.start, deal.start + replica.stop),
+            tuple(share.stop - share.start for share in row),
+        )
+
+
+def parallelize(network: nn.Module, plan: Plan, mesh: Mesh, *, execution: Execution = "fused") -> ParallelNetwork:
+    """Changes a one-device network into this rank's part under a plan.
+
+    `network` (stem, blocks, head) is consumed: its modules become the result's, with only the parameters that this rank
+    holds. Do it before the network moves to the device. Its BatchNorm and Dropout are converted (see blocks.convert).
+    Raises PlanError if the plan does not fit the network or the mesh.
+    """
+    prepare(network)
+    plan.check(spec_of(network))
+    if (plan.data, plan.branch) != (mesh.data, mesh.branch):
+        raise PlanError(
+            f"the plan is for {plan.data}x{plan.branch} ranks, the mesh is {mesh.data}x{mesh.branch}: make them equal"
+        )
+    result = ParallelNetwork(network, plan, mesh)
+    memo: dict[int, object] = {}
+    for name, block, rows in result.elements():
+        placement = plan.blocks.get(name)
+        for path, block_sum in branch_sums(block):
+            block_sum.execution = execution
+            if rows == "group" and placement is not None and placement.branches is not None:
+                held = placement.branches[mesh.branch_rank]
+                mine = block_sum.shard(held, memo)
+                mine.exchange = BranchExchange(mesh)
+                _replace(result.blocks, f"{name}.{path}".rstrip("."), mine)
+    result.roles = _roles(result)
+    return result
+
+
+def branch_tensors(network: nn.Module) -> dict[str, BranchTensor]:
+    """Which parameters and buffers of a network (or a rank's part of it) belong to branches, by full name."""
+    found = {}
+    for prefix, block_sum in branch_sums(network):
+        found |= {f"{prefix}.{name}": owner for name, owner in block_sum.branch_tensors().items()}
+    return found
+
+
+def _roles(network: ParallelNetwork) -> dict[str, Role]:
+    roles, owned = {}, branch_tensors(network)
+    for name, module, rows in network.elements():
+        prefix = name if name in ("stem", "head") else f"blocks.{name}"
+        is_split = any(block_sum.exchange is not None for _, block_sum in branch_sums(module))
+        for tensor, _ in [*module.named_parameters(), *module.named_buffers()]:
+            full = f"{prefix}.{tensor}"
+            if is_split and full in owned:
+                roles[full] = Role(owned[full], "data", 1.0)
+            else:
+                factor = 1.0 if rows == "own" else 1.0 / network.mesh.branch
+                roles[full] = Role(owned.get(full), "world", factor)
+    return roles
+
+
+def _replace(root: nn.Module, path: str, module: BranchSum) -> None:
+    parent, _, key = path.rpartition(".")
+    setattr(root.get_submodule(parent), key, module)
+
+
+def _summing(group: torch.distributed.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    def all_reduce(x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x, group=group)
+        return x
+
+    return all_reduce

@@ -1,0 +1,188 @@
+"""The gradient reduction: bucketed, started during backward, one fixed order.
+
+Gradients become ready roughly in the reverse order of the parameters. A bucket is sent as soon as all its gradients are
+there *and* all earlier buckets have been sent: every rank of a group sends the same buckets in the same order, whatever is
+ready first.
+
+    backward    ──► p9 p8 p7 ──► p6 p5 ──► p4 p3 p2 p1
+    sent              └ bucket 0 (world)       └ bucket 1 (data)      … ──► finish(): the rest, wait, hand out
+
+Owned parameters are summed over `data`. Replicated ones are summed once over the whole mesh, counting 1 where the rank saw
+its own samples and 1/M where it saw its group's, so copies cannot drift apart. The step's BatchNorm statistics and a few
+numbers (loss, hits, requests to stop) follow in one small buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from anabranch.blocks.norm import BatchNorm, StagedStatistics
+from anabranch.runtime.parallelize import ParallelNetwork
+
+_FIRST_BUCKET_BYTES = 2**20  # small, so that the first transfer starts early
+_BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """Consecutive parameters that travel together; `flags` count, behind them, the ranks that used each."""
+
+    over: str
+    group: dist.ProcessGroup
+    parameters: list[nn.Parameter]
+    factors: list[float]
+    buffer: Tensor
+    views: list[Tensor] = field(default_factory=list)
+    pending: set[int] = field(default_factory=set)
+    work: dist.Work | None = None
+
+    @property
+    def flags(self) -> Tensor:
+        return self.buffer[-len(self.parameters) :]
+
+
+class GradientReducer:
+    """Sums gradients, BatchNorm statistics and `extra` numbers over the ranks, once a step.
+
+        reducer.arm()                  # before the step's last backward
+        loss.backward()                # buckets leave while it runs
+        reducer.finish()               # every p.grad is whole; reducer.extra is summed over the world
+        reducer.commit_statistics()    # with the optimizer's step
+
+    extra: (num_extra,) numbers, added up over all ranks by `finish`; fill it before. Where ranks saw the same samples,
+    give each its share.
+    """
+
+    def __init__(self, network: ParallelNetwork, *, num_extra: int = 0, bucket_bytes: int = _BUCKET_BYTES) -> None:
+        self.network, self.mesh = network, network.mesh
+        self._groups = {"data": self.mesh.data_group, "world": self.mesh.world_group}
+        parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        self._parameters = [p for _, p in parameters]
+        self._buckets = list(self._make_buckets(list(reversed(parameters)), bucket_bytes))
+        self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.parameters)}
+        self._next, self._armed = 0, False
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(self._on_ready)
+        self._statistics = self._make_statistics(num_extra)
+        self.extra = self._statistics["world"].extra
+
+    def _make_buckets(self, named: list[tuple[str, nn.Parameter]], limit: int) -> Iterator[_Bucket]:
+        waiting: dict[tuple[str, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+        first = {"data": True, "world": True}
+
+        def close(key: tuple[str, torch.dtype]) -> _Bucket:
+            members, over = waiting.pop(key), key[0]
+            first[over] = False
+            parameters = [p for _, p in members]
+            total = sum(p.numel() for p in parameters)
+            buffer = torch.zeros(total + len(members), dtype=key[1], device=parameters[0].device)
+            bucket = _Bucket(
+                over, self._groups[over], parameters, [self.network.roles[n].factor for n, _ in members], buffer
+            )
+            parts = buffer[:total].split([p.numel() for p in parameters])
+            bucket.views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+            return bucket
+
+        for name, parameter in named:
+            over = self.network.roles[name].over
+            if self._groups[over].size() == 1:
+                continue  # nobody to sum with
+            key = (over, parameter.dtype)
+            waiting.setdefault(key, []).append((name, parameter))
+            held = sum(p.numel() * p.element_size() for _, p in waiting[key])
+            if held >= (min(_FIRST_BUCKET_BYTES, limit) if first[over] else limit):
+                yield close(key)
+        for key in list(waiting):
+            yield close(key)
+
+    def _make_statistics(self, num_extra: int) -> dict[str, StagedStatistics]:
+        """Statistics by the axis they are summed over, and each world entry's share of this rank."""
+        norms = {n: m for n, m in self.network.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
+        reference = next(iter(norms.values())).running_mean if norms else next(self.network.parameters())
+        found, shares = {}, []
+        for over in ("data", "world"):
+            names = [n for n in norms if self.network.roles[f"{n}.running_mean"].over == over]
+            found[over] = StagedStatistics(
+                [norms[n] for n in names], reference.device, reference.dtype, num_extra if over == "world" else 0
+            )
+            if over == "world":
+                shares = [self.network.roles[f"{n}.running_mean"].factor for n in names]
+        sizes = torch.tensor(found["world"].sizes, dtype=torch.long)
+        share = torch.tensor(shares, dtype=reference.dtype).repeat_interleave(sizes)
+        self._share = share.to(reference.device) if any(s != 1.0 for s in shares) else None
+        return found
+
+    def arm(self) -> None:
+        """The next backward is the step's last: its gradients leave as they become ready."""
+        for bucket in self._buckets:
+            bucket.pending = {id(p) for p in bucket.parameters}
+            bucket.work = None
+        self._next, self._armed = 0, True
+
+    def _on_ready(self, parameter: nn.Parameter) -> None:
+        if not self._armed:
+            return  # an earlier micro-batch: its gradient stays in .grad and is added to
+        bucket, _ = self._where[id(parameter)]
+        bucket.pending.discard(id(parameter))
+        while self._next < len(self._buckets) and not self._buckets[self._next].pending:
+            self._send(self._buckets[self._next])
+            self._next += 1
+
+    def _send(self, bucket: _Bucket) -> None:
+        grads = [p.grad for p in bucket.parameters]
+        used = [grad is not None for grad in grads]
+        bucket.flags.fill_(1.0) if all(used) else bucket.flags.copy_(torch.tensor(used))
+        torch._foreach_copy_(
+            [view for view, u in zip(bucket.views, used, strict=True) if u], [g for g in grads if g is not None]
+        )
+        for view, u in zip(bucket.views, used, strict=True):
+            if not u:
+                view.zero_()
+        if any(factor != 1.0 for factor in bucket.factors):
+            torch._foreach_mul_(bucket.views, bucket.factors)
+        for parameter in bucket.parameters:
+            parameter.grad = None
+        bucket.pending = {i for i, u in enumerate(used) if not u}  # from here: indices that this rank did not use
+        bucket.work = dist.all_reduce(bucket.buffer, group=bucket.group, async_op=True)
+
+    def finish(self) -> None:
+        """Sends what is left, waits, and hands out the sums: p.grad is whole on every rank that holds p.
+
+        A parameter that no rank used keeps grad None everywhere; one used anywhere is summed with zeros.
+        """
+        self._armed = False
+        for bucket in self._buckets[self._next :]:
+            self._send(bucket)
+        self._next = len(self._buckets)
+        works = []
+        for over, statistics in self._statistics.items():
+            if over == "world" and self._share is not None:
+                statistics.rows.mul_(self._share)
+            if self._groups[over].size() > 1 and statistics.buffer.numel():
+                works.append(dist.all_reduce(statistics.buffer, group=self._groups[over], async_op=True))
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
+            unused = {i for i in bucket.pending if not bool(bucket.flags[i] > 0)}
+            for index, (parameter, view) in enumerate(zip(bucket.parameters, bucket.views, strict=True)):
+                parameter.grad = None if index in unused else view
+        for work in works:
+            work.wait()
+
+    def commit_statistics(self) -> None:
+        """Applies the step's statistics to the running ones on every rank that holds them."""
+        for statistics in self._statistics.values():
+            statistics.commit()
+
+    def discard(self) -> None:
+        """Drops the step: gradients and staged statistics."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        for statistics in self._statistics.values():
+            statistics.clear()

@@ -1,0 +1,108 @@
+"""One training step on one rank: micro-batches forward and backward, one reduction, one update.
+
+    micro-batch 0   forward ── backward            gradients and statistics add up locally
+    micro-batch 1   forward ── backward ┐          the last one's gradients leave as they become ready
+    finish          ················ wait ┘ sums   gradients, statistics, loss, hits, requests to stop
+    apply           clip ── optimizer ── running statistics
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anabranch.runtime.loss import LossFunction, step_share
+from anabranch.runtime.optimizer import clip_gradients
+from anabranch.runtime.parallelize import ParallelNetwork, RankBatch
+from anabranch.runtime.reducer import GradientReducer
+
+_LOSS, _HITS, _STOP = range(3)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One rank's part of a micro-batch: x and target of the rows that the network's stem takes."""
+
+    x: Tensor
+    target: Tensor
+    rows: RankBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of the whole step, the same on every rank: mean loss, number of right answers (0 where that means nothing), whether
+    any rank asked to stop."""
+
+    loss: float
+    num_correct: float
+    stop: bool
+
+
+class TrainStep:
+    """Runs steps of one network under one plan.
+
+    precision: "fp32", "bf16" (autocast) or "fp64"; parameters keep their own. clip_norm: 0 is off.
+    """
+
+    def __init__(
+        self,
+        network: ParallelNetwork,
+        optimizer: torch.optim.Optimizer,
+        loss: LossFunction,
+        *,
+        precision: str = "fp32",
+        clip_norm: float = 0.0,
+    ) -> None:
+        self.network, self.optimizer, self.loss = network, optimizer, loss
+        self.precision, self.clip_norm = precision, clip_norm
+        self.reducer = GradientReducer(network, num_extra=3)
+        self.output_share = 1.0 if network.output_rows == "own" else 1.0 / network.mesh.branch
+
+    def gradients(self, batches: Sequence[MicroBatch], *, stop: bool = False) -> StepResult:
+        """Forward and backward over the step's micro-batches; afterwards every p.grad is whole.
+
+        stop: this rank wants to stop; the result says so on all ranks alike.
+        """
+        self.network.train()
+        extra = self.reducer.extra
+        for index, batch in enumerate(batches):
+            with autocast(self.precision, batch.x.device):
+                output = self.network(batch.x, batch.rows)
+                target = self.network.to_output_rows(batch.target, batch.rows)
+                share = step_share(self.loss, output, target, batch.rows.own.num_samples)
+            if index == len(batches) - 1:
+                self.reducer.arm()
+            share.backward()
+            with torch.no_grad():
+                extra[_LOSS] += share.detach() * self.output_share
+                extra[_HITS] += num_correct(output, target) * self.output_share
+        extra[_STOP] = float(stop)
+        self.reducer.finish()
+        loss, hits, stops = extra[: _STOP + 1].tolist()
+        return StepResult(loss, hits, stops > 0)
+
+    def apply(self, lr: float) -> None:
+        """Updates parameters and running statistics by the step's gradients, and clears them."""
+        if self.clip_norm > 0:
+            clip_gradients(self.network, self.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.reducer.commit_statistics()
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context that forward passes run in."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def num_correct(output: Tensor, target: Tensor) -> Tensor:
+    """Right answers among logits (n, classes) for class indices (n,); 0 for other shapes."""
+    if output.dim() == 2 and target.dim() == 1 and not target.is_floating_point():
+        return (output.argmax(1) == target).sum()
+    return torch.zeros((), device=output.device)
