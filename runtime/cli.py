@@ -1,0 +1,266 @@
+"""The command line: `anabranch VERB`. It parses, calls `anabranch.runtime.commands`, and turns the outcome into output.
+
+Every field of the configuration is a flag (`--train.batch-size 64`) and an environment variable (its name in capitals
+after ANABRANCH_, "_" for every "." and "-": ANABRANCH_TRAIN_BATCH_SIZE=64). Flags win over the environment, that over
+the file, that over the defaults. What needs torch is imported when a command runs.
+
+Standard output is for the result: with `--json` its last line is one object, and the words for people go to standard
+error. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Env
+
+from anabranch.runtime.config_file import shipped_configs
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.flags import ENV_PREFIX, config_from_flags, with_config_flags
+from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def version() -> str:
+    """The installed version, or the checkout's."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("anabranch")
+    except metadata.PackageNotFoundError:
+        return "0.1.0+checkout"
+
+
+app = App(
+    name="anabranch",
+    help="Train networks whose blocks are sums of branches, on several devices.",
+    help_epilogue=(
+        "Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 terminated.\n\n"
+        "Every flag is also an environment variable: --train.batch-size 64 is ANABRANCH_TRAIN_BATCH_SIZE=64."
+    ),
+    version=version,
+    config=Env(ENV_PREFIX, command=False, show=False),
+    help_format="plaintext",
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command line, parsed: which function of `anabranch.runtime.commands`, with what."""
+
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    json: bool = False
+    quiet: bool = False
+
+
+ConfigName = Annotated[
+    str,
+    Parameter(
+        name="CONFIG",
+        help="TOML file, or the name of a shipped configuration (`anabranch train --list`). Without it: digits, or "
+        "the configuration of the run that --resume names.",
+    ),
+]
+RunFolder = Annotated[Path, Parameter(name="RUN", help="The run's folder.")]
+Checkpoint = Annotated[str, Parameter(help="Name of a checkpoint in RUN/checkpoints; empty: the newest.")]
+ListConfigs = Annotated[bool, Parameter(help="Show the shipped configurations and end.", negative=())]
+Float64 = Annotated[bool, Parameter(help="Compute in float64.", negative=())]
+Json = Annotated[
+    bool,
+    Parameter(help="Print the result as one JSON object on the last line of standard output.", negative=()),
+]
+Quiet = Annotated[bool, Parameter(help="Print nothing but the result and errors.", negative=())]
+
+
+@app.command
+@with_config_flags
+def train(
+    config: ConfigName = "",
+    /,
+    *,
+    list: ListConfigs = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    **given: Any,
+) -> Call:
+    """Train a network; without CONFIG, a Multi-ResNet on the built-in digits with two local workers.
+
+    JSON: test_accuracy, train_seconds, median_step_s, run_dir.
+    """
+    if list:
+        return Call("list_configs", {}, json, quiet)
+    return Call("train", {"config": config_from_flags(config, given)}, json, quiet)
+
+
+@app.command
+@with_config_flags
+def verify(
+    config: ConfigName = "",
+    /,
+    *,
+    steps: int = 3,
+    float64: Float64 = False,
+    tolerance: float | None = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    **given: Any,
+) -> Call:
+    """Compare this plan with the one-device network; exit code 1 and the worst block where they differ.
+
+    JSON: max_relative_difference, worst.
+
+    Parameters
+    ----------
+    steps
+        Training steps to compare.
+    tolerance
+        Largest relative difference that passes; default 1e-9 with --float64, else 1e-3.
+    """
+    if tolerance is None:
+        tolerance = 1e-9 if float64 else 1e-3
+    arguments = {
+        "config": config_from_flags(config, given),
+        "steps": steps,
+        "float64": float64,
+        "tolerance": tolerance,
+    }
+    return Call("verify", arguments, json, quiet)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunFolder, /, *, checkpoint: Checkpoint = "", json: Json = False, quiet: Quiet = False
+) -> Call:
+    """Measure the accuracy of a run's checkpoint on its test samples.
+
+    JSON: test_accuracy, test_loss, checkpoint.
+    """
+    return Call("evaluate", {"run": run, "checkpoint": checkpoint}, json, quiet)
+
+
+@app.command
+def models(*, json: Json = False, quiet: Quiet = False) -> Call:
+    """List the ready networks with their parameters, multiply-adds and branches.
+
+    JSON: models, a list of {name, params, macs, num_branches}.
+    """
+    return Call("models", {}, json, quiet)
+
+
+@app.command
+def export(
+    run: RunFolder,
+    /,
+    *,
+    output: Path | None = None,
+    checkpoint: Checkpoint = "",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> Call:
+    """Write a checkpoint as a plain state_dict for one-device PyTorch (safetensors).
+
+    JSON: output.
+
+    Parameters
+    ----------
+    output
+        File to write; default RUN/model.safetensors.
+    """
+    output = output or run / "model.safetensors"
+    return Call("export", {"run": run, "output": output, "checkpoint": checkpoint}, json, quiet)
+
+
+def parse(argv: Sequence[str]) -> Call | None:
+    """The call that the arguments ask for; None where help or the version was asked for, and printed.
+
+    Raises CycloptsError (an unknown flag, a value of another type) or ConfigError.
+    """
+    command, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
+    call = command(*bound.args, **bound.kwargs)
+    return call if isinstance(call, Call) else None
+
+
+def list_configs(console: Console) -> dict[str, Any]:
+    """Print the shipped configurations, one a line."""
+    configs = shipped_configs()
+    width = max(map(len, configs))
+    for name, description in configs.items():
+        console.print(f"{name:{width}}  {description}", highlight=False, soft_wrap=True, markup=False)
+    return {"configs": [{"name": name, "description": text} for name, text in configs.items()]}
+
+
+def run(call: Call) -> tuple[dict[str, Any] | None, int]:
+    """Do what was asked: the result (None on all ranks but the first) and the exit code."""
+    from rich.console import Console
+
+    console = Console(stderr=call.json, quiet=call.quiet)
+    if call.function == "list_configs":
+        return list_configs(console), 0
+    from anabranch.runtime import commands
+
+    result: dict[str, Any] | None = getattr(commands, call.function)(**call.arguments, console=console)
+    if call.function == "verify" and result is not None:
+        # Written so that a difference of NaN fails.
+        return result, 0 if result["max_relative_difference"] <= call.arguments["tolerance"] else 1
+    return result, 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in argv
+    try:
+        call = parse(argv)
+        if call is None:
+            return 0
+        result, exit_code = run(call)
+        if call.json and result is not None:
+            _print_json(result)
+        return exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        failure, exit_code = _failure(error)
+    print(f"error: {failure['error']}", file=sys.stderr)
+    if as_json:
+        _print_json(failure)
+    return exit_code
+
+
+def _failure(error: BaseException) -> tuple[dict[str, Any], int]:
+    """What to print of an error, and its exit code; an unforeseen one has its traceback printed."""
+    if isinstance(error, CycloptsError | ConfigError):
+        return {"error": str(error)}, 2
+    if isinstance(error, Stopped):
+        return {"error": str(error), "run_dir": error.run_dir}, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return {"error": "interrupted"}, 130
+    # Not at the top: these packages import torch, and wrong input is told before that.
+    from anabranch.blocks.errors import ModelError
+    from anabranch.cluster.errors import ClusterError, StoppedError, WorkerError
+    from anabranch.schedulers.errors import PlanError
+
+    if isinstance(error, StoppedError):
+        return {"error": str(error)}, (Terminated if error.reason == "terminate" else Interrupted).exit_code
+    wrong_input = (ConfigError, ModelError, ClusterError, PlanError)
+    if isinstance(error, wrong_input):
+        return {"error": str(error)}, 2
+    if isinstance(error, WorkerError) and isinstance(error.__cause__, wrong_input):
+        return {"error": str(error.__cause__)}, 2
+    if isinstance(error, WorkerError):
+        return {"error": str(error)}, 1
+    traceback.print_exception(error)
+    return {"error": f"{type(error).__name__}: {error}"}, 1
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    sys.stdout.flush()
+    print(json_module.dumps(result, default=str), flush=True)

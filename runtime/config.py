@@ -1,0 +1,221 @@
+"""The configuration: one frozen dataclass per TOML section, and `Config`, which holds them all.
+
+The text under a field is its only documentation: `anabranch train --help` prints it, with the default that stands
+above it. Units are in it; "0:" or "empty:" says what the value that means "choose for me" does. A value's type is
+checked when the configuration is read (`from_dict`), its range and its fit to the others by `Config.check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from anabranch.runtime.config_rules import check_rules
+from anabranch.runtime.schema import check_keys, typed
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`[model]`: the network."""
+
+    name: str = "multi_resnet"
+    """A family (multi_resnet), a ready name (`anabranch models`), or your own factory "package.module:MyNet"."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the family or factory, e.g. `--model.options.depth 20`. in_channels and num_classes come
+    from the data unless given here. A source that gives model.name drops the options of the sources below it."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`[data]`: what is learned."""
+
+    name: str = "digits"
+    """digits (built in, 8x8 grey), cifar10, cifar100, synthetic, or your own factory "package.module:make_dataset"."""
+    path: str = ""
+    """Folder of the dataset's files (cifar10, cifar100); empty: the dataset needs none."""
+    augment: Literal["none", "flip_crop"] = "none"
+    """flip_crop: mirror half of the samples, pad by 4 pixels and crop at random (training samples only)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the dataset, as model.options are the model's."""
+    loader_workers: int = 0
+    """Processes per worker that prepare samples; 0: the worker itself prepares them."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`[optimizer]`: how a step changes the parameters."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd uses momentum and nesterov, adamw betas and eps; both use lr and weight_decay."""
+    lr: float = 0.1
+    """Peak learning rate per step; see lr_schedule."""
+    momentum: float = 0.9
+    """Momentum of sgd, in [0, 1)."""
+    nesterov: bool = True
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 5e-4
+    """Of sgd added to the gradient (L2), of adamw decoupled; 0: none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of adamw's two running means, each in [0, 1)."""
+    eps: float = 1e-8
+    """Term added to adamw's denominator."""
+    clip_norm: float = 0.0
+    """Largest global L2 norm of the gradient, every parameter counted once; 0: off."""
+
+
+@dataclass(frozen=True)
+class LrScheduleConfig:
+    """`[lr_schedule]`: the learning rate over the run."""
+
+    name: Literal["step", "cosine", "constant"] = "cosine"
+    """step: times factor at each milestone; cosine: half a cosine from lr to lr x final_factor; constant: lr."""
+    milestones: tuple[int, ...] = ()
+    """Of step: the epochs, counted from 0 and ascending, at whose start lr is multiplied by factor."""
+    factor: float = 0.1
+    """Of step: what lr is multiplied by at a milestone."""
+    warmup_epochs: float = 1.0
+    """Epochs (parts of one too) over which lr first rises linearly; 0: none."""
+    final_factor: float = 0.0
+    """Of cosine: the last step's lr as a fraction of lr, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`[train]`: the run. These numbers and the seed fix the trajectory; the plan does not change it."""
+
+    epochs: int = 15
+    """Passes over the training samples."""
+    max_steps: int = 0
+    """Stop after so many steps; 0: after the epochs."""
+    batch_size: int = 64
+    """Samples per step over all workers (the global batch)."""
+    bn_batch_size: int = 0
+    """Samples that share one BatchNorm statistic, at most batch_size; 0: batch_size / workers / accumulation, which is
+    written to the run's config.toml as a number."""
+    accumulation: int = 1
+    """Micro-batches per step, run one after another; divides the memory of activations."""
+    seed: int = 0
+    """Fixes the initial parameters, the order of the samples, augmentation and dropout."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Arithmetic of forward and backward; bf16 keeps parameters and sums in fp32."""
+    label_smoothing: float = 0.0
+    """Part of the target spread evenly over all classes, in [0, 1)."""
+    loss: str = "cross_entropy"
+    """cross_entropy, or your own function "package.module:fn"."""
+    eval_every_epochs: int = 1
+    """Epochs from one test of the accuracy to the next; 0: only at the end."""
+    eval_batch_size: int = 256
+    """Samples per evaluation step over all workers."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """`[mesh]`: the workers and what each of them runs."""
+
+    num_workers: int = 0
+    """Worker processes, one per GPU; 0: every GPU of the cluster, else 2 on the CPU."""
+    shape: str = ""
+    """Mesh as data x branch, e.g. "2x2"; its product is num_workers. Empty: the plan's own."""
+    plan: str = "even"
+    """even (branches of every block dealt over the workers), data (every worker runs all branches on its samples),
+    another scheduler's name, or a plan file."""
+    execution: Literal["fused", "looped"] = "fused"
+    """fused: the branches of a worker in one grouped convolution; looped: one after another. Equal up to rounding."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`[checkpoint]`: what is saved, and where to go on from."""
+
+    every_epochs: float = 1.0
+    """Epochs (parts of one too) from one checkpoint to the next; 0: only at the end."""
+    num_to_keep: int = 2
+    """Newest checkpoints that are kept."""
+    resume: str = ""
+    """Run folder to go on from, or "auto": the newest checkpoint in run_dir, if there is one. Empty: start anew."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """`[launch]`: how the workers are started."""
+
+    launcher: Literal["", "ray", "env", "none"] = ""
+    """ray (actors on a cluster), env (torchrun or srun started this process as one rank), or none (one worker, in this
+    process). Empty: env where RANK and WORLD_SIZE are set, else ray."""
+    address: str = ""
+    """Address of the Ray cluster; empty: the running one (RAY_ADDRESS), else one on this machine for the run."""
+    run_dir: str = ""
+    """Folder for the run's config.toml, plan.toml, metrics.jsonl and checkpoints/; empty: a new one under runs/."""
+    backend: Literal["", "gloo", "nccl"] = ""
+    """gloo or nccl, which carries tensors between workers; empty: nccl on GPUs, gloo on CPUs."""
+    port: int = 0
+    """TCP port at which rank 0 gathers the workers; 0: a free one."""
+    cpus_per_worker: float = 1.0
+    """CPU cores that Ray sets aside for a worker; its threads are at most as many (at least 1)."""
+    timeout_s: float = 600.0
+    """Seconds after which a worker that does not start, or a collective that does not end, is an error."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """`[profile]`: what is measured on the way."""
+
+    metrics_every_steps: int = 1
+    """Steps from one line of metrics.jsonl to the next."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about a run. `Config()` is the default run: a Multi-ResNet of depth 14, k = 4, on the digits."""
+
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig("multi_resnet", {"depth": 14, "num_branches": 4})
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @classmethod
+    def from_dict(cls, *layers: Mapping[str, Any]) -> Config:
+        """The defaults, overlaid with each layer in turn ({section: {field: value}}, as TOML gives it).
+
+        Options are overlaid key by key, but a layer that gives a name starts without the options below it: they
+        belong to another model (or dataset). Raises FieldError on an unknown key or a value of another type.
+        """
+        merged: dict[str, dict[str, Any]] = asdict(cls())
+        for layer in layers:
+            check_keys(layer, SECTIONS)
+            for section, given in layer.items():
+                hints = get_type_hints(SECTIONS[section])
+                values = {
+                    name: typed(f"{section}.{name}", value, hints[name]) for name, value in given.items()
+                }
+                if "options" in hints:
+                    below = {} if "name" in given else merged[section]["options"]
+                    values["options"] = {**below, **values.get("options", {})}
+                merged[section].update(values)
+        return cls(**{section: SECTIONS[section](**values) for section, values in merged.items()})
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Every field of every section; `from_dict` reads it back."""
+        return asdict(self)
+
+    def to_toml(self) -> str:
+        """The whole configuration as TOML, which reads back identically."""
+        import tomli_w
+
+        return tomli_w.dumps(self.to_dict())
+
+    def check(self) -> None:
+        """Raise FieldError for the first value that is out of its range or at odds with another."""
+        check_rules(self)
+
+
+SECTIONS: dict[str, type[Any]] = get_type_hints(Config)
+"""Section name → its dataclass."""

@@ -1,0 +1,114 @@
+"""What the values of a configuration must satisfy beyond their types."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from anabranch.runtime.schema import FieldError, suggest
+
+if TYPE_CHECKING:
+    from anabranch.runtime.config import Config
+
+DATASETS = ("digits", "cifar10", "cifar100", "synthetic")
+
+RANGES: dict[str, str] = {
+    "data.loader_workers": "[0, inf)",
+    "optimizer.lr": "(0, inf)",
+    "optimizer.momentum": "[0, 1)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.betas": "[0, 1)",
+    "optimizer.eps": "(0, inf)",
+    "optimizer.clip_norm": "[0, inf)",
+    "lr_schedule.milestones": "[1, inf)",
+    "lr_schedule.factor": "(0, inf)",
+    "lr_schedule.warmup_epochs": "[0, inf)",
+    "lr_schedule.final_factor": "[0, 1]",
+    "train.epochs": "[1, inf)",
+    "train.max_steps": "[0, inf)",
+    "train.batch_size": "[1, inf)",
+    "train.bn_batch_size": "[0, inf)",
+    "train.accumulation": "[1, inf)",
+    "train.seed": "[0, inf)",
+    "train.label_smoothing": "[0, 1)",
+    "train.eval_every_epochs": "[0, inf)",
+    "train.eval_batch_size": "[1, inf)",
+    "mesh.num_workers": "[0, inf)",
+    "checkpoint.every_epochs": "[0, inf)",
+    "checkpoint.num_to_keep": "[1, inf)",
+    "launch.port": "[0, 65535]",
+    "launch.cpus_per_worker": "(0, inf)",
+    "launch.timeout_s": "(0, inf)",
+    "profile.metrics_every_steps": "[1, inf)",
+}
+"""Numeric field → the interval its values lie in, in the usual notation."""
+
+
+def check_rules(config: Config) -> None:
+    """Raise FieldError for the first value out of its range or at odds with another; the message names the keys."""
+    for key, interval in RANGES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not _inside(number, interval):
+                raise FieldError(f"{key} is {number}: it must lie in {interval}", key)
+    for key, message in _broken(config):
+        raise FieldError(f"{key} {message}", key)
+
+
+def _inside(number: float, interval: str) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)
+
+
+def _broken(config: Config) -> Iterator[tuple[str, str]]:
+    """Every broken rule between fields: the key and what to say of it."""
+    data, optimizer, schedule = config.data, config.optimizer, config.lr_schedule
+    train, mesh = config.train, config.mesh
+    for name in ("bn_batch_size", "accumulation"):
+        if (value := getattr(train, name)) > train.batch_size:
+            yield (
+                f"train.{name}",
+                f"is {value}, more than train.batch_size, {train.batch_size}: make it at most that",
+            )
+    if schedule.name == "step" and not schedule.milestones:
+        yield (
+            "lr_schedule.milestones",
+            "is empty, and lr_schedule.name is step: give epochs, or take constant",
+        )
+    if list(schedule.milestones) != sorted(set(schedule.milestones)):
+        yield "lr_schedule.milestones", f"is {list(schedule.milestones)}: the epochs must ascend"
+    if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
+        yield (
+            "optimizer.nesterov",
+            "is true, and optimizer.momentum is 0: give a momentum, or set nesterov to false",
+        )
+    if ":" not in data.name and data.name not in DATASETS:
+        known = f'{", ".join(DATASETS)}, or your own "package.module:make_dataset"'
+        yield "data.name", f'is "{data.name}": it must be {known}{suggest(data.name, DATASETS)}'
+    if ":" not in train.loss and train.loss != "cross_entropy":
+        yield "train.loss", f'is "{train.loss}": it must be cross_entropy, or your own "package.module:fn"'
+    if mesh.shape:
+        axes = mesh_axes(mesh.shape)
+        if axes is None:
+            yield "mesh.shape", f'is "{mesh.shape}": it must be data x branch, as in "2x2"'
+        elif mesh.num_workers not in (0, math.prod(axes)):
+            yield (
+                "mesh.shape",
+                f"{mesh.shape} has {math.prod(axes)} workers, mesh.num_workers is {mesh.num_workers}: make them equal",
+            )
+    num_ranks = max(mesh.num_workers, math.prod(mesh_axes(mesh.shape) or (0,)))
+    if config.launch.launcher == "none" and num_ranks > 1:
+        yield (
+            "launch.launcher",
+            f"is none, which runs one worker, and [mesh] asks for {num_ranks}: take ray, or one worker",
+        )
+
+
+def mesh_axes(shape: str) -> tuple[int, int] | None:
+    """Data and branch of a mesh shape: "2x4" → (2, 4); None for anything else, the empty string too."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+    return (int(match[1]), int(match[2])) if match else None
