@@ -1,0 +1,55 @@
+# `make train` and `make test` need Python >= 3.11 and nothing else; both make .venv first.
+# make train ARGS="--train.epochs 5"      make test ARGS="tests/test_plan.py -x"
+
+PYTHON ?= $(shell command -v python3 || command -v python)
+BIN := .venv/bin
+# setuptools comes first, pinned, and builds without isolation: constraints do not reach an isolated build
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format types contracts check clean
+
+help:
+	@echo "make train      train the default network on two local workers"
+	@echo "make test       run every test"
+	@echo "make check      formatting, lint, strict types, import contracts"
+	@echo "make format     format and fix what can be fixed"
+	@echo "make clean      remove .venv, build products and caches"
+
+train: .venv/train.stamp
+	$(BIN)/anabranch train $(ARGS)
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types contracts
+
+lint: .venv/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: .venv/test.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: .venv/test.stamp
+	$(BIN)/mypy
+
+contracts: .venv/test.stamp
+	PYTHONPATH=.typing $(BIN)/lint-imports
+
+.venv/train.stamp: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "anabranch needs Python >= 3.11, $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear .venv
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+.venv/test.stamp: .venv/train.stamp
+	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

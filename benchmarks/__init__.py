@@ -1,0 +1,1 @@
+"""Named cases, one command each, and the results recorded with them."""

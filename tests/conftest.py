@@ -1,0 +1,15 @@
+"""What every test shares. One thread a process: the suite starts many, and two cores are all it asks for."""
+
+from __future__ import annotations
+
+import os
+
+# Read when torch and its libraries load: set before any test module imports them. Spawned ranks inherit it.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[variable] = "1"
+
+import hypothesis  # noqa: E402
+
+# The same examples on every run, however slow the machine.
+hypothesis.settings.register_profile("anabranch", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("anabranch")
