@@ -1,0 +1,118 @@
+"""From the configuration to the things it names: dataset, network, loss, plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anabranch.blocks import build, families, models
+from anabranch.blocks.random import fold
+from anabranch.runtime.config import Config
+from anabranch.runtime.config_rules import mesh_axes
+from anabranch.runtime.data.load import load_data
+from anabranch.runtime.data.sources import DataBundle
+from anabranch.runtime.data.user import import_object, user_code
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.loss import LossFunction, cross_entropy
+from anabranch.schedulers import Cluster, Device, ModelSpec, Plan, read_plan, schedule
+
+
+def make_data(config: Config) -> DataBundle:
+    """The dataset of `[data]`. Raises DataError."""
+    data = config.data
+    return load_data(data.name, data.path, data.options, config.train.seed, data.loader_workers)
+
+
+def make_network(config: Config, bundle: DataBundle, *, meta: bool = False) -> nn.Module:
+    """The network of `[model]` on one device, its parameters a function of the seed.
+
+    in_channels and num_classes of our families come from the data unless given. meta: without values, where our own
+    families allow it (a user's factory runs as it is). Raises ModelError or ConfigError.
+    """
+    name, options = config.model.name, dict(config.model.options)
+    if ":" in name:
+        make = import_object(name, "model.name")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(config.train.seed, "model"))
+            with user_code(f"model.name = {name}"):
+                network = make(**options)
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"model.name = {name} returned a {type(network).__name__}: it must return a torch module")
+        return network
+    if name in (*families(), *models()):
+        given: dict[str, Any] = {"in_channels": bundle.in_channels}
+        if bundle.num_classes is not None:
+            given["num_classes"] = bundle.num_classes
+        options = {**given, **options}
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+        torch.manual_seed(fold(config.train.seed, "model"))
+        network = build(name, **options)
+    network.input_shape = (bundle.in_channels, *bundle.image_size)  # type: ignore[assignment]
+    return network
+
+
+def make_loss(config: Config) -> LossFunction:
+    """The loss of `[train]`: cross entropy, or a user's function as it is."""
+    if config.train.loss == "cross_entropy":
+        return cross_entropy(config.train.label_smoothing)
+    if config.train.label_smoothing:
+        raise ConfigError(
+            f"train.label_smoothing is {config.train.label_smoothing}, but train.loss is your own {config.train.loss}: "
+            "smooth there, and set label_smoothing to 0"
+        )
+    return import_object(config.train.loss, "train.loss")
+
+
+def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
+    """The plan of `[mesh]` for a network on a cluster: a plan file's, or a scheduler's. Raises PlanError or ConfigError."""
+    mesh = mesh_axes(config.mesh.shape)
+    named = config.mesh.plan
+    partial = read_plan(Path(named)) if named.endswith(".toml") or "/" in named else None
+    if partial is not None:
+        plan = partial.resolve(spec, cluster, mesh=mesh)
+    else:
+        if mesh is None and config.mesh.num_workers:
+            cluster = _first(cluster, config.mesh.num_workers)
+        plan = schedule(named, spec, cluster, mesh=mesh)
+    wanted = config.mesh.num_workers
+    if wanted and plan.world_size != wanted:
+        raise ConfigError(
+            f"mesh.num_workers is {wanted}, the plan's mesh is {plan.data}x{plan.branch} = {plan.world_size} workers: "
+            "leave one of them out, or make them equal"
+        )
+    return plan
+
+
+def settle(config: Config, plan: Plan) -> Config:
+    """The configuration with what was chosen for it: numbers of workers and of samples in a BN group.
+
+    Raises ConfigError where a step cannot be cut so.
+    """
+    train = config.train
+    micro_batch = train.batch_size // train.accumulation
+    bn_batch_size = train.bn_batch_size or max(1, micro_batch // plan.world_size)
+    if bn_batch_size > micro_batch:
+        raise ConfigError(
+            f"train.bn_batch_size is {bn_batch_size}, a micro-batch has {micro_batch} samples (batch_size "
+            f"{train.batch_size} / accumulation {train.accumulation}): make it {micro_batch} or smaller"
+        )
+    mesh = replace(config.mesh, num_workers=plan.world_size, shape=f"{plan.data}x{plan.branch}")
+    return replace(config, train=replace(train, bn_batch_size=bn_batch_size), mesh=mesh)
+
+
+def local_cluster(num_devices: int, host: str) -> Cluster:
+    """Places for workers that were started by somebody else (torchrun, srun), or this process alone."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return Cluster(tuple(Device(host, index, kind) for index in range(num_devices)))
+
+
+def _first(cluster: Cluster, num_devices: int) -> Cluster:
+    """The devices a scheduler may use when the user said how many; too few are told by the cluster's own check."""
+    cluster.place(1, num_devices)
+    devices = [name for row in cluster.place(1, num_devices) for name in row]
+    by_name = {str(device): device for device in cluster.devices}
+    return replace(cluster, devices=tuple(by_name[name] for name in devices))

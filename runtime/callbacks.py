@@ -1,0 +1,64 @@
+"""What others may hook into a run: metrics writers, trackers, users' own code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Callback:
+    """Told of a run's events on rank 0, in the training loop: be quick. Metrics are plain numbers and text."""
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        """After every step: step, epoch, loss, accuracy, lr, step_time_s, images_per_s."""
+
+    def on_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """After every evaluation: step, epoch, test_loss, test_accuracy."""
+
+    def on_checkpoint(self, path: Path) -> None:
+        """After a checkpoint is complete on disk."""
+
+    def on_end(self, result: Mapping[str, Any]) -> None:
+        """Once, when the run ends without an error."""
+
+
+class MetricsFile(Callback):
+    """Writes RUN/metrics.jsonl: one JSON object a line, {"kind": "step" | "evaluation" | "checkpoint", "step": …, …}.
+
+    from_step: where the run goes on; lines of later steps, which a killed run left, are dropped.
+    """
+
+    def __init__(self, path: Path, every_steps: int = 1, from_step: int = 0) -> None:
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._every = every_steps
+        self._step = from_step
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        self._step = metrics["step"]
+        if self._step % self._every == 0:
+            self._write("step", metrics)
+
+    def on_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        self._write("evaluation", metrics)
+        self._file.flush()
+
+    def on_checkpoint(self, path: Path) -> None:
+        self._write("checkpoint", {"step": self._step, "path": str(path)})
+        self._file.flush()
+
+    def on_end(self, result: Mapping[str, Any]) -> None:
+        self._file.close()
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a metrics file; a killed run leaves half a one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]

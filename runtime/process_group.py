@@ -1,0 +1,54 @@
+"""The process group of a worker, and small talk between ranks without pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from anabranch.cluster import WorkerContext
+from anabranch.runtime.collectives import gathered_rows
+
+
+@contextmanager
+def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[None]:
+    """The default process group over all ranks, left at the end; one rank alone gets one of its own."""
+    if context.device.startswith("cuda"):
+        torch.cuda.set_device(context.device)
+    torch.set_num_threads(context.num_threads)
+    timeout = timedelta(seconds=timeout_s)
+    if context.init_method:
+        dist.init_process_group(
+            context.backend, init_method=context.init_method, rank=context.rank, world_size=context.world_size,
+            timeout=timeout,
+        )  # fmt: skip
+    else:
+        dist.init_process_group(
+            context.backend, store=dist.HashStore(), rank=context.rank, world_size=context.world_size, timeout=timeout
+        )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def broadcast_json(value: Any, device: str, source: int = 0) -> Any:
+    """Plain data from one rank to all: as text, so that nothing received can run code."""
+    return gather_json(value, device)[source]
+
+
+def gather_json(value: Any, device: str) -> list[Any]:
+    """Every rank's plain data, by rank, on all of them."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = len(text)
+    dist.all_reduce(sizes)
+    world = dist.group.WORLD
+    assert world is not None, "in a process group"
+    everything = gathered_rows(text, sizes.tolist(), world).cpu().split(sizes.tolist())
+    return [json.loads(bytes(part.tolist())) for part in everything]

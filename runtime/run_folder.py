@@ -1,0 +1,73 @@
+"""The folder of a run: config.toml, plan.toml, metrics.jsonl, checkpoints/."""
+
+from __future__ import annotations
+
+import re
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
+from anabranch.runtime.config import Config
+from anabranch.runtime.errors import CheckpointError, ConfigError
+from anabranch.schedulers import Plan, format_plan
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config, plan: Plan) -> RunFolder:
+        """Makes (or goes on in) the configured folder and writes the resolved configuration and plan."""
+        given = config.launch.run_dir
+        path = Path(given).absolute() if given else _new_path(config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+            (path / "plan.toml").write_text(format_plan(plan), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"launch.run_dir {path} cannot be written: {error.strerror}; choose another with --run-dir"
+            ) from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run. Raises ConfigError where there is none."""
+        if not (path / "config.toml").is_file():
+            raise ConfigError(f"{path} is no run: it has no config.toml; `anabranch train` prints a run's folder at its end")
+        return cls(path.absolute())
+
+    def config(self) -> Config:
+        """The configuration that the run was started with."""
+        with (self.path / "config.toml").open("rb") as file:
+            return Config.from_dict(tomllib.load(file))
+
+    def checkpoint(self, name: str = "", on_bad: object = None) -> Checkpoint:
+        """The checkpoint of that name, else the newest whole one. Raises CheckpointError where there is none."""
+        if name:
+            return Checkpoint.open(self.path / "checkpoints" / name)
+        warnings: list[str] = []
+        newest = Checkpoints(self.path).newest(on_bad=warnings.append)
+        if newest is None:
+            detail = "; ".join(warnings) or "the run was stopped before its first"
+            raise CheckpointError(f"{self.path} has no whole checkpoint: {detail}")
+        if callable(on_bad):
+            for warning in warnings:
+                on_bad(warning)
+        return newest
+
+
+def _new_path(config: Config) -> Path:
+    words = f"{config.data.name}-{config.model.name}"
+    stem = time.strftime("%Y%m%d-%H%M%S-") + re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")
+    path = Path("runs").absolute() / stem
+    number = 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{stem}-{number}")
+    return path

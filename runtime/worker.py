@@ -1,0 +1,140 @@
+"""What a worker does, whoever started it: the targets that the launchers run on every rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.blocks.convert import prepare
+from anabranch.cluster import WorkerContext
+from anabranch.runtime.assemble import make_data, make_loss, make_network, make_plan, settle
+from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.config import Config
+from anabranch.runtime.data.augment import normalise
+from anabranch.runtime.data.batches import epoch_order
+from anabranch.runtime.data.sources import DataBundle
+from anabranch.runtime.mesh import make_mesh
+from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.process_group import broadcast_json, gather_json, process_group
+from anabranch.runtime.run_folder import RunFolder
+from anabranch.runtime.trainer import Trainer
+from anabranch.runtime.verify import Trial, verify_plan
+from anabranch.schedulers import Cluster, Device, Plan, PlanError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the workers are to do; plain data that travels to them.
+
+    plan: None where the launcher has placed the ranks already (torchrun, srun): they make it together.
+    run_dir: "" where rank 0 is to choose it. checkpoint: to start from; "" for none. folder: the user's working directory,
+    importable on every worker.
+    """
+
+    config: Config
+    plan: Plan | None
+    run_dir: str = ""
+    checkpoint: str = ""
+    folder: str = ""
+
+
+def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
+    """Trains; what `Trainer.fit` returns, with the plan's mesh."""
+    context.publish(phase="loading")
+    with _started(job, context) as (data, plan):
+        config, run_dir = settle(job.config, plan), job.run_dir
+        if job.plan is None:  # no driver made the run's folder
+            if context.rank == 0:
+                run_dir = str(RunFolder.create(config, plan).path)
+            run_dir = broadcast_json(run_dir, context.device)
+        checkpoint = Checkpoint.open(Path(job.checkpoint)) if job.checkpoint else None
+        trainer = Trainer(
+            make_network(config, data), data, config, plan=plan, context=context, loss=make_loss(config),
+            run_dir=Path(run_dir), resume=checkpoint,
+        )  # fmt: skip
+        return trainer.fit()
+
+
+def eval_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
+    """Accuracy and loss of the job's checkpoint on the test samples."""
+    with _started(job, context) as (data, plan):
+        config = settle(job.config, plan)
+        trainer = Trainer(
+            make_network(config, data), data, config, plan=plan, context=context, loss=make_loss(config)
+        )
+        return trainer.evaluate(Checkpoint.open(Path(job.checkpoint)))
+
+
+def verify_worker(job: Job, steps: int, context: WorkerContext) -> dict[str, Any]:
+    """Compares some steps under the plan with one device, on the job's own first samples."""
+    context.publish(phase="loading")
+    with _started(job, context) as (data, plan):
+        config = settle(job.config, plan)
+        train = config.train
+        ids = epoch_order(len(data.train), train.seed, 0)[: steps * train.batch_size]
+        x, target = data.train.fetch(ids, 0)
+        dtype = torch.float64 if train.precision == "fp64" else torch.float32
+        # lr ≥ 0.1: at smaller ones a parameter's change would drown in the parameter's own rounding.
+        optimizer = replace(config.optimizer, lr=max(config.optimizer.lr, 0.1))
+        trial = Trial(
+            _images(x, data, dtype), target, train.batch_size, train.bn_batch_size, train.accumulation, steps,
+            train.seed, train.precision, config.mesh.execution, make_loss(config), optimizer,
+        )  # fmt: skip
+        mesh = make_mesh(plan.data, plan.branch, torch.device(context.device).type)
+
+        def on_step(step: int, num_steps: int) -> None:
+            context.publish(phase="comparing", step=step, num_steps=num_steps)
+
+        report = verify_plan(make_network(config, data), plan, mesh, trial, device=context.device, on_step=on_step)
+        context.publish(phase="done", step=steps)
+        return {
+            "max_relative_difference": report.max_relative_difference,
+            "worst": report.worst,
+            "by_kind": report.by_kind,
+            "num_compared": report.num_compared,
+            "steps": steps,
+        }
+
+
+def _images(x: Tensor, data: DataBundle, dtype: torch.dtype) -> Tensor:
+    return normalise(x, data.normalisation, dtype)
+
+
+@contextmanager
+def _started(job: Job, context: WorkerContext) -> Iterator[tuple[DataBundle, Plan]]:
+    """A worker's common beginning and end: the user's folder, the dataset, the process group, the plan."""
+    if job.folder:
+        os.chdir(job.folder)
+        if job.folder not in sys.path:
+            sys.path.insert(0, job.folder)
+    data = make_data(job.config)
+    try:
+        with process_group(context, job.config.launch.timeout_s):
+            yield data, job.plan or _agreed_plan(job.config, data, context)
+    finally:
+        data.close()
+
+
+def _agreed_plan(config: Config, data: DataBundle, context: WorkerContext) -> Plan:
+    """The plan over ranks that somebody else has placed: rank r is where it is."""
+    hosts = gather_json([socket.gethostname(), context.local_rank], context.device)
+    kind = "cuda" if context.device.startswith("cuda") else "cpu"
+    cluster = Cluster(tuple(Device(host, index, kind) for host, index in hosts))
+    plan = make_plan(config, spec_of(prepare(make_network(config, data, meta=True))), cluster)
+    if plan.world_size != context.world_size:
+        raise PlanError(
+            f"the plan is for {plan.world_size} ranks ({plan.data}x{plan.branch}), {context.world_size} were started: "
+            "start as many, or change --mesh"
+        )
+    names = [f"{host}:{index}" for host, index in hosts]
+    placed = tuple(tuple(names[d * plan.branch : (d + 1) * plan.branch]) for d in range(plan.data))
+    return replace(plan, devices=placed)
