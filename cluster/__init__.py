@@ -1,0 +1,19 @@
+"""Ray, and what every way to start workers shares: the cluster's devices, a worker's context, what can go wrong."""
+
+from anabranch.cluster.errors import ClusterError, StoppedError, WorkerError
+from anabranch.cluster.ray_calls import ray_calls
+from anabranch.cluster.ray_session import connect, discover
+from anabranch.cluster.run import RayRequest, run_on_ray
+from anabranch.cluster.worker_context import WorkerContext
+
+__all__ = [
+    "ClusterError",
+    "RayRequest",
+    "StoppedError",
+    "WorkerContext",
+    "WorkerError",
+    "connect",
+    "discover",
+    "ray_calls",
+    "run_on_ray",
+]

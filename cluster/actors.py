@@ -1,0 +1,79 @@
+"""The worker actor: one per rank. Its first thread runs the target, the others answer the controller."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anabranch.cluster.environment import hold_port, interface_variables
+from anabranch.cluster.failures import Failure
+from anabranch.cluster.worker_context import WorkerContext
+
+Target = Callable[[WorkerContext], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What an actor found where it was placed.
+
+    port: held for the process group, None when the asked one is in use. gpus: Ray's numbers of those it was given.
+    stderr: the file that keeps what the process writes when it dies.
+    """
+
+    address: str
+    hostname: str
+    port: int | None
+    gpus: tuple[str, ...]
+    stderr: str
+
+
+class Worker:
+    """One rank's process. It calls nothing of Ray while the target runs."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        """Set the environment before anything imports torch: Ray has set some of it for its own purposes."""
+        os.environ.update(variables)
+        self._context: WorkerContext | None = None
+        self._held: socket.socket | None = None
+
+    def probe(self, port: int) -> Probe:
+        """Where this is; and set the interface that the node's Ray address belongs to, for gloo and NCCL."""
+        import ray
+
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        os.environ.update(interface_variables(address))
+        self._held = hold_port(port)
+        ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return Probe(
+            address,
+            socket.gethostname(),
+            self._held.getsockname()[1] if self._held else None,
+            tuple(map(str, ids)),
+            str(Path("/proc/self/fd/2").resolve()),
+        )
+
+    def run(self, pickled_target: bytes, place: dict[str, Any], gpu: str | None) -> dict[str, Any] | Failure:
+        """Run the target to its end. place: WorkerContext's fields. gpu: the one device that it sees, if it is to."""
+        from ray import cloudpickle
+
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        self._context = context = WorkerContext(**place)
+        try:
+            target: Target = cloudpickle.loads(pickled_target)
+            return target(context)
+        except BaseException as error:  # SystemExit too: it would end the process and hide what happened
+            return Failure.of(context.rank, context.host, error)
+
+    def status(self) -> dict[str, Any]:
+        """What the target published."""
+        return self._context.status() if self._context else {}
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the target to save and return."""
+        if self._context:
+            self._context.request_stop(reason)

@@ -1,0 +1,171 @@
+"""Connecting to Ray: a private cluster on this machine, or one that is there already."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from anabranch.cluster.errors import ClusterError, StoppedError
+from anabranch.cluster.placement import Host, devices_of
+from anabranch.cluster.ray_calls import counted
+from anabranch.schedulers.cluster import Cluster
+
+# A unix socket's path ends at 107 bytes; our folder and Ray's session in it take up to 85 of them.
+_MAX_TEMP_DIR = 20
+_OBJECT_STORE_BYTES = (
+    100 * 2**20
+)  # we send functions and results, no tensors; Ray would take 30 % of the memory
+_ANSWER_S = 5.0
+# Ray prints this on the driver's standard output for a process that is gone; we say it once, with rank and host.
+_SAID_BY_US = "A worker died or was killed"
+
+
+@contextmanager
+def connect(address: str = "", num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray: to the cluster at `address` (or RAY_ADDRESS), else to a new one on this machine.
+
+    The new one belongs to this process and ends with it, whatever ends it; `num_cpus` and `num_gpus` set what it
+    offers (default: what the machine has). A connection that is open already is used and left open. Call it from a
+    thread that lives as long as the connection: Ray's processes end with the thread that started them.
+
+    Raises ClusterError when no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _SAID_BY_US)  # read when ray is imported
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    temp_dir: Path | None = None
+    if address:
+        _check_answers(address)
+        options |= {"address": address}
+    else:
+        temp_dir = _new_temp_dir()
+        _set_local_environment()
+        options |= {
+            "address": "local",
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "_temp_dir": str(temp_dir / "r"),  # Ray opens its folder to everybody, ours stays the user's
+        }
+    try:
+        _init(options)
+        yield
+    finally:
+        counted("shutdown", ray.shutdown)
+        if temp_dir:
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def hosts() -> tuple[Host, ...]:
+    """Every node of the connected cluster, the one with most GPUs (then CPUs) first.
+
+    A node is called by its host name; where several share one, by address, and where they share that too, by a part
+    of its node ID.
+    """
+    import ray
+    from ray._private.state import available_resources_per_node  # the public one adds the nodes up
+
+    nodes = [node for node in counted("nodes", ray.nodes) if node["Alive"]]
+    free = counted("available_resources", available_resources_per_node)
+    names = Counter(node["NodeManagerHostname"] for node in nodes)
+    addresses = Counter(node["NodeManagerAddress"] for node in nodes)
+
+    def name(node: dict[str, Any]) -> str:
+        if names[node["NodeManagerHostname"]] == 1:
+            return str(node["NodeManagerHostname"])
+        if addresses[node["NodeManagerAddress"]] == 1:
+            return str(node["NodeManagerAddress"])
+        return f"{node['NodeManagerHostname']}-{node['NodeID'][:6]}"
+
+    found = []
+    for node in nodes:
+        has, left = node["Resources"], free.get(node["NodeID"], {})
+        kinds = [key.removeprefix("accelerator_type:") for key in has if key.startswith("accelerator_type:")]
+        found.append(
+            Host(
+                name(node),
+                node["NodeID"],
+                has.get("CPU", 0.0),
+                left.get("CPU", 0.0),
+                int(has.get("GPU", 0)),
+                int(left.get("GPU", 0)),
+                *kinds[:1],
+            )
+        )
+    return tuple(sorted(found, key=lambda host: (-host.gpus, -host.cpus, host.name)))
+
+
+def discover(cpus_per_worker: float = 1.0) -> Cluster:
+    """The connected cluster's free devices: its GPUs, or without any its CPU workers' places."""
+    return devices_of(hosts(), cpus_per_worker)
+
+
+def _init(options: dict[str, Any]) -> None:
+    import ray
+
+    main = threading.current_thread() is threading.main_thread()
+    found = signal.getsignal(signal.SIGTERM)
+    try:
+        counted("init", ray.init, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if options["address"] == "local":
+            raise
+        raise ClusterError(f"the Ray cluster at {options['address']} cannot be used: {error}") from error
+    except SystemExit as error:  # Ray answers SIGTERM in this way while it starts
+        raise StoppedError("terminated while Ray was starting", "terminate") from error
+    finally:
+        if main:  # Ray's own would end the program with a code that says nothing
+            signal.signal(signal.SIGTERM, found)
+
+
+def _new_temp_dir() -> Path:
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="anabranch-", dir=base if len(base) <= _MAX_TEMP_DIR else "/tmp"))
+
+
+def _set_local_environment() -> None:
+    """What a private cluster and its workers inherit.
+
+    Ray listens on every interface and asks for a token. One that the user set or keeps is used; else the process
+    makes one for itself, which only its children see (Ray would write one to the user's home).
+    """
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if not given and not (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # else Ray warns on machines without GPUs
+
+
+def _check_answers(address: str) -> None:
+    """Refuse in seconds what Ray would try for long."""
+    if "://" in address:
+        raise ClusterError(
+            f"launch.address {address} is Ray Client's: give the cluster's own (host:6379), from a machine in it"
+        )
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({error}): start one there with `ray start --head`, "
+            "or leave launch.address empty for one on this machine"
+        ) from error

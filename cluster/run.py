@@ -1,0 +1,195 @@
+"""Run a target as one Ray actor per rank: place, start, watch once a second, end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from anabranch.cluster.actors import Target
+from anabranch.cluster.errors import ClusterError, StoppedError
+from anabranch.cluster.failures import Failure, worker_error
+from anabranch.cluster.placement import Devices, Host, Seat, place
+from anabranch.cluster.ray_calls import counted
+from anabranch.cluster.ray_session import connect, hosts
+from anabranch.cluster.stop_signals import stop_signals
+from anabranch.cluster.worker_group import WorkerGroup
+
+Watch = Callable[[list[dict[str, Any]]], str | None]
+"""Gets the workers' statuses, by rank. Returns None, or the reason for which they should save and end."""
+
+WATCH_S = 1.0
+STATUS_WAIT_S = 0.2
+SETTLE_S = 3.0
+# From Ctrl-C: the workers save; with Ray's own end (1.5 s) all processes are gone in ten seconds.
+STOP_S = 6.5
+# After a failure, for the others' to arrive: a dead process is noticed later than its peers' lost connections.
+MORE_FAILURES_S = 1.0
+CAUSE_S = 5.0
+
+
+@dataclass(frozen=True)
+class RayRequest:
+    """What to run on: a data × branch mesh of workers, each with a GPU or only with CPUs.
+
+    devices: [data][branch] "host:index", None: free ones. address: the cluster's, "" for RAY_ADDRESS or a private
+    one. backend: "gloo", "nccl", or "" for nccl on GPUs. port: rank 0's for the process group, 0 for a free one.
+    timeout_s: until the workers must have started.
+    """
+
+    mesh: tuple[int, int]
+    use_gpu: bool = False
+    devices: Devices | None = None
+    address: str = ""
+    backend: str = ""
+    port: int = 0
+    cpus_per_worker: float = 1.0
+    timeout_s: float = 60.0
+
+
+class _Stop:
+    """Why the run should end early; set by a signal or the watch."""
+
+    reason: str | None = None
+
+    def __call__(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+
+def run_on_ray(target: Target, request: RayRequest, watch: Watch) -> list[dict[str, Any]]:
+    """Run `target` on every rank of the request's mesh; what it returned, by rank.
+
+    `watch` is called about once a second and once at the end. On the first Ctrl-C or SIGTERM the workers are asked to
+    stop and their results returned as usual; a second one ends them at once (KeyboardInterrupt).
+
+    Raises ClusterError before any target starts when the cluster cannot run this; WorkerError when a worker failed;
+    StoppedError when the workers did not end in time after being asked to.
+    """
+    backend = request.backend or ("nccl" if request.use_gpu else "gloo")
+    stop = _Stop()
+    with connect(request.address), stop_signals(stop):
+        group = _start(request, backend, stop)
+        try:
+            return _supervise(group, group.run(target, backend, request.use_gpu), watch, stop)
+        finally:
+            group.end()
+
+
+def _start(request: RayRequest, backend: str, stop: _Stop) -> WorkerGroup:
+    """The actors, each on the device that it should have, rank 0 with the port for the process group."""
+    found = hosts()
+    if backend == "nccl" and not (request.use_gpu and any(host.gpus for host in found)):
+        raise ClusterError(
+            f"launch.backend is nccl, which needs CUDA GPUs: the workers asked for have none "
+            f"({', '.join(f'{host.name}: {host.gpus} GPUs' for host in found)}); make it gloo"
+        )
+    seats = _seats(request, found)
+    reserved: dict[Host, int] = {}
+    while True:
+        group = WorkerGroup(seats, request.use_gpu, request.cpus_per_worker, reserved)
+        try:
+            misplaced = _await_start(group, request, stop)
+        except BaseException:
+            group.end()
+            raise
+        if not misplaced:
+            return group
+        # Ray chose other GPUs of these hosts than the plan. Once the job holds all of a host's, Ray can give none of
+        # the plan's to another job, and which of them a rank uses is ours to say.
+        group.end()
+        for host in misplaced:
+            if host.free_gpus < host.gpus:
+                raise ClusterError(
+                    f"mesh.devices names GPUs of {host.name} that Ray did not give: other jobs hold "
+                    f"{host.gpus - host.free_gpus} of its {host.gpus}; leave devices out of the plan, or wait for them"
+                )
+            reserved[host] = host.gpus - sum(seat.host == host for seat in seats)
+
+
+def _seats(request: RayRequest, found: tuple[Host, ...]) -> tuple[Seat, ...]:
+    """Where the ranks go. Ray notices late what a run before this one gave back: it is asked for a while."""
+    place_on = partial(
+        place,
+        mesh=request.mesh,
+        use_gpu=request.use_gpu,
+        cpus_per_worker=request.cpus_per_worker,
+        devices=request.devices,
+    )
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        try:
+            return place_on(found)
+        except ClusterError:
+            if time.monotonic() > deadline:
+                raise
+            place_on(tuple(replace(host, free_cpus=host.cpus, free_gpus=host.gpus) for host in found))
+        time.sleep(SETTLE_S / 10)
+        found = hosts()
+
+
+def _await_start(group: WorkerGroup, request: RayRequest, stop: _Stop) -> list[Host]:
+    import ray
+
+    refs = group.probe(request.port)
+    deadline = time.monotonic() + request.timeout_s
+    waiting = refs
+    while waiting:
+        _, waiting = counted("start_wait", ray.wait, refs, num_returns=len(refs), timeout=WATCH_S)
+        if stop.reason:
+            raise StoppedError(f"stopped ({stop.reason}) before the workers started", stop.reason)
+        if waiting and time.monotonic() > deadline:
+            raise ClusterError(
+                f"{len(waiting)} of {len(refs)} workers did not start in {request.timeout_s:g} s: "
+                "other jobs may hold the cluster (see `ray status`); ask for fewer workers or a longer timeout_s"
+            )
+    misplaced = group.take_seats(refs)
+    if group.first.port is None:
+        raise ClusterError(
+            f"port {request.port} is in use on {group.seats[0].host.name} ({group.first.address}), where rank 0 "
+            "runs: choose another launch.port, or 0 for a free one"
+        )
+    return misplaced
+
+
+def _supervise(group: WorkerGroup, refs: list[Any], watch: Watch, stop: _Stop) -> list[dict[str, Any]]:
+    import ray
+
+    running = dict(zip(refs, range(len(refs)), strict=True))
+    results: dict[int, dict[str, Any]] = {}
+    failures: list[Failure] = []
+    asked = False
+    next_watch = time.monotonic() + WATCH_S
+    deadline = float("inf")
+    while running and time.monotonic() < deadline:
+        pause = max(0.0, min(next_watch, deadline) - time.monotonic())
+        done, _ = counted("watch_wait", ray.wait, list(running), timeout=pause)
+        for ref in done:
+            rank = running.pop(ref)
+            result = group.result(rank, ref)
+            if isinstance(result, Failure):
+                failures.append(result)
+                patience = CAUSE_S if all(failure.in_collective for failure in failures) else MORE_FAILURES_S
+                deadline = min(deadline, time.monotonic() + patience)
+            else:
+                results[rank] = result
+        if time.monotonic() >= next_watch:
+            next_watch = time.monotonic() + WATCH_S
+            stop_asked = watch(group.statuses(STATUS_WAIT_S))
+            if stop_asked:
+                stop(stop_asked)
+        if stop.reason and not asked:
+            asked = True
+            group.request_stop(stop.reason)
+            deadline = min(deadline, time.monotonic() + STOP_S)
+    if failures:
+        raise worker_error(failures)
+    if running:
+        ranks = ", ".join(map(str, sorted(running.values())))
+        raise StoppedError(
+            f"stopped ({stop.reason}): rank {ranks} did not end within {STOP_S:g} s and was killed",
+            str(stop.reason),
+        )
+    watch(group.statuses(WATCH_S))
+    return [results[rank] for rank in range(len(results))]

@@ -1,0 +1,437 @@
+"""Placement, the root cause, and real runs on Ray: two nodes of faked GPUs, and a private cluster that is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anabranch.cluster import (
+    ClusterError,
+    RayRequest,
+    StoppedError,
+    WorkerContext,
+    WorkerError,
+    connect,
+    discover,
+    ray_calls,
+    run_on_ray,
+)
+from anabranch.cluster.environment import hold_port, interface_of, thread_share
+from anabranch.cluster.failures import Failure, worker_error
+from anabranch.cluster.placement import Host, devices_of, place
+from anabranch.cluster.ray_session import hosts
+
+A = Host("a", "1", 8, 8, 4, 4, "H200")
+B = Host("b", "2", 8, 8, 2, 2, "H200")
+C = Host("c", "3", 4, 4)
+
+
+def seated(*args: Any, **kwargs: Any) -> list[str]:
+    """Each rank's host, with its GPU where the plan names one."""
+    seats = place(*args, **kwargs)
+    assert [seat.rank for seat in seats] == list(range(len(seats)))
+    return [seat.host.name + ("" if seat.gpu is None else str(seat.gpu)) for seat in seats]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "use_gpu", "cpus", "expected"),
+    [
+        ((1, 2), True, 1, "bb"),  # the smallest host that holds the branch group
+        ((2, 2), True, 1, "bbaa"),
+        ((3, 2), True, 1, "bbaaaa"),
+        ((2, 3), True, 1, "aaabba"),  # the second group fits no host
+        ((1, 4), False, 1, "cccc"),
+        ((1, 8), False, 0.5, "cccccccc"),
+        ((2, 2), False, 4, "aabb"),
+        ((1, 2), True, 4, "aa"),  # b has the GPUs, but CPUs for two as well: fewest first, ties by order
+    ],
+)
+def test_branch_groups_are_packed(mesh: tuple[int, int], use_gpu: bool, cpus: float, expected: str) -> None:
+    assert seated((A, B, C), mesh, use_gpu=use_gpu, cpus_per_worker=cpus) == list(expected)
+
+
+def test_planned_devices_are_taken_exactly() -> None:
+    devices = (("b:1", "a:3"), ("a:0", "b:0"))
+    assert seated((A, B), (2, 2), use_gpu=True, devices=devices) == ["b1", "a3", "a0", "b0"]
+    seats = place((A, B), (2, 2), use_gpu=True, devices=devices)
+    assert [seat.local_rank for seat in seats] == [0, 0, 1, 1]
+    assert {seat.num_threads for seat in seats} == {4}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "message"),
+    [
+        (
+            (4, 2),
+            {"use_gpu": True},
+            "8 workers with a GPU and 1 CPUs each .* room for 6 .*a: 4 GPUs and 8 CPUs",
+        ),
+        ((3, 7), {}, "21 workers with 1 CPUs each .* room for 20 .*c: 4 CPUs.*: ask for fewer workers"),
+        ((1, 2), {"cpus_per_worker": 1.5}, "cpus_per_worker is 1.5, .* make it 1 or 2"),
+        ((1, 2), {"use_gpu": True, "devices": (("a:0",),)}, r"rows of \[1\] devices, the mesh is 1x2"),
+        (
+            (1, 2),
+            {"use_gpu": True, "devices": (("a:0", "z:0"),)},
+            "names z:0, the cluster's hosts are a, b, c",
+        ),
+        ((1, 2), {"use_gpu": True, "devices": (("a:0", "b:2"),)}, "names b:2, b has 2 GPUs"),
+        ((1, 2), {"use_gpu": True, "devices": (("a:x", "b:1"),)}, "names a:x, a has 4 GPUs"),
+        ((1, 2), {"use_gpu": True, "devices": (("a:0", "a:0"),)}, "names a:0 2 times"),
+        ((1, 1), {"devices": (("c:4",),)}, "names c:4, c has 4 places of 1 CPUs"),
+    ],
+)
+def test_what_does_not_fit_is_refused(mesh: tuple[int, int], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        place((A, B, C), mesh, **{"use_gpu": False, **options})
+
+
+def test_other_jobs_are_named() -> None:
+    busy = Host("a", "1", 8, 8, 4, 1)
+    with pytest.raises(ClusterError, match="room for 4, 1 of them free"):
+        place((busy,), (1, 2), use_gpu=True)
+    with pytest.raises(ClusterError, match="2 workers on a, which has room for 1 more"):
+        place((busy, B), (1, 2), use_gpu=True, devices=(("a:0", "a:1"),))
+
+
+def test_free_devices() -> None:
+    assert devices_of((A, C)).names == ["a:0", "a:1", "a:2", "a:3"]
+    assert devices_of((A,)).devices[0].kind == "H200"
+    assert devices_of((C,), 0.5).names == [f"c:{index}" for index in range(8)]
+    assert devices_of((Host("c", "3", 4, 3.5),), 1).names == ["c:0", "c:1", "c:2"]
+
+
+def test_root_cause_is_not_the_lost_connection() -> None:
+    import torch.distributed as dist
+
+    def failure(rank: int, error: Exception) -> Failure:
+        return Failure.of(rank, "a", error)
+
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [192.0.2.1]:1024")
+    wrapped = RuntimeError("the step's vote failed")
+    wrapped.__cause__ = dist.DistNetworkError("timed out")
+    error = worker_error([failure(0, lost), failure(2, wrapped), failure(1, ValueError("boom"))])
+    assert str(error).startswith("rank 1 on host a failed:")
+    assert isinstance(error.__cause__, ValueError)
+    assert sorted(error.worker_failures) == [0, 1, 2]
+    assert "rank 0" in str(worker_error([failure(0, lost), failure(2, wrapped)]))
+
+
+def test_environment() -> None:
+    assert [thread_share(8, ranks) for ranks in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.9") is None
+    with socket.create_server(("", 0)) as taken:
+        assert hold_port(taken.getsockname()[1]) is None
+
+
+def test_no_cluster_at_the_address() -> None:
+    with pytest.raises(ClusterError, match="no Ray cluster answers at localhost:1 "), connect("localhost:1"):
+        pass
+    with pytest.raises(ClusterError, match="Ray Client"), connect("ray://head:10001"):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real Ray: two nodes on this machine, with 4 CPUs and 4 and 2 faked GPUs.
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="ab") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)  # where Ray's test cluster notes its address
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        temp_dir = Path(folder, "ray")
+        temp_dir.mkdir()
+        from ray.cluster_utils import Cluster
+
+        node: dict[str, Any] = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+        cluster = Cluster(
+            initialize_head=True, head_node_args={**node, "num_gpus": 4, "temp_dir": str(temp_dir)}
+        )
+        try:
+            cluster.add_node(**node, num_gpus=2)
+            with connect(cluster.address):
+                yield
+        finally:
+            cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def ray_hosts(ray_cluster: None) -> tuple[Host, ...]:
+    """The nodes, once what an earlier test held is free again: the one with 4 GPUs, the one with 2."""
+    wait_for(lambda: all((host.free_cpus, host.free_gpus) == (host.cpus, host.gpus) for host in hosts()))
+    return hosts()
+
+
+def reduce(context: WorkerContext) -> dict[str, Any]:
+    """A worker that joins the process group as the runtime's does, and says what it was given."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        context.backend, init_method=context.init_method, rank=context.rank, world_size=context.world_size
+    )
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    return {
+        "host": context.host,
+        "local_rank": context.local_rank,
+        "total": total.item(),
+        "threads": (context.num_threads, os.environ["OMP_NUM_THREADS"]),
+        "interface": os.environ["GLOO_SOCKET_IFNAME"],
+    }
+
+
+def step(num_steps: int, context: WorkerContext) -> dict[str, Any]:
+    """A worker that only counts its steps, and the calls to Ray that its process made in them."""
+    before = ray_calls.total()
+    for number in range(num_steps):
+        context.publish(phase="train", step=number)
+        time.sleep(0.15)
+    return {"ray_calls": ray_calls.total() - before}
+
+
+def look(context: WorkerContext) -> dict[str, Any]:
+    """A worker that only says where it is."""
+    return {"host": context.host, "device": context.device, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+
+def no_watch(statuses: list[dict[str, Any]]) -> None:
+    """See nothing."""
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    """Ray does such things a little later."""
+    deadline = time.monotonic() + 5
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_hosts_are_told_apart(ray_hosts: tuple[Host, ...]) -> None:
+    assert [(host.cpus, host.gpus, host.free_gpus) for host in ray_hosts] == [(4, 4, 4), (4, 2, 2)]
+    assert len(set(discover().names)) == 6
+    assert all(host.name.startswith(socket.gethostname()) for host in ray_hosts)
+
+
+def test_ranks_on_two_nodes_reduce(ray_hosts: tuple[Host, ...]) -> None:
+    big, small = (host.name for host in ray_hosts)
+    found = run_on_ray(reduce, RayRequest((2, 1), devices=((f"{small}:1",), (f"{big}:0",))), no_watch)
+    assert [place["host"] for place in found] == [small, big]
+    assert all(place["total"] == 2.0 and place["threads"] == (4, "4") for place in found)
+    assert all(place["local_rank"] == 0 and place["interface"] for place in found)
+
+
+def test_ray_is_outside_the_step(ray_hosts: tuple[Host, ...]) -> None:
+    """Twice the steps make no more calls, but for the watch's: one a worker and second, and waiting for them."""
+    calls = []
+    for num_steps in (10, 20):
+        seen: list[list[dict[str, Any]]] = []
+        ray_calls.clear()
+        results = run_on_ray(partial(step, num_steps), RayRequest((2, 1)), seen.append)
+        calls.append(dict(ray_calls))
+        assert results == [{"ray_calls": 0}] * 2
+        assert ray_calls["watch_status"] <= 2 * len(seen)
+        assert [(status["rank"], status["step"]) for status in seen[-1]] == [
+            (rank, num_steps - 1) for rank in range(2)
+        ]
+        assert len({status["pid"] for status in seen[-1]}) == 2
+    assert 2 <= len(seen) <= 5, "3 s of steps are watched about once a second, and at the end"
+    assert all(status["seen_s"] < 1 for status in seen[-1])
+    once, twice = ({k: v for k, v in made.items() if not k.startswith("watch")} for made in calls)
+    for made in (once, twice):
+        del made["start_wait"]  # how long the actors take is not the steps' doing
+    assert once == twice
+    assert once["run"] == once["result"] == 2
+
+
+def test_ranks_get_the_planned_gpus(ray_hosts: tuple[Host, ...]) -> None:
+    """Also those that Ray would not have given first; without a plan, each its own."""
+    import ray
+
+    big, small = (host.name for host in ray_hosts)
+    request = RayRequest((1, 2), use_gpu=True, backend="gloo", devices=((f"{big}:3", f"{big}:1"),))
+    found = run_on_ray(look, request, no_watch)
+    assert found == [{"host": big, "device": "cuda:0", "gpu": gpu} for gpu in ("3", "1")]
+    found = run_on_ray(look, RayRequest((1, 2), use_gpu=True, backend="gloo"), no_watch)
+    assert [place["host"] for place in found] == [small] * 2
+    assert sorted(place["gpu"] for place in found) == ["0", "1"]
+
+    # Another job holds one: those that Ray gives are taken, those that the plan names are not taken from under it.
+    @ray.remote(num_gpus=1, num_cpus=0, label_selector={"ray.io/node-id": ray_hosts[0].node_id})
+    class Holder:
+        def gpu(self) -> str:
+            return str(ray.get_runtime_context().get_accelerator_ids()["GPU"][0])
+
+    holder: Any = Holder.remote()  # type: ignore[attr-defined]
+    devices = ((f"{big}:{ray.get(holder.gpu.remote())}",),)
+    wait_for(lambda: hosts()[0].free_gpus == 3)
+    with pytest.raises(
+        ClusterError, match=f"GPUs of {big} that Ray did not give: other jobs hold 1 of its 4"
+    ):
+        run_on_ray(look, RayRequest((1, 1), use_gpu=True, backend="gloo", devices=devices), no_watch)
+    ray.kill(holder)
+
+
+def test_refused_before_a_worker_starts(ray_hosts: tuple[Host, ...], tmp_path: Path) -> None:
+    def touch(context: WorkerContext) -> dict[str, Any]:
+        (tmp_path / str(context.rank)).touch()
+        return {}
+
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = [
+            (RayRequest((1, 9)), "9 workers with 1 CPUs each were asked for, the cluster has room for 8"),
+            (RayRequest((1, 2), port=port), f"port {port} is in use on {ray_hosts[0].name}"),
+            (RayRequest((1, 2), backend="nccl"), "nccl, which needs CUDA GPUs"),
+        ]
+        for request, message in cases:
+            with pytest.raises(ClusterError, match=message):
+                run_on_ray(touch, request, no_watch)
+    assert not list(tmp_path.iterdir())
+
+
+def failing(how: str, context: WorkerContext) -> dict[str, Any]:
+    """Rank 1 ends in some way while the others wait for it in a collective."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=context.init_method, rank=context.rank, world_size=context.world_size
+    )
+    context.publish(phase="waiting")
+    if context.rank == 1:
+        time.sleep(1.2)
+        if how == "raise":
+            dist.destroy_process_group()  # the other fails first
+            time.sleep(1.5)
+            raise ValueError("boom")
+        print("something on the way down", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("how", "cause", "text"),
+    [
+        ("raise", ValueError, r"in failing\n(.|\n)*ValueError: boom$"),
+        ("kill", type(None), r"process died(.|\n)*something on the way down$"),
+    ],
+)
+def test_the_cause_is_named_once(
+    ray_hosts: tuple[Host, ...], how: str, cause: type[BaseException], text: str
+) -> None:
+    seen: list[list[dict[str, Any]]] = []
+    begin = time.monotonic()
+    with pytest.raises(WorkerError, match=text) as caught:
+        run_on_ray(partial(failing, how), RayRequest((1, 2)), seen.append)
+    assert time.monotonic() - begin < 20
+    assert str(caught.value).startswith(f"rank 1 on host {ray_hosts[0].name} failed:")
+    assert "peer" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, cause)
+
+
+def until_told(listens: bool, context: WorkerContext) -> dict[str, Any]:
+    """A worker that runs until it is told to stop, or on and on."""
+    context.publish(step=1)
+    while not (listens and context.stop_requested):
+        time.sleep(0.01)
+    return {"reason": context.stop_requested}
+
+
+def test_the_watch_can_stop_a_run(ray_hosts: tuple[Host, ...]) -> None:
+    results = run_on_ray(partial(until_told, True), RayRequest((1, 2)), lambda statuses: "enough")
+    assert results == [{"reason": "enough"}] * 2
+
+
+def test_who_does_not_stop_is_killed(ray_hosts: tuple[Host, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    pids: list[int] = []
+
+    def terminate(statuses: list[dict[str, Any]]) -> None:
+        if not pids and all("step" in status for status in statuses):
+            pids.extend(status["pid"] for status in statuses)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("anabranch.cluster.run.STOP_S", 1.0)
+    with pytest.raises(StoppedError, match="rank 0, 1 did not end within 1 s and was killed") as caught:
+        run_on_ray(partial(until_told, False), RayRequest((1, 2)), terminate)
+    assert caught.value.reason == "terminate"
+    assert len(pids) == 2
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A private cluster, in a program of its own that is stopped.
+
+PROGRAM = """
+import time
+from anabranch.cluster import RayRequest, run_on_ray
+
+def target(context):
+    context.publish(step=1)
+    while not context.stop_requested:
+        time.sleep(0.02)
+    return {"saved": context.stop_requested}
+
+def watch(statuses):
+    if all("step" in status for status in statuses):
+        print("running", flush=True)
+
+print(run_on_ray(target, RayRequest((1, 2), cpus_per_worker=0.5), watch), flush=True)
+"""
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that inherited a mark in their environment, dead ones aside."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:  # it ended meanwhile
+                continue
+    return found
+
+
+def test_an_interrupted_program_leaves_nothing() -> None:
+    """Ctrl-C reaches the terminal's whole process group, so Ray's processes too."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "ANABRANCH_TEST_MARK": mark},
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        begin = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        while marked(mark) and time.monotonic() - begin < 30:
+            time.sleep(0.05)
+        gone_s = time.monotonic() - begin
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert out.strip().split("\n")[-1] == "[{'saved': 'interrupt'}, {'saved': 'interrupt'}]"
+    assert err == ""
+    assert gone_s < 10
