@@ -1,0 +1,70 @@
+"""Records of measurements: raw samples with hardware, versions, commit and command, as one JSON file each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on and cannot say itself."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "allocator": os.environ.get("LD_PRELOAD", "glibc"),
+        "commit": _commit(),
+        "command": " ".join(["python", "-m", "anabranch.benchmarks", *sys.argv[1:]]),
+    }
+
+
+def write_record(name: str, record: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes results/NAME.json with the environment; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"name": name, "environment": environment(), **record}, indent=1) + "\n")
+    return path
+
+
+def median_interval(values: Sequence[float], level: float = 0.95, rounds: int = 4000) -> tuple[float, float, float]:
+    """(median, low, high): the median and its bootstrap interval, from a fixed seed."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(rounds))
+    tail = (1.0 - level) / 2
+    return statistics.median(values), medians[math.floor(tail * rounds)], medians[math.ceil((1 - tail) * rounds) - 1]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The checkout's commit, with "+changes" where files differ from it; empty outside a checkout."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        return head.strip() + ("+changes" if dirty.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
