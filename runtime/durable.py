@@ -1,0 +1,57 @@
+"""Files that are whole or absent, also after a kill or a power cut: written aside, fsynced, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, written: Path) -> None:
+    """Gives a finished file its name `path`, in the same folder; whatever was there before is replaced at once."""
+    sync(written)
+    written.replace(path)
+    sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file."""
+    aside = aside_of(path)
+    aside.write_bytes(content)
+    replace_file(path, aside)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file; tensors may be views of one another, on any device. Raises OSError."""
+    aside = aside_of(path)
+    aside.touch()
+    mode = aside.stat().st_mode
+    try:
+        save_file({key: own_copy(tensor) for key, tensor in tensors.items()}, aside)
+    except SafetensorError as error:  # a full disk too
+        raise OSError(f"{path} cannot be written: {error}") from error
+    aside.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask
+    replace_file(path, aside)
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """The values in contiguous memory of their own on the CPU, as a safetensors file wants them."""
+    return tensor.detach().contiguous().to("cpu", copy=True)

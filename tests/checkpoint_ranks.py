@@ -1,0 +1,349 @@
+"""What the ranks of the checkpoint tests do; importable by them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from parity_cases import seeded
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anabranch.blocks.convert import prepare
+from anabranch.blocks.random import fold
+from anabranch.runtime import durable
+from anabranch.runtime.branch_state import by_branch
+from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
+from anabranch.runtime.config import OptimizerConfig
+from anabranch.runtime.deal import deal_step
+from anabranch.runtime.errors import CheckpointError
+from anabranch.runtime.loss import cross_entropy
+from anabranch.runtime.mesh import make_mesh
+from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.optimizer import make_optimizer
+from anabranch.runtime.parallelize import ParallelNetwork, branch_tensors, parallelize
+from anabranch.runtime.reference import ReferenceStep
+from anabranch.runtime.step import TrainStep
+from anabranch.runtime.verify import Trial, micro_batches
+from anabranch.schedulers import BranchPlacement, Plan
+
+SAMPLE = BranchPlacement("sample")
+CONFIG_TOML, PLAN_TOML = "[train]\nseed = 0\n", "[mesh]\ndata = 1\n"
+OPTIMIZERS = {"sgd": OptimizerConfig(lr=0.05), "adamw": OptimizerConfig(name="adamw", lr=0.01)}
+
+
+def branches(*held: tuple[int, ...]) -> BranchPlacement:
+    return BranchPlacement("branch", held)
+
+
+PLACEMENTS: dict[tuple[str, str], list[BranchPlacement]] = {  # by block: five branches each; 3, 2, 2; 3 each
+    ("basic", "uneven"): [
+        branches((1, 4), (0, 2, 3)), SAMPLE, branches((), (0, 1, 2, 3, 4)), branches((0, 1, 2), (3, 4))
+    ],
+    ("basic", "mixed"): [SAMPLE, branches((0, 1, 2, 3), (4,)), branches((2, 3), (0, 1, 4)), SAMPLE],
+    ("unequal", "uneven"): [branches((2,), (0, 1)), branches((), (0, 1)), branches((), (0, 1))],
+    ("unequal", "mixed"): [SAMPLE, branches((1,), (0,)), branches((1,), (0,))],
+    ("tuple", "uneven"): [branches((1,), (0, 2)), SAMPLE],
+}  # fmt: skip
+
+
+def make_plan(network: str, data: int, branch: int, name: str = "sample") -> Plan:
+    """Of the network's blocks: all "sample", or the placements of that name."""
+    blocks = spec_of(seeded(network)).by_name
+    placements = PLACEMENTS.get((network, name), [SAMPLE] * len(blocks))
+    edges: Any = ("replicated", "sample") if branch > 1 else ("sample", "sample")
+    return Plan(data, branch, dict(zip(blocks, placements, strict=True)), *edges)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Training steps start..stop under a plan, from a checkpoint (if start > 0), saved after those of `save_after`."""
+
+    network: str
+    plan: Plan
+    run_dir: Path
+    stop: int
+    optimizer: str = "sgd"
+    precision: str = "fp64"
+    start: int = 0
+    source: Path | None = None
+    save_after: tuple[int, ...] = field(default=())
+
+
+def place(
+    network: str, plan: Plan, precision: str, optimizer: str
+) -> tuple[ParallelNetwork, torch.optim.Optimizer]:
+    whole = seeded(network).to(torch.float64 if precision == "fp64" else torch.float32)
+    parallel = parallelize(whole, plan, make_mesh(plan.data, plan.branch))
+    return parallel, make_optimizer(OPTIMIZERS[optimizer], parallel.parameters())
+
+
+def work(rank: int, world_size: int, jobs: list[Job]) -> None:
+    """Does each job."""
+    for job in jobs:
+        parallel, optimizer = place(job.network, job.plan, job.precision, job.optimizer)
+        if job.source is not None:
+            Checkpoint.open(job.source).load_into(parallel, optimizer)
+            assert_holds(parallel, optimizer, tensors_of(job.source))
+        step, case = TrainStep(parallel, optimizer, cross_entropy(), precision=job.precision), trial()
+        for index in range(job.start, job.stop):
+            ids, deals = batch(index, job.plan.data, job.plan.branch)
+            step.gradients(micro_batches(parallel, case, ids, deals, fold(0, index), "cpu"))
+            step.apply(OPTIMIZERS[job.optimizer].lr)
+            if index + 1 in job.save_after:
+                position = {"epoch": 0, "step_in_epoch": index + 1, "step": index + 1}
+                Checkpoints(job.run_dir).save(
+                    parallel, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML
+                )
+
+
+def trial() -> Trial:
+    """40 random samples."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(40, 2, 8, 8, generator=generator, dtype=torch.float64)
+    return Trial(x, torch.randint(5, (40,), generator=generator), 16, 4)
+
+
+def batch(index: int, data: int, branch: int) -> tuple[Tensor, Any]:
+    """Step `index`'s samples, 16 or (each third step) 8 of 40, and their deal in BN groups of 4."""
+    start = index % 3 * 16
+    ids = torch.arange(start, min(start + 16, 40))
+    return ids, deal_step(len(ids), bn_batch_size=4, data=data, branch=branch, samples=None, accumulation=1)
+
+
+def one_device(network: str, optimizer: str, steps: int) -> torch.nn.Module:
+    """The network trained by the reference."""
+    whole = prepare(seeded(network)).double()
+    case = trial()
+    reference = ReferenceStep(
+        whole, make_optimizer(OPTIMIZERS[optimizer], whole.parameters()), cross_entropy()
+    )
+    for index in range(steps):
+        ids, deals = batch(index, 1, 1)
+        reference.gradients(case.x[ids], case.target[ids], ids, deals, fold(0, index))
+        reference.apply(OPTIMIZERS[optimizer].lr)
+    return whole
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by key, without its manifest."""
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def assert_holds(
+    network: ParallelNetwork, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]
+) -> None:
+    """Every tensor here is, to the bit, the stored one of each of its branches."""
+    owners, compared = branch_tensors(network), 0
+    aliases = {
+        id(p): sorted(n for n, q in network.named_parameters(remove_duplicate=False) if q is p)
+        for p in network.parameters()
+    }
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        name = aliases[id(tensor)][0] if id(tensor) in aliases else name
+        for key, part in by_branch(name, tensor, owners).items():
+            assert torch.equal(part, stored[f"network/{key}"]), key
+            compared += 1
+        for slot, value in optimizer.state.get(tensor, {}).items():
+            assert isinstance(value, Tensor)
+            for key, part in by_branch(name, tensor, owners).items():
+                mine = by_branch(name, value, owners)[key] if value.shape == tensor.shape else value
+                assert torch.equal(mine, stored[f"optimizer.{slot}/{key}"]), (slot, key)
+                assert mine.shape == part.shape or slot == "step"
+                compared += 1
+    with_state = sum(bool(optimizer.state.get(p)) for p in network.parameters() if p.numel())
+    assert with_state == sum(p.numel() > 0 for p in network.parameters())
+    assert compared > 20
+
+
+# ------------------------------------------------------------------------------------------------- killed while saving
+
+
+class Crash(BaseException):
+    """Ends a save as a kill would: nothing catches it."""
+
+
+def stamp(network: ParallelNetwork, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Makes every number of the state the step's, so that a mixture of two checkpoints shows."""
+    with torch.no_grad():
+        for tensor in [*network.parameters(), *network.buffers()]:
+            tensor.fill_(step)
+        for parameter in network.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, step)
+
+
+def stamped(checkpoint: Checkpoint) -> int:
+    """The step of a whole checkpoint, whose every number is that step."""
+    checkpoint.verify()
+    stored, step = tensors_of(checkpoint.path), int(checkpoint.position["step"])
+    assert stored.keys() == checkpoint.manifest.tensors.keys()
+    assert len(stored) > 20
+    assert all(bool((tensor == step).all()) for tensor in stored.values())
+    return step
+
+
+def save_stamped(
+    run_dir: Path, place_of: tuple[ParallelNetwork, torch.optim.Optimizer], step: int, keep: int = 2
+) -> Path:
+    stamp(*place_of, step)
+    position = {"epoch": 0, "step_in_epoch": step, "step": step}
+    saved = Checkpoints(run_dir, keep)
+    return saved.save(*place_of, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+
+
+def tuple_place(world_size: int) -> tuple[ParallelNetwork, torch.optim.Optimizer]:
+    return place(
+        "tuple", make_plan("tuple", 1, world_size, "uneven" if world_size == 2 else "sample"), "fp32", "sgd"
+    )
+
+
+def save_steps(rank: int, world_size: int, run_dir: Path, steps: list[int], keep: int = 2) -> list[Path]:
+    """Saves stamped checkpoints of these steps."""
+    here = tuple_place(world_size)
+    return [save_stamped(run_dir, here, step, keep) for step in steps]
+
+
+def save_until_killed(rank: int, world_size: int, run_dir: Path, delay_s: float) -> None:
+    """Saves checkpoint after checkpoint, noting each finished one, and is killed after delay_s."""
+    here = tuple_place(world_size)
+    newest = Checkpoints(run_dir).newest()
+    first = 1 if newest is None else stamped(newest) + 1
+    torch.distributed.barrier()  # none starts to save while another still looks
+    threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    for step in itertools.count(first):
+        save_stamped(run_dir, here, step)
+        (run_dir / f"finished-{rank}").write_text(f"{step:09d}")
+
+
+def crash_everywhere(rank: int, world_size: int, folder: Path, damaged: bool) -> tuple[int, int]:
+    """Ends the save of step 3 at its first, second, … change of the file system, each in a folder of its own.
+
+    There are checkpoints 1 and 2, what a killed run left of another and (if `damaged`) a torn 3. Returns the number of
+    such moments and after how many of them checkpoint 3 was there.
+    """
+    here = tuple_place(world_size)
+    template = folder / "template"
+    for step in (1, 2, 3) if damaged else (1, 2):
+        save_stamped(template, here, step, keep=3)
+    leftover = template / "checkpoints" / "step-000000"
+    leftover.mkdir()
+    (leftover / "rank-0000.safetensors").write_bytes(b"half")
+    if damaged:
+        flip_bit(template / "checkpoints" / "step-000003" / "rank-0000.safetensors")
+    done = 0
+    for moment in itertools.count():
+        run_dir = folder / f"run{moment}"
+        shutil.copytree(template, run_dir)
+        survived = crashes_at(moment, lambda run_dir=run_dir: save_stamped(run_dir, here, 3))  # type: ignore[misc]
+        told: list[str] = []
+        newest = Checkpoints(run_dir).newest(told.append)
+        assert newest is not None, f"none left at moment {moment}"
+        step = stamped(newest)
+        assert step in (2, 3), f"{step} is the newest at moment {moment}"
+        assert not told or (damaged and step == 2), told
+        done += step == 3
+        assert step == 3 or not survived
+        save_stamped(run_dir, here, 3)  # the run goes on
+        assert names_in(run_dir / "checkpoints") == ["step-000002", "step-000003"]
+        assert names_in(run_dir / "checkpoints/step-000003") == ["manifest.json", "rank-0000.safetensors"]
+        again = Checkpoints(run_dir).newest()
+        assert again is not None
+        assert stamped(again) == 3
+        if survived:
+            return moment, done
+        shutil.rmtree(run_dir)
+    raise AssertionError
+
+
+def crashes_at(moment: int, save: Callable[[], object]) -> bool:
+    """Runs `save` with a crash before its moment-th change of the file system; whether it came through."""
+    left = itertools.count(moment, -1)
+
+    def tick() -> bool:
+        return next(left) == 0
+
+    def before(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if tick():
+                raise Crash
+            return function(*args, **options)
+
+        return call
+
+    def half_bytes(path: Path, content: bytes) -> int:
+        if tick():
+            with path.open("wb") as file:
+                file.write(content[: len(content) // 2])
+            raise Crash
+        return real_write_bytes(path, content)
+
+    def half_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+        real_save_file(tensors, path)
+        if tick():
+            os.truncate(path, path.stat().st_size // 2)
+            raise Crash
+
+    real_write_bytes, real_save_file = Path.write_bytes, save_file
+    with ExitStack() as patches:
+        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir", "open"):
+            patches.enter_context(mock.patch.object(os, name, before(getattr(os, name))))
+        patches.enter_context(mock.patch.object(Path, "write_bytes", half_bytes))
+        patches.enter_context(mock.patch.object(durable, "save_file", half_tensors))
+        try:
+            save()
+        except Crash:
+            return False
+    return True
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip_bit(file: Path) -> None:
+    """Changes one bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+# ---------------------------------------------------------------------------------------------------------- going wrong
+
+
+def message_of(call: Callable[[], object]) -> str:
+    """The text of the error that it raises."""
+    try:
+        call()
+    except (CheckpointError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def load_parts(rank: int, world_size: int, cases: list[tuple[Path, str]]) -> list[str]:
+    """The error of loading each checkpoint into this rank's part of each network, uneven."""
+    found = []
+    for folder, network in cases:
+        parallel, optimizer = place(network, make_plan(network, 1, 2, "uneven"), "fp64", "sgd")
+        before = [tensor.clone() for tensor in parallel.state_dict().values()]
+        found.append(message_of(lambda: Checkpoint.open(folder).load_into(parallel, optimizer)))  # noqa: B023
+        assert (
+            all(torch.equal(a, b) for a, b in zip(before, parallel.state_dict().values(), strict=True))
+            or not found[-1]
+        )
+    return found
+
+
+def save_apart(rank: int, world_size: int, folder: Path) -> str:
+    """What saving says where each rank has a run folder of its own."""
+    here = tuple_place(world_size)
+    return message_of(lambda: save_stamped(folder / f"rank{rank}", here, 1))
