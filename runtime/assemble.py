@@ -42,7 +42,7 @@ def make_network(config: Config, bundle: DataBundle, *, meta: bool = False) -> n
                 network = make(**options)
         if not isinstance(network, nn.Module):
             raise ConfigError(f"model.name = {name} returned a {type(network).__name__}: it must return a torch module")
-        return network
+        return in_precision(config, network)
     if name in (*families(), *models()):
         given: dict[str, Any] = {"in_channels": bundle.in_channels}
         if bundle.num_classes is not None:
@@ -52,7 +52,12 @@ def make_network(config: Config, bundle: DataBundle, *, meta: bool = False) -> n
         torch.manual_seed(fold(config.train.seed, "model"))
         network = build(name, **options)
     network.input_shape = (bundle.in_channels, *bundle.image_size)  # type: ignore[assignment]
-    return network
+    return in_precision(config, network)
+
+
+def in_precision(config: Config, network: nn.Module) -> nn.Module:
+    """The network with parameters as `train.precision` keeps them: float64, else float32 (bf16 too)."""
+    return network.double() if config.train.precision == "fp64" else network.float()
 
 
 def make_loss(config: Config) -> LossFunction:

@@ -23,7 +23,7 @@ class ModelConfig:
     """A family (multi_resnet), a ready name (`anabranch models`), or your own factory "package.module:MyNet"."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the family or factory, e.g. `--model.options.depth 20`. in_channels and num_classes come
-    from the data unless given here. A source that gives model.name drops the options of the sources below it."""
+    from the data unless given here. A source that gives model.name starts without the options of those below it."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class DataConfig:
     """digits (built in, 8x8 grey), cifar10, cifar100, synthetic, or your own factory "package.module:make_dataset"."""
     path: str = ""
     """Folder of the dataset's files (cifar10, cifar100); empty: the dataset needs none."""
-    augment: Literal["none", "flip_crop"] = "none"
-    """flip_crop: mirror half of the samples, pad by 4 pixels and crop at random (training samples only)."""
+    augment: Literal["none", "crop", "flip_crop"] = "none"
+    """crop: pad training samples by crop_padding and crop them at random; flip_crop: mirror half of them besides."""
+    crop_padding: int = 4
+    """Pixels added on each side before a random crop."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the dataset, as model.options are the model's."""
     loader_workers: int = 0
@@ -167,12 +169,12 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a run. `Config()` is the default run: a Multi-ResNet of depth 14, k = 4, on the digits."""
+    """Everything about a run. `Config()` is the default run: a Multi-ResNet of depth 14, k = 4, on the digits, shifted by up to a pixel."""
 
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig("multi_resnet", {"depth": 14, "num_branches": 4})
     )
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(augment="crop", crop_padding=1))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -185,8 +187,8 @@ class Config:
     def from_dict(cls, *layers: Mapping[str, Any]) -> Config:
         """The defaults, overlaid with each layer in turn ({section: {field: value}}, as TOML gives it).
 
-        Options are overlaid key by key, but a layer that gives a name starts without the options below it: they
-        belong to another model (or dataset). Raises FieldError on an unknown key or a value of another type.
+        Options are overlaid key by key. A layer that names a model or a dataset starts that section anew: what stands
+        below belongs to another one. Raises FieldError on an unknown key or a value of another type.
         """
         merged: dict[str, dict[str, Any]] = asdict(cls())
         for layer in layers:
@@ -197,8 +199,9 @@ class Config:
                     name: typed(f"{section}.{name}", value, hints[name]) for name, value in given.items()
                 }
                 if "options" in hints:
-                    below = {} if "name" in given else merged[section]["options"]
-                    values["options"] = {**below, **values.get("options", {})}
+                    if "name" in given:
+                        merged[section] = asdict(SECTIONS[section]())
+                    values["options"] = {**merged[section]["options"], **values.get("options", {})}
                 merged[section].update(values)
         return cls(**{section: SECTIONS[section](**values) for section, values in merged.items()})
 

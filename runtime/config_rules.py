@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 DATASETS = ("digits", "cifar10", "cifar100", "synthetic")
 
 RANGES: dict[str, str] = {
+    "data.crop_padding": "[0, inf)",
     "data.loader_workers": "[0, inf)",
     "optimizer.lr": "(0, inf)",
     "optimizer.momentum": "[0, 1)",

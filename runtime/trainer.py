@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.cluster import WorkerContext
-from anabranch.runtime.assemble import local_cluster, make_loss, make_plan, settle
+from anabranch.runtime.assemble import in_precision, local_cluster, make_loss, make_plan, settle
 from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
 from anabranch.runtime.checksum import check_replicas
@@ -95,7 +95,7 @@ class Trainer:
     def _set_up(self) -> None:
         train = self.config.train
         self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
-        network = self._network.double() if train.precision == "fp64" else self._network
+        network = in_precision(self.config, self._network)
         self.network = parallelize(network, self.plan, self.mesh, execution=self.config.mesh.execution).to(self.device)
         self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
         self.step = TrainStep(
@@ -200,9 +200,11 @@ class Trainer:
     ) -> MicroBatch:
         own, group = (ids[r.start : r.stop].to(self.device) for r in (rows.own_range, rows.group_range))
         x = normalise(x, self.data.normalisation, self.dtype)
-        if self.config.data.augment == "flip_crop":
+        augment = self.config.data
+        if augment.augment != "none":
             mine = own if self.network.input_rows == "own" else group
-            x = flip_crop(x, augment_keys(self.config.train.seed, epoch, mine))
+            keys = augment_keys(self.config.train.seed, epoch, mine)
+            x = flip_crop(x, keys, augment.crop_padding, flip=augment.augment == "flip_crop")
         return MicroBatch(x, target, rows.with_samples(own, group, key))
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from anabranch.runtime.config import Config
 from anabranch.runtime.data.augment import normalise
 from anabranch.runtime.data.batches import epoch_order
 from anabranch.runtime.data.sources import DataBundle
+from anabranch.runtime.job import Job
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.process_group import broadcast_json, gather_json, process_group
@@ -29,22 +30,6 @@ from anabranch.runtime.run_folder import RunFolder
 from anabranch.runtime.trainer import Trainer
 from anabranch.runtime.verify import Trial, verify_plan
 from anabranch.schedulers import Cluster, Device, Plan, PlanError
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the workers are to do; plain data that travels to them.
-
-    plan: None where the launcher has placed the ranks already (torchrun, srun): they make it together.
-    run_dir: "" where rank 0 is to choose it. checkpoint: to start from; "" for none. folder: the user's working directory,
-    importable on every worker.
-    """
-
-    config: Config
-    plan: Plan | None
-    run_dir: str = ""
-    checkpoint: str = ""
-    folder: str = ""
 
 
 def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
@@ -74,11 +59,11 @@ def eval_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
         return trainer.evaluate(Checkpoint.open(Path(job.checkpoint)))
 
 
-def verify_worker(job: Job, steps: int, context: WorkerContext) -> dict[str, Any]:
+def verify_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
     """Compares some steps under the plan with one device, on the job's own first samples."""
     context.publish(phase="loading")
     with _started(job, context) as (data, plan):
-        config = settle(job.config, plan)
+        config, steps = settle(job.config, plan), job.steps
         train = config.train
         ids = epoch_order(len(data.train), train.seed, 0)[: steps * train.batch_size]
         x, target = data.train.fetch(ids, 0)

@@ -45,8 +45,8 @@ def augment_keys(seed: int, epoch: int, sample_ids: Tensor) -> Tensor:
     return sample_keys(fold(seed, "augment", epoch), sample_ids)
 
 
-def flip_crop(x_NCHW: Tensor, keys: Tensor, padding: int = 4) -> Tensor:
-    """Flip left-right with probability 1/2, then crop to the same size at random from the zero-padded image.
+def flip_crop(x_NCHW: Tensor, keys: Tensor, padding: int = 4, *, flip: bool = True) -> Tensor:
+    """Flip left-right with probability 1/2 (with `flip`), then crop to the same size at random from the zero-padded image.
 
     The paper's augmentation (the multi-residual nets follow fb.resnet.torch: He et al. 2016): pixels are padded with
     zeros *after* `normalise`, so that the border is the mean colour. A sample's pixels depend on its own key (N,)
@@ -58,7 +58,8 @@ def flip_crop(x_NCHW: Tensor, keys: Tensor, padding: int = 4) -> Tensor:
     shift = (u[:, :2] * (2 * padding + 1)).long().clamp_(max=2 * padding)
     column = torch.arange(width, device=x_NCHW.device)
     columns = shift[:, 1:] + column
-    columns = torch.where(u[:, 2:] < 0.5, width + 2 * padding - 1 - columns, columns)
+    if flip:
+        columns = torch.where(u[:, 2:] < 0.5, width + 2 * padding - 1 - columns, columns)
     rows = shift[:, :1] + torch.arange(height, device=x_NCHW.device)
     sample = torch.arange(num, device=x_NCHW.device)[:, None, None, None]
     channel = torch.arange(channels, device=x_NCHW.device)[:, None, None]

@@ -1,0 +1,118 @@
+"""The way from a configuration to running workers: everything that can be wrong is told before they start."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from anabranch.cluster import RayRequest, connect, discover, ray_calls, run_on_ray
+from anabranch.runtime.config import Config
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.job import Job
+from anabranch.runtime.launch import choose_launcher, run_here
+from anabranch.runtime.progress import RunProgress
+from anabranch.schedulers import Cluster, ModelSpec, Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Driver:
+    """Within its context the configuration is checked and settled, the plan made and the cluster connected.
+
+    config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together. model: what the plan
+    places. network: without values.
+    """
+
+    plan: Plan | None = None
+    model: ModelSpec
+    network: nn.Module
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self.config, self.console = config, console
+        self.launcher = choose_launcher(config.launch.launcher)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Driver:
+        try:
+            with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, torch to import: both at once
+                prepared = beside.submit(self._prepare)
+                if self.launcher == "ray":
+                    self._stack.enter_context(connect(self.config.launch.address))
+                prepared.result()
+            self._make_plan()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _prepare(self) -> None:
+        """What the configuration names is there and can be built."""
+        from anabranch.blocks.convert import prepare
+        from anabranch.runtime.assemble import make_data, make_loss, make_network
+        from anabranch.runtime.model_spec import spec_of
+
+        data = make_data(self.config)
+        try:
+            make_loss(self.config)
+            self.network = prepare(make_network(self.config, data, meta=True))
+            self.model = spec_of(self.network)
+            self.console.print(str(data), highlight=False)
+        finally:
+            data.close()
+
+    def _make_plan(self) -> None:
+        from anabranch.runtime.assemble import local_cluster, make_plan, settle
+
+        config = self.config
+        if self.launcher == "env":
+            return
+        if self.launcher == "none" and config.mesh.num_workers > 1:
+            raise ConfigError(
+                f"mesh.num_workers is {config.mesh.num_workers}, launcher none runs one: use --launcher ray"
+            )
+        cluster = self._cluster() if self.launcher == "ray" else local_cluster(1, "localhost")
+        self.plan = make_plan(config, self.model, cluster)
+        self.config = settle(config, self.plan)
+
+    def _cluster(self) -> Cluster:
+        """The cluster's devices; without GPUs and without a word from the user, two workers' places."""
+        cluster, mesh = discover(self.config.launch.cpus_per_worker), self.config.mesh
+        self._uses_gpus = cluster.devices[0].kind != "cpu"
+        if not self._uses_gpus and not mesh.num_workers and not mesh.shape and not mesh.plan.endswith(".toml"):
+            return replace(cluster, devices=cluster.devices[:2])
+        return cluster
+
+    def run(
+        self, kind: Literal["train", "eval", "verify"], what: str, *, checkpoint: str = "", steps: int = 0
+    ) -> dict[str, Any] | None:
+        """Runs the job on all ranks, showing progress; rank 0's result, None on the other ranks of torchrun."""
+        launch = self.config.launch
+        job = Job(kind, self.config, self.plan, launch.run_dir, checkpoint, str(Path.cwd()), steps)
+        other = self.launcher == "env" and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
+        with RunProgress(Console(quiet=True) if other else self.console, what) as progress:
+            if self.launcher != "ray":
+                result = run_here(job, progress.watch, self.launcher, backend=launch.backend, port=launch.port)
+                return None if other else result
+            assert self.plan is not None, "made with the cluster"
+            request = RayRequest(
+                mesh=(self.plan.data, self.plan.branch),
+                use_gpu=self._uses_gpus,
+                devices=self.plan.devices,
+                address=launch.address,
+                backend=launch.backend,
+                port=launch.port,
+                cpus_per_worker=launch.cpus_per_worker,
+                timeout_s=launch.timeout_s,
+            )
+            results = run_on_ray(job, request, progress.watch)
+            return {**results[0], "ray_calls": dict(ray_calls)}

@@ -1,0 +1,35 @@
+"""What workers are told: plain data, made by the driver without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from anabranch.cluster import WorkerContext
+from anabranch.runtime.config import Config
+from anabranch.schedulers import Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A target for every launcher: called with a rank's context, it does that rank's work.
+
+    kind: train, eval or verify. plan: None where the launcher has placed the ranks already (torchrun, srun): they make it
+    together. run_dir: "" where rank 0 is to choose it. checkpoint: to start from; "" for none. folder: the user's working
+    directory, importable on every worker. steps: of verify.
+    """
+
+    kind: Literal["train", "eval", "verify"]
+    config: Config
+    plan: Plan | None
+    run_dir: str = ""
+    checkpoint: str = ""
+    folder: str = ""
+    steps: int = 0
+
+    def __call__(self, context: WorkerContext) -> dict[str, Any]:
+        from anabranch.runtime import worker  # torch, which the driver need not wait for
+
+        return {"train": worker.train_worker, "eval": worker.eval_worker, "verify": worker.verify_worker}[self.kind](
+            self, context
+        )

@@ -1,0 +1,370 @@
+"""The main job on real input: trains under Ray, stops, goes on under other meshes, says what is wrong before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from anabranch.cluster import WorkerError, connect, ray_calls
+from anabranch.runtime import commands
+from anabranch.runtime.callbacks import Callback
+from anabranch.runtime.config import Config
+from anabranch.runtime.config_file import load_resumed
+from anabranch.runtime.errors import CheckpointError, ConfigError, DataError
+from anabranch.schedulers import PlanError
+
+CLI = [sys.executable, "-m", "anabranch.runtime"]
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"name": "multi_resnet", "options": {"depth": 8, "num_branches": 3}},
+    "data": {"name": "digits", "augment": "crop", "crop_padding": 1},
+    "train": {"epochs": 1, "max_steps": 6, "batch_size": 32, "bn_batch_size": 16, "precision": "fp64"},
+    "checkpoint": {"every_epochs": 0.1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    """One local cluster for this file; four workers' places on however many cores there are."""
+    with connect(num_cpus=4):
+        yield
+
+
+def config(folder: Path, *layers: Mapping[str, Mapping[str, Any]]) -> Config:
+    return Config.from_dict(SMALL, {"launch": {"run_dir": str(folder)}}, *layers)
+
+
+def train(config: Config) -> dict[str, Any]:
+    config.check()
+    result = commands.train(config, Console(quiet=True))
+    assert result is not None
+    return result
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
+    layer = {"train": {"epochs": 2, "max_steps": 0, "bn_batch_size": 0, "precision": "fp32"}, "checkpoint": {"every_epochs": 1}}
+    result = train(config(tmp_path / "run", layer))
+    assert result["test_accuracy"] > 0.9
+    assert result["steps"] == 2 * 45
+    assert 0 < result["median_step_s"] < result["train_seconds"]
+    assert result["run_dir"] == str(tmp_path / "run")
+    resolved = (tmp_path / "run" / "config.toml").read_text()
+    assert "bn_batch_size = 16" in resolved  # 32 samples ÷ 2 workers, as a number
+    plan = (tmp_path / "run" / "plan.toml").read_text()
+    assert "counts = [2, 1]" in plan
+    assert len(losses(tmp_path / "run")) == 90
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000045", "step-000090"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps in fp64, a checkpoint after the fourth, on a 1×2 mesh."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(config(folder))
+    assert len(losses(folder)) == 6
+    return folder
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"num_workers": 2, "shape": "2x1", "plan": "data"},
+        {"num_workers": 4, "shape": "2x2", "plan": "even"},
+        {"num_workers": 1, "shape": "1x1", "plan": "even"},
+    ],
+    ids=["2x1", "2x2", "1x1"],
+)
+def test_goes_on_with_the_same_losses_on_another_mesh(mesh: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    train(config(stopped, {"train": {"max_steps": 4}}))
+    given = {"mesh": mesh, "train": {"max_steps": 6}, "checkpoint": {"resume": str(stopped)}}
+    train(load_resumed(stopped, given))
+    assert losses(stopped)[:4] == losses(undisturbed)[:4]
+    assert losses(stopped)[4:] == pytest.approx(losses(undisturbed)[4:], rel=1e-9)
+
+
+def test_goes_on_bit_equal_under_the_same_plan(undisturbed: Path, tmp_path: Path) -> None:
+    single = {"train": {"precision": "fp32"}}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(config(whole, single))
+    train(config(stopped, single, {"train": {"max_steps": 4}}))
+    train(load_resumed(stopped, {"train": {"max_steps": 6}, "checkpoint": {"resume": str(stopped)}}))
+    assert losses(stopped) == losses(whole)
+
+
+def test_ray_is_outside_the_step(tmp_path: Path) -> None:
+    """Ray calls over N and over 2N steps differ only by the once-a-second watch."""
+    counts = []
+    for steps in (5, 10):
+        ray_calls.clear()
+        result = train(config(tmp_path / str(steps), {"train": {"max_steps": steps}, "checkpoint": {"every_epochs": 0}}))
+        counts.append({name: n for name, n in result["ray_calls"].items() if not name.startswith("watch")})
+    assert counts[0] == counts[1]
+    assert counts[0]["run"] == 2
+
+
+class Recorder(Callback):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.tested: list[float] = []
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        self.steps.append(metrics["step"])
+
+    def on_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        self.tested.append(metrics["test_accuracy"])
+
+
+def test_trainer_in_python_tells_its_callbacks() -> None:
+    from anabranch.blocks import build
+    from anabranch.runtime import Trainer
+    from anabranch.runtime.data.load import load_data
+
+    recorder = Recorder()
+    network = build("multi_resnet", depth=8, num_branches=2, in_channels=1)
+    chosen = Config.from_dict(SMALL, {"train": {"max_steps": 3, "precision": "bf16"}, "mesh": {"plan": "data"}})
+    result = Trainer(network, load_data("digits"), chosen, callbacks=[recorder]).fit()
+    assert recorder.steps == [1, 2, 3]
+    assert recorder.tested == [result["test_accuracy"]]
+
+
+def test_eval_and_export_read_a_run(undisturbed: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from anabranch.blocks import build
+
+    quiet = Console(quiet=True)
+    tested = commands.evaluate(undisturbed, "", quiet)
+    assert tested is not None
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert tested["test_accuracy"] == [line for line in lines if line["kind"] == "evaluation"][-1]["test_accuracy"]
+    commands.export(undisturbed, tmp_path / "model.safetensors", "", quiet)
+    build("multi_resnet", depth=8, num_branches=3, in_channels=1).load_state_dict(
+        load_file(tmp_path / "model.safetensors"), strict=True
+    )
+
+
+def test_verify_says_how_far_the_plan_is_from_one_device() -> None:
+    result = commands.verify(
+        Config.from_dict(SMALL, {"mesh": {"num_workers": 4, "shape": "2x2"}}), 2, True, 1e-9, Console(quiet=True)
+    )
+    assert result is not None
+    assert result["max_relative_difference"] <= 1e-9
+    assert result["num_compared"] > 50
+
+
+USER_CODE = """
+import torch
+from anabranch.blocks import build
+
+def broken_loss(output, target):
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("my own mistake")
+    return torch.nn.functional.cross_entropy(output, target, reduction="none")
+
+def broken_net():
+    return build("multi_resnet", depth=8, num_branches=undefined_name)
+"""
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "theirs.py").write_text(USER_CODE)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("theirs", None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
+
+
+def test_a_failing_worker_is_told_once_with_rank_and_host(user_folder: Path) -> None:
+    with pytest.raises(WorkerError) as raised:
+        train(config(user_folder / "run", {"train": {"loss": "theirs:broken_loss"}}))
+    message = str(raised.value)
+    assert "rank 1 on host" in message
+    assert message.count("my own mistake") == 1
+    assert "theirs.py" in message
+    assert "onnection" not in message
+
+
+def test_a_failing_factory_is_told_with_the_users_line(user_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"theirs\.py.*line 11(.|\n)*undefined_name"):
+        train(config(user_folder / "run", {"model": {"name": "theirs:broken_net"}}))
+    assert not (user_folder / "run").exists()
+
+
+PLAN = "[mesh]\ndata = 1\nbranch = 2\n[[blocks]]\nmatch = \"{match}\"\nsplit = \"branch\"\n{branches}\n"
+
+BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("too many workers", {"mesh": {"num_workers": 9}}, PlanError, r"9.*4"),
+    ("bn group above the batch", {"train": {"bn_batch_size": 33}}, ConfigError, r"bn_batch_size.*33"),
+    ("bn group above the micro-batch", {"train": {"accumulation": 4}}, ConfigError, r"bn_batch_size is 16.*8"),
+    ("no such archive", {"data": {"name": "cifar10", "path": "/nowhere"}}, DataError, "/nowhere"),
+    ("nccl without CUDA", {"launch": {"backend": "nccl"}}, ValueError, "nccl.*CUDA"),
+    ("unmatched block", {"mesh": {"plan": ("stage1.*", 'branches = "even"')}}, PlanError, r"stage2\.block1"),
+    ("rule that matches nothing", {"mesh": {"plan": ("stage9.*", 'branches = "even"')}}, PlanError, r"stage9"),
+    ("counts that do not sum", {"mesh": {"plan": ("stage*", "counts = [3, 3]")}}, PlanError, r"3.*6"),
+    ("no such scheduler", {"mesh": {"plan": "evn"}}, PlanError, r"evn.*even"),
+    ("not a run", {"checkpoint": {"resume": "/nowhere"}}, ConfigError, "/nowhere"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "error", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_wrong_input_ends_before_any_worker_starts(
+    layer: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    plan = layer.get("mesh", {}).get("plan")
+    if isinstance(plan, tuple):
+        path = tmp_path / "plan.toml"
+        path.write_text(PLAN.format(match=plan[0], branches=plan[1]))
+        layer = {"mesh": {"plan": str(path)}}
+    ray_calls.clear()
+    with pytest.raises(error, match=f"(?s){message}"):
+        train(config(tmp_path / "run", layer))
+    assert "run" not in ray_calls
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"{port} is in use"):
+            train(config(tmp_path / "run", {"launch": {"port": port}}))
+
+
+def test_a_checkpoint_of_another_model_or_torn_is_refused_before_workers_start(undisturbed: Path, tmp_path: Path) -> None:
+    other = {"model": {"options": {"num_branches": 2}}, "checkpoint": {"resume": str(undisturbed)}}
+    ray_calls.clear()
+    with pytest.raises(CheckpointError, match="another network"):
+        train(load_resumed(undisturbed, {**other, "launch": {"run_dir": str(tmp_path / "new")}}))
+    torn = tmp_path / "torn"
+    subprocess.run(["cp", "-r", str(undisturbed), str(torn)], check=True)
+    for file in torn.glob("checkpoints/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match="safetensors"):
+        train(load_resumed(torn, {"checkpoint": {"resume": str(torn)}}))
+    assert "run" not in ray_calls
+
+
+def test_a_run_is_not_overwritten(undisturbed: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(config(undisturbed))
+
+
+LONG = ["train", "--epochs", "400", "--checkpoint.every-epochs", "0", "--model.options.depth", "8", "--json", "--run-dir"]
+
+
+def process_stat(pid: int) -> tuple[str, int] | None:
+    """State and parent of a process, None where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[1])
+
+
+def descendants(pid: int) -> set[int]:
+    """The process's children, theirs, and so on."""
+    everyone = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    parents = {child: stat[1] for child in everyone if (stat := process_stat(child)) is not None}
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def stop_by(sig: signal.Signals, folder: Path, *more: str) -> tuple[int, dict[str, Any], float, set[int]]:
+    """Trains in a process group of its own and sends it a signal in the middle, as a terminal does."""
+    process = subprocess.Popen(
+        [*CLI, *LONG, str(folder), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 90
+        metrics = folder / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size > 0):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no step in 90 s"
+            time.sleep(0.2)
+        family = descendants(process.pid)
+        sent = time.monotonic()
+        os.killpg(process.pid, sig)
+        out, err = process.communicate(timeout=60)
+        seconds = time.monotonic() - sent
+    finally:
+        process.kill()
+    alive = {pid for pid in family if (stat := process_stat(pid)) is not None and stat[0] != "Z"}
+    return process.returncode, {**json.loads(out.splitlines()[-1]), "stderr": err}, seconds, alive
+
+
+def test_ctrl_c_saves_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -> None:
+    code, answer, seconds, alive = stop_by(signal.SIGINT, tmp_path / "run")
+    assert code == 130
+    assert seconds <= 10
+    assert not alive
+    assert f"--resume {tmp_path / 'run'}" in answer["error"]
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
+    code, answer, _, alive = stop_by(signal.SIGTERM, tmp_path / "run", "--launcher", "none", "--plan", "data")
+    assert code == 143
+    assert not alive
+    assert f"--resume {tmp_path / 'run'}" in answer["error"]
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_torchrun_starts_the_same_worker(tmp_path: Path, undisturbed: Path) -> None:
+    layer = tmp_path / "config.toml"
+    layer.write_text(Config.from_dict(SMALL).to_toml())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "anabranch.runtime", "train", str(layer), "--json", "--run-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 6
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    module, plan, _script = re.findall(r"```\w+\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "mine.py").write_text(module)
+    (tmp_path / "plan.toml").write_text(plan)
+    monkeypatch.chdir(tmp_path)
+    chosen = Config.from_dict(
+        {
+            "model": {"name": "mine:MyNet"},
+            "data": {"name": "mine:make_dataset"},
+            "train": {"max_steps": 3},
+            "mesh": {"plan": "plan.toml"},
+            "launch": {"run_dir": str(tmp_path / "run")},
+        }
+    )
+    assert train(chosen)["steps"] == 3
+
+
