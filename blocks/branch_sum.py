@@ -5,8 +5,8 @@
         │               └──► branch 2 ─┘            ▲
         └───────────────────────────────────────────┘
 
-`enter` and `join` are replicated wherever the block runs; a copy holds the parameters of some branches only. A
-runtime that keeps the others elsewhere sets `exchange`; the module itself knows of one device.
+`enter` and `join` are replicated wherever the block runs; a copy holds the parameters of some branches only.
+A runtime that keeps the others elsewhere sets `exchange`; the module itself knows of one device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Self
 
 import torch
@@ -48,15 +49,15 @@ class BranchTensor:
 class BranchSum(nn.Module):
     """y = join(x, h, Σ_b branch_b(h)) with h = enter(x). Subclasses give `enter`, `branches`, `join`.
 
-    Branches lie either as modules in `self.branch`, a ModuleDict with the keys "0", "1", …, or stacked in tensors, which
-    `branch_tensors` then names.
+    Branches lie either as modules in `self.branch`, a ModuleDict with the keys "0", "1", …, or stacked in
+    tensors, which `branch_tensors` then names.
 
     num_branches: terms of the sum, over all copies.
     held: the branches this copy has parameters of, ascending; all of them on one device.
-    exchange: set by a runtime that holds the other branches elsewhere. Called as exchange(partial_sum, h), it returns
-        the sum over all branches.
-    execution: "fused" runs the held branches as one wide computation where the class can, "looped" one by one; equal
-        up to rounding.
+    exchange: set by a runtime that holds the other branches elsewhere. Called as exchange(partial_sum, h), it
+        returns the sum over all branches.
+    execution: "fused" runs the held branches as one wide computation where the class can, "looped" one after
+        another; equal up to rounding.
     """
 
     exchange: Callable[[Callable[[Hidden], Tensor], Hidden], Tensor] | None = None
@@ -71,7 +72,7 @@ class BranchSum(nn.Module):
         self._shape_oracle: tuple[BranchSum] | None = None  # in a tuple: not a submodule, holds no memory
 
     def enter(self, x: Tensor) -> Hidden:
-        """What all branches read: x itself, its normalised form, shared first layers (a tensor or a tuple)."""
+        """What all branches read: x itself, its normalised form, shared first layers (or a tuple of such)."""
         return x
 
     def branches(self, h: Hidden) -> Tensor:
@@ -83,10 +84,12 @@ class BranchSum(nn.Module):
         return x + s
 
     def branch_tensors(self) -> dict[str, BranchTensor]:
-        """The parameters and buffers (names relative to this module) that belong to branches; others are replicated."""
-        everything = [self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)]
-        names = [name for tensors in everything for name, _ in tensors]
-        return {name: BranchTensor((int(name.split(".")[1]),)) for name in names if name.startswith("branch.")}
+        """The branches' parameters and buffers (names relative to this module); all others are replicated."""
+        tensors = chain(
+            self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)
+        )
+        names = [name for name, _ in tensors if name.startswith("branch.")]
+        return {name: BranchTensor((int(name.split(".")[1]),)) for name in names}
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.enter(x)
@@ -108,20 +111,23 @@ class BranchSum(nn.Module):
     def shard(self, held: Sequence[int], memo: dict[int, object] | None = None) -> Self:
         """The same module with only the parameters of the branches `held`.
 
-        Replicated tensors are the original's own. `memo` (as `copy.deepcopy`'s) keeps parameters shared that several
-        modules share: pass one dict for all of them. Raises ModelError if a branch is not held here.
+        Replicated tensors are the original's own. `memo` (as `copy.deepcopy`'s) keeps parameters shared that
+        several modules share: pass one dict for all of them. Raises ModelError if a branch is not held here.
         """
         held = tuple(sorted(held))
         if missing := [b for b in held if b not in self.held]:
             raise ModelError(f"cannot take branches {missing}: this copy holds {list(self.held)}")
         memo = {} if memo is None else memo
+        kept = memo.setdefault(id(memo), [])  # deepcopy's own place: an id in the memo must stay its tensor's
+        assert isinstance(kept, list)
         oracle = self._shape_oracle
         if not held and oracle is None:
             oracle = (copy.deepcopy(self.shard(self.held[:1])).to("meta").eval(),)
         owned = self.branch_tensors()
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             memo.setdefault(id(tensor), _taken(tensor, owned.get(name), held))
-        if isinstance(modules := self._modules.get("branch"), nn.ModuleDict):  # the held modules themselves, no others
+            kept.append(tensor)
+        if isinstance(modules := self._modules.get("branch"), nn.ModuleDict):  # the held ones, as they are
             memo[id(modules)] = nn.ModuleDict({key: modules[key] for key in modules if int(key) in held})
         exchange, self.exchange = self.exchange, None
         try:
@@ -143,7 +149,9 @@ def branch_sums(module: nn.Module, name: str = "") -> list[tuple[str, BranchSum]
     """The outermost BranchSums in a module with their names, in order; a block has one or more."""
     if isinstance(module, BranchSum):
         return [(name, module)]
-    children = module.named_children()
+    children = [
+        (key, child) for key, child in module._modules.items() if child is not None
+    ]  # repeated ones too
     return [found for key, child in children for found in branch_sums(child, f"{name}.{key}".lstrip("."))]
 
 
@@ -152,7 +160,7 @@ def _on_meta(h: Hidden) -> Hidden:
 
 
 def _taken(tensor: Tensor, owner: BranchTensor | None, held: Iterable[int]) -> Tensor:
-    """The held branches' part of a tensor as a tensor of its own, the tensor itself where it is replicated."""
+    """The held branches' part of a tensor as a tensor of its own; the tensor itself if it is replicated."""
     if owner is None or owner.dim is None or tuple(held) == owner.held:
         return tensor
     parts = [part for branch, part in owner.slices(tensor.detach()) if branch in set(held)]

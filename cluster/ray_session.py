@@ -9,6 +9,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ _OBJECT_STORE_BYTES = (
     100 * 2**20
 )  # we send functions and results, no tensors; Ray would take 30 % of the memory
 _ANSWER_S = 5.0
+# Ray notices late what a run gave back.
+_SETTLE_S = 3.0
+_given_back_at = float("-inf")
+
+
+def note_given_back() -> None:
+    """A run of this process has just given back what it held: the next look at the cluster waits until Ray knows."""
+    global _given_back_at
+    _given_back_at = time.monotonic()
 # Ray prints this on the driver's standard output for a process that is gone; we say it once, with rank and host.
 _SAID_BY_US = "A worker died or was killed"
 
@@ -73,7 +83,18 @@ def connect(address: str = "", num_cpus: int | None = None, num_gpus: int | None
 
 
 def hosts() -> tuple[Host, ...]:
-    """Every node of the connected cluster, the one with most GPUs (then CPUs) first.
+    """Every node of the connected cluster, the one with most GPUs (then CPUs) first, and what is free on each."""
+    found = _hosts()
+    while any((host.free_cpus, host.free_gpus) != (host.cpus, host.gpus) for host in found):
+        if time.monotonic() > _given_back_at + _SETTLE_S:
+            break  # others hold it
+        time.sleep(0.1)
+        found = _hosts()
+    return found
+
+
+def _hosts() -> tuple[Host, ...]:
+    """One look.
 
     A node is called by its host name; where several share one, by address, and where they share that too, by a part
     of its node ID.
@@ -81,8 +102,8 @@ def hosts() -> tuple[Host, ...]:
     import ray
     from ray._private.state import available_resources_per_node  # the public one adds the nodes up
 
-    nodes = [node for node in counted("nodes", ray.nodes) if node["Alive"]]
-    free = counted("available_resources", available_resources_per_node)
+    nodes = [node for node in counted("watch_nodes", ray.nodes) if node["Alive"]]
+    free = counted("watch_resources", available_resources_per_node)
     names = Counter(node["NodeManagerHostname"] for node in nodes)
     addresses = Counter(node["NodeManagerAddress"] for node in nodes)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from anabranch.cluster.actors import Target
 from anabranch.cluster.errors import ClusterError, StoppedError
 from anabranch.cluster.failures import Failure, worker_error
-from anabranch.cluster.placement import Devices, Host, Seat, place
+from anabranch.cluster.placement import Devices, Host, place
 from anabranch.cluster.ray_calls import counted
 from anabranch.cluster.ray_session import connect, hosts
 from anabranch.cluster.stop_signals import stop_signals
@@ -22,7 +21,6 @@ Watch = Callable[[list[dict[str, Any]]], str | None]
 
 WATCH_S = 1.0
 STATUS_WAIT_S = 0.2
-SETTLE_S = 3.0
 # From Ctrl-C: the workers save; with Ray's own end (1.5 s) all processes are gone in ten seconds.
 STOP_S = 6.5
 # After a failure, for the others' to arrive: a dead process is noticed later than its peers' lost connections.
@@ -85,7 +83,13 @@ def _start(request: RayRequest, backend: str, stop: _Stop) -> WorkerGroup:
             f"launch.backend is nccl, which needs CUDA GPUs: the workers asked for have none "
             f"({', '.join(f'{host.name}: {host.gpus} GPUs' for host in found)}); make it gloo"
         )
-    seats = _seats(request, found)
+    seats = place(
+        found,
+        request.mesh,
+        use_gpu=request.use_gpu,
+        cpus_per_worker=request.cpus_per_worker,
+        devices=request.devices,
+    )
     reserved: dict[Host, int] = {}
     while True:
         group = WorkerGroup(seats, request.use_gpu, request.cpus_per_worker, reserved)
@@ -106,27 +110,6 @@ def _start(request: RayRequest, backend: str, stop: _Stop) -> WorkerGroup:
                     f"{host.gpus - host.free_gpus} of its {host.gpus}; leave devices out of the plan, or wait for them"
                 )
             reserved[host] = host.gpus - sum(seat.host == host for seat in seats)
-
-
-def _seats(request: RayRequest, found: tuple[Host, ...]) -> tuple[Seat, ...]:
-    """Where the ranks go. Ray notices late what a run before this one gave back: it is asked for a while."""
-    place_on = partial(
-        place,
-        mesh=request.mesh,
-        use_gpu=request.use_gpu,
-        cpus_per_worker=request.cpus_per_worker,
-        devices=request.devices,
-    )
-    deadline = time.monotonic() + SETTLE_S
-    while True:
-        try:
-            return place_on(found)
-        except ClusterError:
-            if time.monotonic() > deadline:
-                raise
-            place_on(tuple(replace(host, free_cpus=host.cpus, free_gpus=host.gpus) for host in found))
-        time.sleep(SETTLE_S / 10)
-        found = hosts()
 
 
 def _await_start(group: WorkerGroup, request: RayRequest, stop: _Stop) -> list[Host]:

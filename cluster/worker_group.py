@@ -13,6 +13,7 @@ from anabranch.cluster.errors import ClusterError
 from anabranch.cluster.failures import Failure
 from anabranch.cluster.placement import Host, Seat
 from anabranch.cluster.ray_calls import counted
+from anabranch.cluster.ray_session import note_given_back
 
 _NODE_LABEL = "ray.io/node-id"
 _STDERR_LINES = 20
@@ -200,3 +201,4 @@ class WorkerGroup:
         for actor in self._actors + self._holders:
             counted("kill", ray.kill, actor)
         counted("remove_placement_group", remove_placement_group, self._placement)
+        note_given_back()

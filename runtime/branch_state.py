@@ -1,7 +1,7 @@
 """Tensors keyed by branch: the form in which state is independent of plan and mesh.
 
-A parameter stacked over branches appears as one entry a branch, "blocks.stage1.block1.convs.0.weight@2"; every other tensor
-under its own name. Whoever holds which branches, the keys of a network are the same.
+A parameter stacked over branches appears as one entry a branch, "blocks.stage1.block1.convs.0.weight@2";
+every other tensor under its own name. Whoever holds which branches, the keys of a network are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def by_branch(name: str, tensor: Tensor, owners: Owners) -> dict[str, Tensor]:
 
 def entries(tensors: Mapping[str, Tensor], owners: Owners) -> dict[str, Tensor]:
     """The entries of many tensors."""
-    return {key: part for name, tensor in tensors.items() for key, part in by_branch(name, tensor, owners).items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found |= by_branch(name, tensor, owners)
+    return found
 
 
 def branch_of(key: str, owners: Owners) -> int | None:

@@ -1,18 +1,18 @@
 """The four collectives of branch parallelism: autograd pairs over the branch group.
 
-    name                  forward                    backward                    used
-    copy_to_branches      identity                   all-reduce                  between `enter` and `branches`
-    reduce_from_branches  all-reduce                 identity                    before `join`
-    gather_samples        all-gather of samples      own slice                   split `sample` → `branch`
-    scatter_samples       own slice                  all-gather of the gradient  split `branch` → `sample`
+    name                  forward                backward                    used
+    copy_to_branches      identity               all-reduce                  between `enter` and `branches`
+    reduce_from_branches  all-reduce             identity                    before `join`
+    gather_samples        all-gather of samples  own slice                   split `sample` → `branch`
+    scatter_samples       own slice              all-gather of the gradient  split `branch` → `sample`
 
-Not `torch.distributed.nn.functional`: its all-reduce sums the gradient again, branch-group-size times too much here,
-because inside split `branch` every rank's gradient is already whole.
+Not `torch.distributed.nn.functional`: its all-reduce sums the gradient again, branch-group-size times too
+much here, because inside split `branch` every rank's gradient is already whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from anabranch.blocks.branch_sum import Hidden
 
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+# renamed in torch 2.13
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def copy_to_branches(h: Hidden, group: dist.ProcessGroup) -> Hidden:
@@ -30,28 +31,31 @@ def copy_to_branches(h: Hidden, group: dist.ProcessGroup) -> Hidden:
     `join` must get h from *before* this, else the shortcut's gradient counts once for every rank.
     """
     if isinstance(h, Tensor):
-        return _Copy.apply(h, group)
-    return tuple(_Copy.apply(part, group) if part.is_floating_point() else part for part in h)
+        return _copy(h, group)
+    return tuple(_copy(part, group) if part.is_floating_point() else part for part in h)
 
 
 def reduce_from_branches(s: Tensor, h: Hidden, group: dist.ProcessGroup) -> Tensor:
     """The sum of all ranks' partial sums, on every rank.
 
-    h is what `copy_to_branches` returned. A rank whose branches do not use it (it holds none) must still take part in that
-    one's all-reduce: the extra input keeps the edge in the graph at no cost.
+    h is what `copy_to_branches` returned. A rank whose branches do not use it (it holds none) must still take
+    part in that one's all-reduce: the extra input keeps the edge in the graph at no cost.
     """
     parts = (h,) if isinstance(h, Tensor) else h
-    return _Reduce.apply(s, group, *parts)
+    # Whether the sum needs a gradient must not depend on which branches are here (none, frozen ones), else some ranks
+    # would call the backward of what comes before and others not.
+    anchor = torch.empty(0, requires_grad=True)
+    return _reduce(s, group, anchor, *parts)
 
 
 def gather_samples(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """All ranks' samples in order: rank i gives sizes[i] rows (unequal and zero allowed)."""
-    return _Gather.apply(x, tuple(sizes), group)
+    return _gather(x, tuple(sizes), group)
 
 
 def scatter_samples(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """This rank's slice of samples that every rank has."""
-    return _Scatter.apply(x, tuple(sizes), group)
+    return _scatter(x, tuple(sizes), group)
 
 
 class _Copy(torch.autograd.Function):
@@ -101,8 +105,14 @@ class _Scatter(torch.autograd.Function):
         return gathered_rows(grads[0], ctx.sizes, ctx.group), None, None
 
 
+_copy: Callable[..., Tensor] = _Copy.apply
+_reduce: Callable[..., Tensor] = _Reduce.apply
+_gather: Callable[..., Tensor] = _Gather.apply
+_scatter: Callable[..., Tensor] = _Scatter.apply
+
+
 def gathered_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """All ranks' rows in order, outside autograd. Rows are padded to the longest: gloo refuses unequal shapes."""
+    """All ranks' rows in order, outside autograd; padded on the way, as gloo refuses unequal shapes."""
     longest = max(sizes)
     x = x.contiguous()
     if x.shape[0] < longest:

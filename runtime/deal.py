@@ -1,7 +1,8 @@
 """How the samples of a batch are dealt to ranks: in BN groups, in order.
 
-A batch is an ordered list of BN groups. Replicas are dealt whole groups, and so are the ranks of a replica for the
-blocks that split samples; only where there are fewer groups than takers is a group cut, and its statistics synchronized.
+A batch is an ordered list of BN groups. Replicas are dealt whole groups, and so are the ranks of a replica
+for the blocks that split samples; only where there are fewer groups than takers is a group cut, and its
+statistics synchronized.
 
     12 samples, groups of 3, 2 × 2 ranks          12 samples, one group, 2 × 2 ranks
     groups    [a a a|b b b|c c c|d d d]           [a a a a a a a a a a a a]
@@ -13,11 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
 class Share:
-    """Consecutive samples of a batch: [start, stop), cut as `group_sizes`; the first belongs to group `first_group`."""
+    """Consecutive samples of a batch.
+
+    [start, stop), cut as `group_sizes`; the first sample belongs to the batch's group `first_group`.
+    """
 
     start: int
     stop: int
@@ -30,7 +35,8 @@ class Deal:
     """Who gets which samples of one batch (or micro-batch).
 
     start: index of its first sample in the step's batch. group_sizes: its BN groups.
-    replicas: by data rank. ranks: by data rank and branch rank; together a replica's ranks hold what the replica holds.
+    replicas: by data rank. ranks: by data rank and branch rank; together a replica's ranks hold what the
+        replica holds.
     """
 
     start: int
@@ -64,8 +70,8 @@ def deal_step(
 ) -> list[Deal]:
     """The micro-batches of one step of `num_samples` samples, each dealt to data × branch ranks.
 
-    The step has ⌈num_samples ÷ bn_batch_size⌉ groups, sizes differing by at most one, larger first. Micro-batches are dealt
-    whole groups; a short step may have fewer micro-batches than `accumulation`.
+    The step has ⌈num_samples ÷ bn_batch_size⌉ groups, sizes differing by at most one, larger first.
+    Micro-batches are dealt whole groups; a short step may have fewer micro-batches than `accumulation`.
     samples: weights of the replicas (BN groups of each in a full step); even if None.
     """
     num_groups = -(-num_samples // bn_batch_size)
@@ -115,11 +121,11 @@ def _divide(share: Share, weights: Sequence[int]) -> list[Share]:
 
 
 def _ranges(total: int, weights: Sequence[int]) -> list[tuple[int, int]]:
-    """[0, total) cut in proportion to the weights, by largest remainder (earlier takers first among equals)."""
+    """[0, total) cut in proportion to weights, by largest remainder (earlier takers first among equals)."""
     whole = sum(weights)
     counts = [total * weight // whole for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), i))
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     edges = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

@@ -1,4 +1,4 @@
-"""Losses: a loss function gives one value a sample; what a rank adds to the step is their sum ÷ the step's samples."""
+"""Losses: a function gives one value a sample; a rank adds their sum ÷ the step's samples to the step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def step_share(loss: LossFunction, output: Tensor, target: Tensor, num_samples: 
         return values * (rows / num_samples)
     if values.shape[0] != rows:
         raise ConfigError(
-            f"the loss returned a tensor of shape {tuple(values.shape)} for {rows} samples: return one value a sample, "
-            "or their mean"
+            f"the loss returned a tensor of shape {tuple(values.shape)} for {rows} samples: return one value "
+            "a sample, or their mean"
         )
     return values.sum() / num_samples

@@ -7,11 +7,13 @@ import math
 from anabranch.runtime.config import LrScheduleConfig
 
 
-def learning_rate(schedule: LrScheduleConfig, peak: float, step: int, steps_per_epoch: int, num_steps: int) -> float:
+def learning_rate(
+    schedule: LrScheduleConfig, peak: float, step: int, steps_per_epoch: int, num_steps: int
+) -> float:
     """The rate of step `step` (from 0) of `num_steps`.
 
-    Warm-up rises linearly to the schedule's value over `warmup_epochs`; "step" counts its milestones in epochs; "cosine" falls
-    from the end of the warm-up to the last step.
+    Warm-up rises linearly to the schedule's value over `warmup_epochs`; "step" counts its milestones in
+    epochs; "cosine" falls from the end of the warm-up to the last step.
     """
     epoch = step / steps_per_epoch
     warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)

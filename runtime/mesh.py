@@ -12,7 +12,8 @@ from anabranch.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. The *branch group* holds one replica; the *data group* holds the same branches elsewhere.
+    """This rank's place. The *branch group* holds one replica; the *data group* holds the same branches
+    elsewhere.
 
     data, branch: sizes of the axes. data_rank, branch_rank: this rank's coordinates.
     """
@@ -36,10 +37,11 @@ class Mesh:
 
 
 def make_mesh(data: int, branch: int, device_type: str = "cpu") -> Mesh:
-    """The mesh over all ranks of the default process group, which must be data·branch many (else ConfigError)."""
+    """The mesh over the default process group, which must have data·branch ranks (else ConfigError)."""
     if dist.get_world_size() != data * branch:
         raise ConfigError(
-            f"a mesh of {data}x{branch} needs {data * branch} ranks, the process group has {dist.get_world_size()}"
+            f"a mesh of {data}x{branch} needs {data * branch} ranks, there are {dist.get_world_size()}: "
+            "change the mesh or the number of workers"
         )
     device_mesh = init_device_mesh(device_type, (data, branch), mesh_dim_names=("data", "branch"))
     world = dist.group.WORLD

@@ -13,8 +13,8 @@ from anabranch.schedulers import BlockSpec, ModelSpec
 def spec_of(network: nn.Module) -> ModelSpec:
     """The plain-data description of a network with stem, blocks, head.
 
-    Raises ModelError for a block whose sums have unequal numbers of branches, for a parameter that belongs to different
-    branches at once, and for parameters outside stem, blocks and head.
+    Raises ModelError for a block whose sums have unequal numbers of branches, for a parameter that belongs to
+    different branches at once, and for parameters outside stem, blocks and head.
     """
     blocks = named_blocks(network)
     elements = {"stem": network.stem, **dict(blocks), "head": network.head}
@@ -24,32 +24,32 @@ def spec_of(network: nn.Module) -> ModelSpec:
             users.setdefault(parameter, []).append(element)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     if stray := [name for identity, name in names.items() if identity not in users]:
-        raise ModelError(f"parameters outside stem, blocks and head: {', '.join(stray)}; move them into one of these")
-    shares = {
-        element: frozenset(names[i] for i, used_by in users.items() if element in used_by and len(used_by) > 1)
-        for element in elements
-    }
+        raise ModelError(f"parameters outside stem, blocks and head: {', '.join(stray)}: move them into one")
+    tied = {names[i]: used_by for i, used_by in users.items() if len(used_by) > 1}
+    shares = {e: frozenset(name for name, used_by in tied.items() if e in used_by) for e in elements}
+    _check_owners(network)
     specs = []
     for name, block in blocks:
         sums = branch_sums(block)
         sizes = [block_sum.num_branches for _, block_sum in sums]
         if len(set(sizes)) > 1:
             raise ModelError(f"{name} has sums of {sizes} branches: the sums of one block need equally many")
-        _check_owners(name, block)
         specs.append(BlockSpec(name, sizes[0] if sizes else 1, max(len(sizes), 1), shares[name]))
     return ModelSpec(tuple(specs), shares["stem"], shares["head"])
 
 
-def _check_owners(block_name: str, block: nn.Module) -> None:
-    """A parameter tied inside a block must belong to the same branches under each of its names."""
-    owners: dict[int, tuple[str, object]] = {}
-    for prefix, block_sum in branch_sums(block):
-        owned = block_sum.branch_tensors()
-        for name, parameter in block_sum.named_parameters(remove_duplicate=False):
-            full = f"{prefix}.{name}".lstrip(".")
-            first_name, first = owners.setdefault(id(parameter), (full, owned.get(name)))
-            if first != owned.get(name):
-                raise ModelError(
-                    f"{block_name}: {first_name} and {full} are one parameter that belongs to different branches: "
-                    "give each branch its own, or move the shared layer into `enter` or `join`"
-                )
+def _check_owners(network: nn.Module) -> None:
+    """A parameter with several names must belong to the same branches under each of them."""
+    owned = {
+        f"{prefix}.{name}": owner
+        for prefix, block_sum in branch_sums(network)
+        for name, owner in block_sum.branch_tensors().items()
+    }
+    first_names: dict[int, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(id(parameter), name)
+        if owned.get(first) != owned.get(name):
+            raise ModelError(
+                f"{first} and {name} are one parameter of different branches: give each branch its own, or move the "
+                "shared layer into `enter` or `join`"
+            )

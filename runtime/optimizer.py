@@ -17,24 +17,22 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if config.name == "adamw":
         return torch.optim.AdamW(
-            trained, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=True
+            trained, config.lr, config.betas, config.eps, config.weight_decay, foreach=True
         )
+    nesterov = config.nesterov and config.momentum > 0
     return torch.optim.SGD(
-        trained,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        weight_decay=config.weight_decay,
-        foreach=True,
+        trained, config.lr, config.momentum, 0.0, config.weight_decay, nesterov, foreach=True
     )
 
 
 def clip_gradients(network: ParallelNetwork, max_norm: float) -> Tensor:
-    """Scales all (reduced) gradients so that their global L2 norm is at most max_norm; returns the norm before.
+    """Scales all (reduced) gradients so that their global L2 norm is at most max_norm; returns the norm
+    before.
 
     Replicated parameters count once, and each branch's on the rank of the branch group that holds it.
     """
-    owned, replicated = [], []
+    owned: list[Tensor] = []
+    replicated: list[Tensor] = []
     for name, parameter in network.named_parameters():
         if parameter.grad is not None:
             (owned if network.roles[name].over == "data" else replicated).append(parameter.grad)

@@ -1,7 +1,7 @@
 """A one-device network becomes this rank's part of a plan.
 
-Between the elements (stem, blocks, head) a rank holds either its *own* samples or, with the others of its branch group,
-the whole *group*'s. Transitions are inserted where the plan changes:
+Between the elements (stem, blocks, head) a rank holds either its *own* samples or, with the others of its
+branch group, the whole *group*'s. Transitions are inserted where the plan changes:
 
     element           needs      BN statistics over          replicated parameters' gradients count
     split "sample"    own        own groups                  1      (each rank saw its own samples)
@@ -57,8 +57,8 @@ class Role:
 class RankBatch:
     """A (micro-)batch as one rank sees it.
 
-    own, group: layouts of the rank's own rows and of its replica's. own_range, group_range: those rows' positions in the
-    step's batch. sizes: own rows of each rank of the branch group.
+    own, group: layouts of the rank's own rows and of its replica's. own_range, group_range: those rows'
+    positions in the step's batch. sizes: own rows of each rank of the branch group.
     """
 
     own: BatchLayout
@@ -100,7 +100,9 @@ class ParallelNetwork(nn.Module):
     def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh) -> None:
         super().__init__()
         self.plan, self.mesh = plan, mesh
-        self.stem, self.blocks, self.head = network.stem, network.blocks, network.head
+        self.stem, self.blocks, self.head = (
+            network.get_submodule(name) for name in ("stem", "blocks", "head")
+        )
         self.roles: dict[str, Role] = {}
 
     @property
@@ -116,7 +118,8 @@ class ParallelNetwork(nn.Module):
 
     def elements(self) -> list[tuple[str, nn.Module, Rows]]:
         """(name, module, rows it works on) of stem, blocks and head, in order."""
-        blocks = [(name, block, self._rows(self.plan.blocks[name].split)) for name, block in named_blocks(self)]
+        placed = self.plan.blocks
+        blocks = [(name, block, self._rows(placed[name].split)) for name, block in named_blocks(self)]
         return [("stem", self.stem, self.input_rows), *blocks, ("head", self.head, self.output_rows)]
 
     def forward(self, x: Tensor, batch: RankBatch) -> Tensor:
@@ -161,18 +164,21 @@ class ParallelNetwork(nn.Module):
         )
 
 
-def parallelize(network: nn.Module, plan: Plan, mesh: Mesh, *, execution: Execution = "fused") -> ParallelNetwork:
+def parallelize(
+    network: nn.Module, plan: Plan, mesh: Mesh, *, execution: Execution = "fused"
+) -> ParallelNetwork:
     """Changes a one-device network into this rank's part under a plan.
 
-    `network` (stem, blocks, head) is consumed: its modules become the result's, with only the parameters that this rank
-    holds. Do it before the network moves to the device. Its BatchNorm and Dropout are converted (see blocks.convert).
-    Raises PlanError if the plan does not fit the network or the mesh.
+    `network` (stem, blocks, head) is consumed: its modules become the result's, with only the parameters that
+    this rank holds. Do it before the network moves to the device. Its BatchNorm and Dropout are converted
+    (see blocks.convert). Raises PlanError if the plan does not fit the network or the mesh.
     """
     prepare(network)
     plan.check(spec_of(network))
     if (plan.data, plan.branch) != (mesh.data, mesh.branch):
         raise PlanError(
-            f"the plan is for {plan.data}x{plan.branch} ranks, the mesh is {mesh.data}x{mesh.branch}: make them equal"
+            f"the plan is for {plan.data}x{plan.branch} ranks, the mesh is {mesh.data}x{mesh.branch}: "
+            "make them equal"
         )
     result = ParallelNetwork(network, plan, mesh)
     memo: dict[int, object] = {}
@@ -191,7 +197,7 @@ def parallelize(network: nn.Module, plan: Plan, mesh: Mesh, *, execution: Execut
 
 def branch_tensors(network: nn.Module) -> dict[str, BranchTensor]:
     """Which parameters and buffers of a network (or a rank's part of it) belong to branches, by full name."""
-    found = {}
+    found: dict[str, BranchTensor] = {}
     for prefix, block_sum in branch_sums(network):
         found |= {f"{prefix}.{name}": owner for name, owner in block_sum.branch_tensors().items()}
     return found

@@ -17,7 +17,13 @@ from anabranch.runtime.collectives import gathered_rows
 
 @contextmanager
 def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[None]:
-    """The default process group over all ranks, left at the end; one rank alone gets one of its own."""
+    """The default process group over all ranks, left at the end; one rank alone gets one of its own.
+
+    Inside a group that stands already it is that one.
+    """
+    if dist.is_initialized():
+        yield
+        return
     if context.device.startswith("cuda"):
         torch.cuda.set_device(context.device)
     torch.set_num_threads(context.num_threads)

@@ -1,15 +1,15 @@
 """The gradient reduction: bucketed, started during backward, one fixed order.
 
-Gradients become ready roughly in the reverse order of the parameters. A bucket is sent as soon as all its gradients are
-there *and* all earlier buckets have been sent: every rank of a group sends the same buckets in the same order, whatever is
-ready first.
+Gradients become ready roughly in the reverse order of the parameters. A bucket is sent as soon as all its
+gradients are there *and* all earlier buckets have been sent: every rank of a group sends the same buckets in
+the same order, whatever is ready first.
 
     backward    ──► p9 p8 p7 ──► p6 p5 ──► p4 p3 p2 p1
     sent              └ bucket 0 (world)       └ bucket 1 (data)      … ──► finish(): the rest, wait, hand out
 
-Owned parameters are summed over `data`. Replicated ones are summed once over the whole mesh, counting 1 where the rank saw
-its own samples and 1/M where it saw its group's, so copies cannot drift apart. The step's BatchNorm statistics and a few
-numbers (loss, hits, requests to stop) follow in one small buffer.
+Owned parameters are summed over `data`. Replicated ones are summed once over the whole mesh, counting 1 where
+the rank saw its own samples and 1/M where it saw its group's, so copies cannot drift apart. The step's
+BatchNorm statistics and a few numbers (loss, hits, requests to stop) follow in one small buffer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
 from anabranch.runtime.parallelize import ParallelNetwork
 
+_Kind = tuple[str, torch.dtype]  # the axis that gradients are summed over, and their precision
 _FIRST_BUCKET_BYTES = 2**20  # small, so that the first transfer starts early
 _BUCKET_BYTES = 25 * 2**20
 
@@ -38,7 +39,8 @@ class _Bucket:
     factors: list[float]
     buffer: Tensor
     views: list[Tensor] = field(default_factory=list)
-    pending: set[int] = field(default_factory=set)
+    pending: set[int] = field(default_factory=set)  # ids of parameters whose gradient is not ready
+    unused: list[int] = field(default_factory=list)  # indices of parameters that this rank did not use
     work: dist.Work | None = None
 
     @property
@@ -54,11 +56,13 @@ class GradientReducer:
         reducer.finish()               # every p.grad is whole; reducer.extra is summed over the world
         reducer.commit_statistics()    # with the optimizer's step
 
-    extra: (num_extra,) numbers, added up over all ranks by `finish`; fill it before. Where ranks saw the same samples,
-    give each its share.
+    extra: (num_extra,) numbers, added up over all ranks by `finish`; fill it before. Where ranks saw the same
+    samples, give each its share.
     """
 
-    def __init__(self, network: ParallelNetwork, *, num_extra: int = 0, bucket_bytes: int = _BUCKET_BYTES) -> None:
+    def __init__(
+        self, network: ParallelNetwork, *, num_extra: int = 0, bucket_bytes: int = _BUCKET_BYTES
+    ) -> None:
         self.network, self.mesh = network, network.mesh
         self._groups = {"data": self.mesh.data_group, "world": self.mesh.world_group}
         parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
@@ -73,18 +77,17 @@ class GradientReducer:
         self.extra = self._statistics["world"].extra
 
     def _make_buckets(self, named: list[tuple[str, nn.Parameter]], limit: int) -> Iterator[_Bucket]:
-        waiting: dict[tuple[str, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+        waiting: dict[_Kind, list[tuple[str, nn.Parameter]]] = {}
         first = {"data": True, "world": True}
 
-        def close(key: tuple[str, torch.dtype]) -> _Bucket:
+        def close(key: _Kind) -> _Bucket:
             members, over = waiting.pop(key), key[0]
             first[over] = False
             parameters = [p for _, p in members]
             total = sum(p.numel() for p in parameters)
             buffer = torch.zeros(total + len(members), dtype=key[1], device=parameters[0].device)
-            bucket = _Bucket(
-                over, self._groups[over], parameters, [self.network.roles[n].factor for n, _ in members], buffer
-            )
+            factors = [self.network.roles[n].factor for n, _ in members]
+            bucket = _Bucket(over, self._groups[over], parameters, factors, buffer)
             parts = buffer[:total].split([p.numel() for p in parameters])
             bucket.views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
             return bucket
@@ -93,7 +96,7 @@ class GradientReducer:
             over = self.network.roles[name].over
             if self._groups[over].size() == 1:
                 continue  # nobody to sum with
-            key = (over, parameter.dtype)
+            key: _Kind = (over, parameter.dtype)
             waiting.setdefault(key, []).append((name, parameter))
             held = sum(p.numel() * p.element_size() for _, p in waiting[key])
             if held >= (min(_FIRST_BUCKET_BYTES, limit) if first[over] else limit):
@@ -103,19 +106,22 @@ class GradientReducer:
 
     def _make_statistics(self, num_extra: int) -> dict[str, StagedStatistics]:
         """Statistics by the axis they are summed over, and each world entry's share of this rank."""
-        norms = {n: m for n, m in self.network.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
-        reference = next(iter(norms.values())).running_mean if norms else next(self.network.parameters())
-        found, shares = {}, []
-        for over in ("data", "world"):
-            names = [n for n in norms if self.network.roles[f"{n}.running_mean"].over == over]
-            found[over] = StagedStatistics(
-                [norms[n] for n in names], reference.device, reference.dtype, num_extra if over == "world" else 0
+        roles, norms = self.network.roles, dict[str, BatchNorm]()
+        like: Tensor = next(self.network.parameters())
+        for name, module in self.network.named_modules():
+            if isinstance(module, BatchNorm) and module.running_mean is not None:
+                norms[name], like = module, module.running_mean
+        names = {over: [n for n in norms if roles[f"{n}.running_mean"].over == over] for over in self._groups}
+        shares = [roles[f"{n}.running_mean"].factor for n in names["world"]]
+        found = {
+            over: StagedStatistics(
+                [norms[n] for n in named], like.device, like.dtype, num_extra if over == "world" else 0
             )
-            if over == "world":
-                shares = [self.network.roles[f"{n}.running_mean"].factor for n in names]
+            for over, named in names.items()
+        }
         sizes = torch.tensor(found["world"].sizes, dtype=torch.long)
-        share = torch.tensor(shares, dtype=reference.dtype).repeat_interleave(sizes)
-        self._share = share.to(reference.device) if any(s != 1.0 for s in shares) else None
+        share = torch.tensor(shares, dtype=like.dtype).repeat_interleave(sizes)
+        self._share = share.to(like.device) if any(s != 1.0 for s in shares) else None
         return found
 
     def arm(self) -> None:
@@ -138,9 +144,8 @@ class GradientReducer:
         grads = [p.grad for p in bucket.parameters]
         used = [grad is not None for grad in grads]
         bucket.flags.fill_(1.0) if all(used) else bucket.flags.copy_(torch.tensor(used))
-        torch._foreach_copy_(
-            [view for view, u in zip(bucket.views, used, strict=True) if u], [g for g in grads if g is not None]
-        )
+        views = [view for view, grad in zip(bucket.views, grads, strict=True) if grad is not None]
+        torch._foreach_copy_(views, [grad for grad in grads if grad is not None])
         for view, u in zip(bucket.views, used, strict=True):
             if not u:
                 view.zero_()
@@ -148,7 +153,7 @@ class GradientReducer:
             torch._foreach_mul_(bucket.views, bucket.factors)
         for parameter in bucket.parameters:
             parameter.grad = None
-        bucket.pending = {i for i, u in enumerate(used) if not u}  # from here: indices that this rank did not use
+        bucket.unused = [i for i, u in enumerate(used) if not u]
         bucket.work = dist.all_reduce(bucket.buffer, group=bucket.group, async_op=True)
 
     def finish(self) -> None:
@@ -169,7 +174,7 @@ class GradientReducer:
         for bucket in self._buckets:
             assert bucket.work is not None
             bucket.work.wait()
-            unused = {i for i in bucket.pending if not bool(bucket.flags[i] > 0)}
+            unused = {i for i in bucket.unused if not bool(bucket.flags[i] > 0)}
             for index, (parameter, view) in enumerate(zip(bucket.parameters, bucket.views, strict=True)):
                 parameter.grad = None if index in unused else view
         for work in works:

@@ -17,7 +17,8 @@ from anabranch.runtime.step import autocast
 class ReferenceStep:
     """Steps of a one-device network over whole batches: the function that every plan must compute.
 
-    `network` is any module that maps samples to outputs; its BatchNorm and Dropout are converted (blocks.convert.prepare).
+    `network` is any module that maps samples to outputs; its BatchNorm and Dropout are converted (by
+    blocks.convert.prepare).
     """
 
     def __init__(
@@ -35,8 +36,13 @@ class ReferenceStep:
         norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
         self.statistics = StagedStatistics(norms, like.device, like.dtype)
 
-    def gradients(self, x: Tensor, target: Tensor, ids: Tensor, deals: Sequence[Deal], random_key: int) -> float:
-        """The step's mean loss; every p.grad is set. x, target, ids: the step's samples in order; deals: its groups."""
+    def gradients(
+        self, x: Tensor, target: Tensor, ids: Tensor, deals: Sequence[Deal], random_key: int
+    ) -> float:
+        """The step's mean loss; every p.grad is set.
+
+        x, target, ids: the step's samples in order; deals: the groups they form.
+        """
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0

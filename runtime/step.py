@@ -1,9 +1,9 @@
 """One training step on one rank: micro-batches forward and backward, one reduction, one update.
 
-    micro-batch 0   forward ── backward            gradients and statistics add up locally
-    micro-batch 1   forward ── backward ┐          the last one's gradients leave as they become ready
-    finish          ················ wait ┘ sums   gradients, statistics, loss, hits, requests to stop
-    apply           clip ── optimizer ── running statistics
+micro-batch 0   forward ── backward            gradients and statistics add up locally
+micro-batch 1   forward ── backward ┐          the last one's gradients leave as they become ready
+finish          ················ wait ┘ sums   gradients, statistics, loss, hits, requests to stop
+apply           clip ── optimizer ── running statistics
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the whole step, the same on every rank: mean loss, number of right answers (0 where that means nothing), whether
-    any rank asked to stop."""
+    """Of the whole step, the same on every rank.
+
+    loss: the mean. num_correct: right answers, 0 where that means nothing. stop: whether any rank asked for
+        it.
+    """
 
     loss: float
     num_correct: float

@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,7 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end (or until asked to stop); plain data: test_accuracy, train_seconds, median_step_s, …"""
-        joined = dist.is_initialized()
-        with nullcontext() if joined else process_group(self.context, self.config.launch.timeout_s):
+        with process_group(self.context, self.config.launch.timeout_s):
             return self._fit()
 
     def evaluate(self, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Whether a plan computes the function of the one-device network: both train some steps on the same samples.
 
-After every step the loss and every gradient are compared, at the end every parameter's *change* and every running
-statistic. Rank 0 also runs the reference and sends its tensors round one by one; each rank compares what it holds, so a
-copy that differs on one rank only is found too.
+After every step the loss and every gradient are compared, at the end every parameter's *change* and every
+running statistic. Rank 0 also runs the reference and sends its tensors round; each rank compares
+what it holds, so a copy that differs on one rank only is found too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from anabranch.blocks.branch_sum import Execution
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.runtime.branch_state import by_branch
@@ -29,6 +30,8 @@ from anabranch.runtime.reference import ReferenceStep
 from anabranch.runtime.step import MicroBatch, TrainStep
 from anabranch.schedulers import Plan
 
+_Tensors = Mapping[str, Tensor | None]
+_BUNDLE = 2**22  # numbers that travel together
 _SMALL = 1e-4  # tensors this much smaller than the largest of their kind are measured against that
 
 
@@ -47,16 +50,17 @@ class Trial:
     steps: int | None = None
     seed: int = 0
     precision: str = "fp32"
-    execution: str = "fused"
+    execution: Execution = "fused"
     loss: LossFunction = field(default_factory=cross_entropy)
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass(frozen=True)
 class Report:
     """max_relative_difference: of all tensors; worst: which one. by_kind: loss, gradient, change, statistic.
 
-    A tensor's relative difference is max|a−b| ÷ max(max|b|, 1e-4 × the largest max|·| among tensors of its kind).
+    A tensor's relative difference is max|a−b| ÷ max(max|b|, 1e-4 × the largest max|·| among tensors of its
+    kind).
     """
 
     max_relative_difference: float
@@ -75,17 +79,18 @@ def verify_plan(
     on_step: Callable[[int, int], None] = lambda step, num_steps: None,
     sabotage: Callable[[ParallelNetwork], None] = lambda network: None,
 ) -> Report:
-    """Trains `network` under the plan and on one device, and compares. Every rank calls it with the same network.
+    """Trains `network` under the plan and on one device, and compares. Every rank calls it with the same
+    network.
 
-    on_step(step, num_steps) is told before each step. sabotage: changes the parallel form before training; tests use it to
-    show that a defect is found. The same report is returned on every rank.
+    on_step(step, num_steps) is told before each step. sabotage: changes the parallel form before training;
+    tests use it to show that a defect is found. The same report is returned on every rank.
     """
     prepare(network)
     dtype = torch.float64 if trial.precision == "fp64" else torch.float32
     network.to(dtype)
     like = copy.deepcopy(network).to("meta")
     reference = _reference(copy.deepcopy(network), trial, device) if mesh.rank == 0 else None
-    parallel = parallelize(network, plan, mesh, execution=trial.execution).to(device)  # type: ignore[arg-type]
+    parallel = parallelize(network, plan, mesh, execution=trial.execution).to(device)
     sabotage(parallel)
     optimizer = make_optimizer(trial.optimizer, parallel.parameters())
     step = TrainStep(
@@ -102,8 +107,8 @@ def verify_plan(
         ids = torch.arange(start, min(start + trial.batch_size, len(trial.x)))
         key = fold(trial.seed, index)
         deals = deal_step(
-            len(ids), bn_batch_size=trial.bn_batch_size, data=mesh.data, branch=mesh.branch, samples=plan.samples,
-            accumulation=trial.accumulation,
+            len(ids), bn_batch_size=trial.bn_batch_size, data=mesh.data, branch=mesh.branch,
+            samples=plan.samples, accumulation=trial.accumulation,
         )  # fmt: skip
         loss = 0.0
         if reference is not None:
@@ -112,7 +117,8 @@ def verify_plan(
         result = step.gradients(micro_batches(parallel, trial, ids, deals, key, device))
         compare.scalar("loss", f"loss of step {index}", loss, result.loss)
         ref_grads = {n: p.grad for n, p in reference.network.named_parameters()} if reference else {}
-        compare.tensors("gradient", f" (step {index})", ref_grads, {n: p.grad for n, p in parallel.named_parameters()})
+        grads = {n: p.grad for n, p in parallel.named_parameters()}
+        compare.tensors("gradient", f" (step {index})", ref_grads, grads)
         step.apply(trial.optimizer.lr)
         if reference is not None:
             reference.apply(trial.optimizer.lr)
@@ -162,7 +168,7 @@ class _Comparison:
     """Collects differences; every rank calls its methods in the same order."""
 
     def __init__(self, like: nn.Module, parallel: ParallelNetwork, mesh: Mesh, device: str) -> None:
-        self.like = {n: t for n, t in [*like.named_parameters(), *like.named_buffers()]}
+        self.like: dict[str, Tensor] = {**dict(like.named_parameters()), **dict(like.named_buffers())}
         self.whole, self.local = branch_tensors(like), branch_tensors(parallel)
         self.mesh, self.device = mesh, device
         self.found: list[_Difference] = []
@@ -172,38 +178,54 @@ class _Comparison:
         dist.broadcast(value, 0)
         self._add(kind, name, abs(mine - float(value)), abs(float(value)))
 
-    def tensors(
-        self, kind: str, suffix: str, reference: Mapping[str, Tensor | None], mine: Mapping[str, Tensor | None]
-    ) -> None:
+    def tensors(self, kind: str, suffix: str, reference: _Tensors, mine: _Tensors) -> None:
         names = [n for n, t in self.like.items() if (isinstance(t, nn.Parameter)) == (kind != "statistic")]
-        for name in names:
-            theirs = reference.get(name)
-            present = torch.tensor(float(theirs is not None), device=self.device)
-            dist.broadcast(present, 0)
-            shape = self.like[name].shape
-            whole = (
-                theirs.detach().to(torch.float64).contiguous()
-                if theirs is not None
-                else torch.zeros(shape, dtype=torch.float64, device=self.device)
-            )
-            dist.broadcast(whole, 0)
-            size = float(whole.abs().max()) if whole.numel() else 0.0
-            self._add(kind, name + suffix, self._held(name, whole, mine, bool(present)), size)
+        present = torch.tensor([reference.get(name) is not None for name in names], device=self.device)
+        dist.broadcast(present, 0)
+        used = [name for name, is_used in zip(names, present.tolist(), strict=True) if is_used]
+        for name in set(names) - set(used):
+            self._add(kind, name + suffix, 0.0 if self._is_zero(mine.get(name)) else math.inf, 0.0)
+        for some in self._bundles(used):
+            sizes = [self.like[name].numel() for name in some]
+            bundle = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+            for name, part in zip(some, bundle.split(sizes), strict=True):
+                if (theirs := reference.get(name)) is not None:
+                    part.copy_(theirs.detach().reshape(-1))
+            dist.broadcast(bundle, 0)
+            for name, part in zip(some, bundle.split(sizes), strict=True):
+                size = float(part.abs().max()) if part.numel() else 0.0
+                whole = part.view(self.like[name].shape)
+                self._add(kind, name + suffix, self._difference(name, whole, mine), size)
 
-    def _held(self, name: str, whole: Tensor, mine: Mapping[str, Tensor | None], present: bool) -> float:
-        if name not in mine:  # another rank's branch
+    def _bundles(self, names: list[str]) -> list[list[str]]:
+        bundles: list[list[str]] = []
+        held = _BUNDLE
+        for name in names:
+            if held >= _BUNDLE:
+                bundles, held = [*bundles, []], 0
+            bundles[-1].append(name)
+            held += self.like[name].numel()
+        return bundles
+
+    @staticmethod
+    def _is_zero(value: Tensor | None) -> bool:
+        return value is None or not bool(value.any())
+
+    def _difference(self, name: str, whole: Tensor, mine: _Tensors) -> float:
+        owner = self.local.get(name)
+        if name not in mine or (owner is not None and not owner.held):  # other ranks' branches
             return 0.0
         value = mine[name]
-        if (value is not None) != present:
-            return math.inf if value is None or value.any() else 0.0
         if value is None:
-            return 0.0
+            return math.inf
         expected = by_branch(name, whole, self.whole)
         held = by_branch(name, value.detach().to(torch.float64), self.local)
-        return max((float((part - expected[k]).abs().max()) for k, part in held.items() if part.numel()), default=0.0)
+        differences = [(part - expected[k]).abs().max() for k, part in held.items() if part.numel()]
+        return float(torch.stack(differences).max()) if differences else 0.0  # Python's max would lose a NaN
 
     def _add(self, kind: str, name: str, difference: float, size: float) -> None:
-        self.found.append(_Difference(kind, name, difference if difference == difference else math.inf, size))
+        size = size if math.isfinite(size) else 0.0
+        self.found.append(_Difference(kind, name, math.inf if math.isnan(difference) else difference, size))
 
     def report(self) -> Report:
         values = torch.tensor([d.difference for d in self.found], dtype=torch.float64, device=self.device)
@@ -215,4 +237,5 @@ class _Comparison:
         relative = [(d.difference / max(d.size, _SMALL * largest[d.kind], 1e-300), d) for d in found]
         worst, where = max(relative, key=lambda pair: pair[0])
         by_kind = {kind: max(r for r, d in relative if d.kind == kind) for kind in largest}
-        return Report(worst, f"{where.kind} of {where.name}" if where.kind != "loss" else where.name, by_kind, len(found))
+        name = where.name if where.kind == "loss" else f"{where.kind} of {where.name}"
+        return Report(worst, name, by_kind, len(found))

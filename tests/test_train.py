@@ -113,7 +113,7 @@ def test_ray_is_outside_the_step(tmp_path: Path) -> None:
     for steps in (5, 10):
         ray_calls.clear()
         result = train(config(tmp_path / str(steps), {"train": {"max_steps": steps}, "checkpoint": {"every_epochs": 0}}))
-        counts.append({name: n for name, n in result["ray_calls"].items() if not name.startswith("watch")})
+        counts.append({name: n for name, n in result["ray_calls"].items() if not name.startswith(("watch", "start_wait"))})
     assert counts[0] == counts[1]
     assert counts[0]["run"] == 2
 
@@ -199,7 +199,7 @@ def test_a_failing_worker_is_told_once_with_rank_and_host(user_folder: Path) -> 
         train(config(user_folder / "run", {"train": {"loss": "theirs:broken_loss"}}))
     message = str(raised.value)
     assert "rank 1 on host" in message
-    assert message.count("my own mistake") == 1
+    assert message.count("ValueError: my own mistake") == 1
     assert "theirs.py" in message
     assert "onnection" not in message
 
@@ -254,7 +254,11 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_or_torn_is_refused_before_workers_start(undisturbed: Path, tmp_path: Path) -> None:
-    other = {"model": {"options": {"num_branches": 2}}, "checkpoint": {"resume": str(undisturbed)}}
+    other: dict[str, dict[str, Any]] = {
+        "model": {"options": {"num_branches": 2}},
+        "mesh": {"plan": "even"},
+        "checkpoint": {"resume": str(undisturbed)},
+    }
     ray_calls.clear()
     with pytest.raises(CheckpointError, match="another network"):
         train(load_resumed(undisturbed, {**other, "launch": {"run_dir": str(tmp_path / "new")}}))
