@@ -1,6 +1,6 @@
 """Which samples the rows of a batch are: the BN groups they form and the keys of their random choices.
 
-Modules do not know of ranks. Whoever runs a network says, around a forward pass, what the rows of its tensors are:
+Modules do not know of ranks. Whoever runs a network says, around a forward pass, what its tensors' rows are:
 
     with batch_layout(BatchLayout(group_sizes=(32, 32), num_samples=64, sample_ids=ids, random_key=key)):
         loss = criterion(network(x_NCHW), target_N)
@@ -40,8 +40,8 @@ class BatchLayout:
     """What the rows of the tensors in a forward pass are.
 
     group_sizes: rows of each BN group, in order; they sum to the number of rows.
-    num_samples: samples of the whole step (all processes, all micro-batches): the weight of a group's statistics is
-        its rows ÷ num_samples.
+    num_samples: samples of the whole step (all processes, all micro-batches): the weight of a group's
+        statistics is its rows ÷ num_samples.
     sample_ids: (rows,) int64, the rows' indices in the data set; None switches to torch's own random numbers.
     random_key: key of the step's random choices, see `anabranch.blocks.random.fold`.
     sync: present where a group's samples lie in several processes.

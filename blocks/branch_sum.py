@@ -149,9 +149,7 @@ def branch_sums(module: nn.Module, name: str = "") -> list[tuple[str, BranchSum]
     """The outermost BranchSums in a module with their names, in order; a block has one or more."""
     if isinstance(module, BranchSum):
         return [(name, module)]
-    children = [
-        (key, child) for key, child in module._modules.items() if child is not None
-    ]  # repeated ones too
+    children = [(key, child) for key, child in module._modules.items() if child is not None]
     return [found for key, child in children for found in branch_sums(child, f"{name}.{key}".lstrip("."))]
 
 

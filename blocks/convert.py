@@ -1,4 +1,4 @@
-"""Makes any network ready to be spread: our BatchNorm and Dropout for torch's, and a name for every random layer."""
+"""Makes any network ready to be spread: our BatchNorm and Dropout for torch's, every random layer named."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _RANDOM = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
 
 def prepare(network: nn.Module) -> nn.Module:
-    """Converts `nn.BatchNorm*` and `nn.Dropout*` anywhere in `network`, in place, and names the random layers.
+    """Converts every `nn.BatchNorm*` and `nn.Dropout*` of `network`, in place, and names the random layers.
 
-    Parameters, buffers and their names stay the same tensors and names. Raises ModelError on layers whose random
-    numbers or statistics would depend on the plan.
+    Parameters, buffers and their names stay the same tensors and names. Raises ModelError on layers whose
+    random numbers or statistics would depend on the plan.
     """
     converted: dict[int, nn.Module] = {}  # by identity: a module used twice stays one module
     for name, module in list(network.named_modules(remove_duplicate=False)):
@@ -34,9 +34,9 @@ def prepare(network: nn.Module) -> nn.Module:
 def _ours(module: nn.Module, name: str) -> nn.Module | None:
     if isinstance(module, BatchNorm):
         return None
-    if isinstance(module, nn.SyncBatchNorm) or isinstance(module, _RANDOM):
+    if isinstance(module, (nn.SyncBatchNorm, *_RANDOM)):
         raise ModelError(
-            f"{name} is a {type(module).__name__}: its result depends on how the batch is spread over devices; "
+            f"{name} is a {type(module).__name__}: its result depends on how a batch is spread over devices; "
             "use nn.BatchNorm2d or nn.Dropout, which are converted"
         )
     if isinstance(module, nn.modules.batchnorm._BatchNorm):

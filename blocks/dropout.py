@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of (seed, step, layer, sample): every mesh and every resume draws the same."""
+"""Dropout whose mask is a function of (seed, step, layer, sample): the same on every mesh and resume."""
 
 from __future__ import annotations
 
@@ -34,5 +34,3 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, per_channel={self.per_channel}"
-
-

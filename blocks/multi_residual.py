@@ -1,4 +1,4 @@
-"""A block of a user's own branches: y = shortcut(x) + f_1(h) + … + f_k(h), over any modules, unequal ones too."""
+"""A block of a user's own branches, unequal ones too: y = shortcut(x) + f_1(h) + … + f_k(h)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from anabranch.blocks.errors import ModelError
 class MultiResidual(BranchSum):
     """y = after(shortcut(x) + Σ_i branches[i](h)), h = before(x) (Multi-ResNet, Eq. 3).
 
-    branches: modules from h to equally shaped tensors; they may differ in everything else. `nn.BatchNorm*` and
-        `nn.Dropout` in them are converted to ours.
+    branches: modules from h to equally shaped tensors; they may differ in everything else. `nn.BatchNorm*`
+        and `nn.Dropout` in them are converted to ours.
     before, shortcut, after: replicated modules; identity where None. The shortcut reads x, or h with
         `shortcut_reads="h"`.
 
@@ -37,10 +37,10 @@ class MultiResidual(BranchSum):
         self.branch = nn.ModuleDict({str(i): branch for i, branch in enumerate(branches)})
         self.before, self.shortcut, self.after = before, shortcut, after
         self.shortcut_reads = shortcut_reads
-        readers = {f"branch {i}": branch for i, branch in enumerate(branches)}
-        readers |= {name: module for name, module in (("before", before), ("shortcut", shortcut)) if module is not None}
-        for name, module in readers.items():
-            _refuse_in_place_start(name, module)
+        readers = {"before": before, "shortcut": shortcut}
+        for name, module in [*readers.items(), *((f"branch {i}", b) for i, b in enumerate(branches))]:
+            if module is not None:
+                _refuse_in_place_start(name, module)
         prepare(self)
 
     def enter(self, x: Tensor) -> Tensor:
@@ -54,8 +54,9 @@ class MultiResidual(BranchSum):
         return total
 
     def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
+        assert isinstance(h, Tensor), "`enter` gives one tensor"
         source = h if self.shortcut_reads == "h" else x
-        y = s + (source if self.shortcut is None else self.shortcut(source))
+        y: Tensor = s + (source if self.shortcut is None else self.shortcut(source))
         return y if self.after is None else self.after(y)
 
 
@@ -63,6 +64,6 @@ def _refuse_in_place_start(name: str, module: nn.Module) -> None:
     first = next((m for m in module.modules() if not list(m.children())), module)
     if getattr(first, "inplace", False):
         raise ModelError(
-            f"{name} starts with {type(first).__name__}(inplace=True), which would change the input that the other "
-            "branches and the shortcut read: use inplace=False there"
+            f"{name} starts with {type(first).__name__}(inplace=True), which would change the input that the "
+            "other branches and the shortcut read: use inplace=False there"
         )

@@ -1,9 +1,11 @@
-"""Multi-Residual Networks (Abdi & Nahavandi): blocks y = x + f_1(x) + … + f_k(x), and their deeper k = 1 relatives.
+"""Multi-Residual Networks (Abdi & Nahavandi): blocks y = x + f_1(x) + … + f_k(x), and their deep k = 1
+relatives.
 
-Pre-activation branches: BN-ReLU-conv3×3-BN-ReLU-conv3×3 ("basic") or BN-ReLU-conv1×1-BN-ReLU-conv3×3-BN-ReLU-conv1×1
-("bottleneck", middle width a quarter of the output). In the first block of every stage one BN-ReLU is shared: the
-branches *and the shortcut* read h = ReLU(BN(x)). In all others each branch owns its first BN-ReLU; their statistics
-are statistics of x, so x is normalised once and each branch keeps only its affine map.
+Pre-activation branches: BN-ReLU-conv3×3-BN-ReLU-conv3×3 ("basic") or
+BN-ReLU-conv1×1-BN-ReLU-conv3×3-BN-ReLU-conv1×1 ("bottleneck", middle width a quarter of the output). In the
+first block of every stage one BN-ReLU is shared: the branches *and the shortcut* read h = ReLU(BN(x)). In all
+others each branch owns its first BN-ReLU; their statistics are statistics of x, so x is normalised once and
+each branch keeps only its affine map.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class PreactResidual(BranchSum):
     """One multi-residual block (Eq. 3, Figure 2); branches stacked in each tensor.
 
     chain: (out_channels, kernel, stride) of a branch's convolutions.
-    preact: "branch" each branch owns its first BN-ReLU; "shared" one BN-ReLU for all; "none" branches start with the
-        convolution. Where the shape changes, or `shortcut_reads_h`, the shortcut reads h.
+    preact: "branch" each branch owns its first BN-ReLU; "shared" one BN-ReLU for all; "none" branches start
+        with the convolution. Where the shape changes, or `shortcut_reads_h`, the shortcut reads h.
     shortcut: "identity", "A" (subsample, zero-pad channels) or "B" (1×1 convolution without BN).
     """
 
@@ -53,8 +55,7 @@ class PreactResidual(BranchSum):
     ) -> None:
         super().__init__(num_branches)
         self.preact, self.shortcut_kind, self.shortcut_reads_h = preact, shortcut, shortcut_reads_h
-        self.out_channels = chain[-1][0]
-        self.stride = 1
+        self.in_channels, self.out_channels, self.stride = channels, chain[-1][0], 1
         if preact != "none":
             self.norm = BatchNorm(channels, affine=preact == "shared")
         if preact == "branch":
@@ -68,8 +69,7 @@ class PreactResidual(BranchSum):
                 self.norms.append(BatchNorm(num_branches * out_channels))
             channels, self.stride = out_channels, self.stride * stride
         if shortcut == "B":
-            in_channels = self.convs[0].channels
-            self.shortcut = conv2d(in_channels, self.out_channels, 1, self.stride)
+            self.shortcut = conv2d(self.in_channels, self.out_channels, 1, self.stride)
 
     def enter(self, x: Tensor) -> Tensor:
         if self.preact == "none":
@@ -78,24 +78,31 @@ class PreactResidual(BranchSum):
         return h if self.preact == "branch" else F.relu_(h)
 
     def branches(self, h: Hidden) -> Tensor:
+        assert isinstance(h, Tensor), "`enter` gives one tensor"
         if self.execution == "fused":
-            a = F.relu_(self.affine(h)) if self.preact == "branch" else h
-            for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-                a = F.relu_(norm(conv(a)))
-            return self.convs[-1](a)
+            a: Tensor = F.relu_(self.affine(h)) if self.preact == "branch" else h
+            for conv, norm in zip(self.convs, [*self.norms, None], strict=True):
+                a = conv(a) if norm is None else F.relu_(norm(conv(a)))
+            return a
         total = self._branch(h, 0)
         for index in range(1, len(self.held)):
             total = total + self._branch(h, index)
         return total
 
-    def _branch(self, h: Hidden, index: int) -> Tensor:
+    def _branch(self, h: Tensor, index: int) -> Tensor:
         a = F.relu_(self.affine.one(h, index)) if self.preact == "branch" else h
-        for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-            rows = slice(index * conv.out_channels, (index + 1) * conv.out_channels)
-            a = F.relu_(norm(conv.one(a, index), rows))
-        return self.convs[-1].one(a, index)
+        for conv, norm in zip(self._stacked(), [*self.norms, None], strict=True):
+            a = conv.one(a, index)
+            if norm is not None:
+                rows = slice(index * conv.out_channels, (index + 1) * conv.out_channels)
+                a = F.relu_(norm(a, rows))
+        return a
+
+    def _stacked(self) -> list[StackedConv2d]:
+        return [conv for conv in self.convs if isinstance(conv, StackedConv2d)]
 
     def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
+        assert isinstance(h, Tensor), "`enter` gives one tensor"
         source = h if self.shortcut_reads_h else x
         if self.shortcut_kind == "B":
             source = self.shortcut(source)
@@ -105,7 +112,7 @@ class PreactResidual(BranchSum):
         return source + s
 
     def branch_tensors(self) -> dict[str, BranchTensor]:
-        dims = {f"convs.{i}.weight": conv.dim for i, conv in enumerate(self.convs)}
+        dims = {f"convs.{i}.weight": conv.dim for i, conv in enumerate(self._stacked())}
         stacked = ["weight", "bias", "running_mean", "running_var"]
         dims |= {f"norms.{i}.{name}": 0 for i in range(len(self.norms)) for name in stacked}
         if self.preact == "branch":
@@ -127,14 +134,15 @@ def multi_resnet(
 ) -> Network:
     """A Multi-ResNet (Tables I-V of the paper).
 
-    depth: CIFAR: 6n+2 (basic) or 9n+2 (bottleneck); ImageNet: 18, 34 (basic), 50, 101, 152, 200 (bottleneck); any depth
-        with `blocks_per_stage`, which then decides.
+    depth: CIFAR: 6n+2 (basic) or 9n+2 (bottleneck); ImageNet: 18, 34 (basic), 50, 101, 152, 200 (bottleneck);
+        any depth with `blocks_per_stage`, which then decides.
     num_branches: k, residual functions in each block.
     width: widening factor of the stages (the stem keeps its own width).
-    shortcut: on a change of size; "A" subsamples and zero-pads (default on CIFAR basic), "B" is a 1×1 convolution (ImageNet,
-        bottlenecks).
+    shortcut: on a change of size; "A" subsamples and zero-pads (default on CIFAR basic), "B" is a 1×1
+        convolution (ImageNet, bottlenecks).
     num_classes: 10, or 1000 with the ImageNet stem, unless given.
-    preact: "shared" shares the first BN-ReLU in *every* block: not the paper's network, fewer parameters, faster.
+    preact: "shared" shares the first BN-ReLU in *every* block: not the paper's network: fewer parameters,
+        faster.
 
     Raises ModelError for a depth or option that does not fit.
     """
@@ -147,7 +155,9 @@ def multi_resnet(
         if value not in allowed:
             raise ModelError(f"{name} is one of {allowed}, got {value!r}")
     if width < 1 or num_branches < 1 or in_channels < 1:
-        raise ModelError(f"width {width}, num_branches {num_branches}, in_channels {in_channels} must be at least 1")
+        raise ModelError(
+            f"width {width}, num_branches {num_branches}, in_channels {in_channels}: give at least 1 of each"
+        )
     imagenet, bottleneck = stem == "imagenet", block == "bottleneck"
     stages = _stages(depth, block, stem, blocks_per_stage)
     if shortcut is None:
@@ -161,7 +171,7 @@ def multi_resnet(
         for index in range(count):
             first = index == 0
             stride = 2 if first and stage > 0 else 1
-            # Basic: one shared BN-ReLU at the head of every stage. Bottleneck (CIFAR): exactly where channels change.
+            # Basic: one shared BN-ReLU at the head of every stage. Bottleneck (CIFAR): where channels change.
             shared = first and (not bottleneck or imagenet or channels != out)
             changes = stride != 1 or channels != out
             if bottleneck:
@@ -192,7 +202,7 @@ def multi_resnet(
 def pre_resnet(depth: int, **options: object) -> Network:
     """A pre-activation ResNet, the baseline: `multi_resnet` with one residual function a block."""
     if "num_branches" in options:
-        raise ModelError("pre_resnet has one branch a block; several are multi_resnet's: build it with num_branches")
+        raise ModelError("pre_resnet has one branch a block: multi_resnet has num_branches, build that")
     return multi_resnet(depth, 1, **options)  # type: ignore[arg-type]
 
 
@@ -205,7 +215,9 @@ def _stages(depth: int, block: str, stem: str, given: Sequence[int] | None) -> t
     if stem == "imagenet":
         if (block, depth) not in _IMAGENET_BLOCKS:
             known = [d for b, d in _IMAGENET_BLOCKS if b == block]
-            raise ModelError(f"no ImageNet {block} network of depth {depth}: use {known} or give blocks_per_stage")
+            raise ModelError(
+                f"no ImageNet {block} network of depth {depth}: use one of {known}, or give blocks_per_stage"
+            )
         return _IMAGENET_BLOCKS[block, depth]
     layers = 9 if block == "bottleneck" else 6
     num_blocks, rest = divmod(depth - 2, layers)

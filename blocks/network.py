@@ -39,24 +39,25 @@ class Network(nn.Module):
         x = self.stem(x)
         for _, block in named_blocks(self):
             x = block(x)
-        return self.head(x)
+        y: Tensor = self.head(x)
+        return y
 
 
 def named_blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """The blocks of a network in order, named as plans name them.
 
-    Any module with `stem`, `blocks`, `head` is a network; `blocks` is a ModuleList, Sequential or ModuleDict, a ModuleDict's
-    or ModuleList's members may be such containers again. Raises ModelError for a module that is none.
+    Any module with `stem`, `blocks`, `head` is a network; `blocks` is a ModuleList, Sequential or ModuleDict,
+    a ModuleDict's or ModuleList's members may be such containers again. Raises ModelError for a module that
+    is none.
     """
-    missing = [part for part in ("stem", "blocks", "head") if not isinstance(getattr(network, part, None), nn.Module)]
-    if missing:
+    parts = ("stem", "blocks", "head")
+    if missing := [part for part in parts if not isinstance(getattr(network, part, None), nn.Module)]:
         raise ModelError(
-            f"{type(network).__name__} has no {', '.join(missing)}: a network to be spread has the modules stem, blocks "
-            "(a ModuleList, Sequential or ModuleDict of blocks) and head"
+            f"{type(network).__name__} has no {', '.join(missing)}: a network to be spread has the modules "
+            "stem, blocks (a ModuleList, Sequential or ModuleDict of blocks) and head"
         )
     blocks: nn.Module = network.blocks  # type: ignore[assignment]
-    children = blocks.named_children() if isinstance(blocks, nn.Sequential) else _leaves(blocks)
-    named = list(children)
+    named = _children(blocks) if isinstance(blocks, nn.Sequential) else _leaves(blocks)
     if not named:
         raise ModelError(f"{type(network).__name__}.blocks is empty: it needs at least one block")
     return named
@@ -64,12 +65,17 @@ def named_blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _leaves(container: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
-    for name, child in container.named_children():
+    for name, child in _children(container):
         if isinstance(child, nn.ModuleDict | nn.ModuleList):
             found += _leaves(child, f"{prefix}{name}.")
         else:
             found.append((f"{prefix}{name}", child))
     return found
+
+
+def _children(container: nn.Module) -> list[tuple[str, nn.Module]]:
+    # named_children would leave out a block that comes a second time
+    return [(name, child) for name, child in container._modules.items() if child is not None]
 
 
 def conv2d(channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -80,7 +86,7 @@ def conv2d(channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn
 
 
 def make_stem(kind: Literal["cifar", "imagenet"], in_channels: int, out_channels: int) -> nn.Sequential:
-    """"cifar": a 3×3 convolution without BN; "imagenet": 7×7/2, BN, ReLU, 3×3/2 max pool."""
+    """The stem "cifar": a 3×3 convolution without BN; "imagenet": 7×7/2, BN, ReLU, 3×3/2 max pool."""
     stem = nn.Sequential()
     if kind == "cifar":
         stem.add_module("conv", conv2d(in_channels, out_channels, 3))
@@ -102,4 +108,5 @@ class Head(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu_(self.norm(x)).mean((2, 3)))
+        y: Tensor = self.fc(F.relu_(self.norm(x)).mean((2, 3)))
+        return y

@@ -1,14 +1,14 @@
 """BatchNorm whose statistics belong to BN groups of samples, wherever those samples lie.
 
-Elsewhere a BN group is called a ghost or virtual batch. Under a `BatchLayout` each group is normalised by its own
-statistics, and the running statistics are *staged*: they move once a step, by `StagedStatistics.commit`, towards the mean over all
-groups of the step (weighted by samples), whatever the number of groups, processes or micro-batches. Without a layout
-the module is `nn.BatchNorm2d`.
+Elsewhere a BN group is called a ghost or virtual batch. Under a `BatchLayout` each group is normalised by its
+own statistics, and the running statistics are *staged*: they move once a step, by `StagedStatistics.commit`,
+towards the mean over all groups of the step (weighted by samples), whatever the number of groups, processes
+or micro-batches. Without a layout the module is `nn.BatchNorm2d`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ _WHOLE = slice(None)
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over (N, C, *) with one statistic per BN group; parameters and buffers as `nn.BatchNorm2d`.
 
-    `forward(x, channels)` normalises with the parameters of a slice of the channels: branches stacked in one module
-    can be run one by one.
+    `forward(x, channels)` normalises with the parameters of a slice of the channels: branches stacked in one
+    module can be run one by one.
     """
 
-    # (3, C): sums over the step's groups of weight·mean, weight·(unbiased) variance, weight; a StagedStatistics' rows.
+    # (3, C), rows of a StagedStatistics: sums over the step's groups of weight·mean, weight·variance, weight.
     staged: Tensor | None = None
 
     def forward(self, x: Tensor, channels: slice = _WHOLE) -> Tensor:
@@ -43,14 +43,15 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
                 x, mean, var, weight, bias, self.training or mean is None, self._plain_momentum(), self.eps
             )
         if x.shape[0] != sum(layout.group_sizes):
-            raise RuntimeError(f"BatchNorm got {x.shape[0]} samples, the batch layout has {layout.group_sizes}")
-        stats = torch.zeros((2, len(layout.group_sizes), x.shape[1]), dtype=self._stat_dtype(x), device=x.device)
+            raise RuntimeError(f"BatchNorm got {x.shape[0]} samples, the layout has {layout.group_sizes}")
+        sizes = layout.group_sizes
+        stats = torch.zeros((2, len(sizes), x.shape[1]), dtype=self._stat_dtype(x), device=x.device)
         if layout.sync is not None:
-            y = _SyncedGroupNorm.apply(x, weight, bias, layout.group_sizes, layout.sync, self.eps, stats)
-        elif len(layout.group_sizes) == 1:  # the library's own kernel; momentum 1 makes it return the statistics
+            y = _synced_group_norm(x, weight, bias, sizes, layout.sync, self.eps, stats)
+        elif len(sizes) == 1:  # the library's own kernel; momentum 1 makes it return the statistics
             y = F.batch_norm(x, stats[0, 0], stats[1, 0], weight, bias, True, 1.0, self.eps)
         else:
-            y = _GroupNorm.apply(x, weight, bias, layout.group_sizes, self.eps, stats)
+            y = _group_norm(x, weight, bias, sizes, self.eps, stats)
         self._stage(stats, layout, channels)
         return y
 
@@ -77,11 +78,14 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 class StagedStatistics:
     """The staged statistics of several BatchNorms in one buffer: reduced by one call, committed by one.
 
-    buffer: (3·channels + num_extra,): for all modules weight·mean, weight·variance, weight, then `extra` numbers that
-        travel along. Whoever runs the modules in several processes sums it over them before `commit`.
+    buffer: (3·channels + num_extra,): for all modules weight·mean, weight·variance, weight, then `extra`
+        numbers that travel along. Whoever runs the modules in several processes sums it over them before
+        `commit`.
     """
 
-    def __init__(self, modules: Iterable[BatchNorm], device: torch.device, dtype: torch.dtype, num_extra: int = 0) -> None:
+    def __init__(
+        self, modules: Iterable[BatchNorm], device: torch.device, dtype: torch.dtype, num_extra: int = 0
+    ) -> None:
         self.modules = [module for module in modules if module.running_mean is not None]
         self.sizes = [module.num_features for module in self.modules]
         total = sum(self.sizes)
@@ -90,9 +94,11 @@ class StagedStatistics:
         for module, staged in zip(self.modules, self.rows.split(self.sizes, 1), strict=True):
             module.staged = staged
         rates = [0.0 if m.momentum is None else m.momentum for m in self.modules]
-        self._momentum = torch.tensor(rates, dtype=dtype).repeat_interleave(torch.tensor(self.sizes, dtype=torch.long))
-        self._momentum = self._momentum.to(device)
-        starts = torch.tensor([0, *self.sizes[:-1]], dtype=torch.long).cumsum(0)[: len(self.sizes)]
+        sizes = torch.tensor(self.sizes, dtype=torch.long)
+        self._momentum = torch.tensor(rates, dtype=dtype).repeat_interleave(sizes).to(device)
+        # Where to read whether a module ran: its first channel. One whose branches are all elsewhere has none, and
+        # counts its batches like its copies there, which run in every step: it reads a True behind all channels.
+        starts = torch.where(sizes > 0, sizes.cumsum(0) - sizes, total)
         self._starts = starts.to(device)
 
     def clear(self) -> None:
@@ -101,21 +107,21 @@ class StagedStatistics:
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Moves the running statistics by the staged ones and clears; modules that nobody ran stay as they are."""
+        """Moves the running statistics by the staged ones and clears; modules that nobody ran stay."""
         if self.modules:
             used = self.rows[2] > 0
             targets = self.rows[:2] / self.rows[2].clamp(min=torch.finfo(self.rows.dtype).tiny)
-            module_used = used[self._starts].to(torch.long)
-            counters = [m.num_batches_tracked for m in self.modules]
-            torch._foreach_add_(counters, list(module_used.unbind()))
+            module_used = F.pad(used, (0, 1), value=True)[self._starts].to(torch.long)
+            counters = _present(m.num_batches_tracked for m in self.modules)
+            torch._foreach_add_(counters, module_used.unbind())
             rates = list((self._momentum * used).split(self.sizes))
             for index, module in enumerate(self.modules):
                 if module.momentum is None:  # nn.BatchNorm's cumulative average
-                    rates[index] = (module_used[index] / counters[index].clamp(min=1)).expand(self.sizes[index])
-            for values, target in (
-                ([m.running_mean for m in self.modules], targets[0]),
-                ([m.running_var for m in self.modules], targets[1]),
-            ):
+                    rate = module_used[index].to(self.rows.dtype) / counters[index].clamp(min=1)
+                    rates[index] = rate.expand(self.sizes[index])
+            means = _present(m.running_mean for m in self.modules)
+            variances = _present(m.running_var for m in self.modules)
+            for values, target in ((means, targets[0]), (variances, targets[1])):
                 torch._foreach_lerp_(values, list(target.split(self.sizes)), rates)
         self.clear()
 
@@ -125,8 +131,12 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...], eps: float, stats: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: tuple[int, ...],
+        eps: float, stats: Tensor,
+    ) -> Tensor:  # fmt: skip
+        if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+            # torch 2.13's CPU kernel with `out` gives wrong numbers for other strides, and no error
+            x = x.contiguous()
         y = torch.empty_like(x)
         saved = stats.new_empty((2, len(sizes), x.shape[1]))
         start = 0
@@ -148,13 +158,13 @@ class _GroupNorm(torch.autograd.Function):
         has_weight, has_bias = ctx.affine
         mask = [ctx.needs_input_grad[0], has_weight, has_bias]
         grad_y, grad_x, start = grads[0], torch.empty_like(x) if mask[0] else None, 0
-        grad_weight = torch.zeros_like(saved[0, 0]) if has_weight else None
-        grad_bias = torch.zeros_like(saved[0, 0]) if has_bias else None
+        grad_weight = saved.new_zeros(x.shape[1]) if has_weight else None
+        grad_bias = saved.new_zeros(x.shape[1]) if has_bias else None
         for group, size in enumerate(ctx.sizes):
             if size:
                 rows = slice(start, start + size)
                 dx, dw, db = torch.ops.aten.native_batch_norm_backward(
-                    grad_y[rows], x[rows], weight, None, None, saved[0, group], saved[1, group], True, ctx.eps, mask
+                    grad_y[rows], x[rows], weight, None, None, *saved[:, group], True, ctx.eps, mask
                 )
                 if grad_x is not None:
                     grad_x[rows] = dx
@@ -169,8 +179,9 @@ class _GroupNorm(torch.autograd.Function):
 class _SyncedGroupNorm(torch.autograd.Function):
     """Groups whose samples lie in several processes: one exchange forward (mean, M2, count), one backward.
 
-    Statistics are combined as count, mean and sum of squared deviations (Chan et al.), which loses no digits. The
-    gradients of weight and bias stay this process's own share: the gradient reduction sums them like all others.
+    Statistics are combined as count, mean and sum of squared deviations (Chan et al.), which loses no digits.
+    The gradients of weight and bias stay this process's own share: the gradient reduction sums them like all
+    others.
     """
 
     @staticmethod
@@ -185,7 +196,8 @@ class _SyncedGroupNorm(torch.autograd.Function):
         for group, rows in _local_groups(sizes, sync):
             mean = wide[rows].mean(dims)
             m2 = (wide[rows] - _per_channel(mean, x)).square().sum(dims)
-            slots[sync.part, group] = torch.cat([mean, m2, mean.new_tensor([wide[rows].shape[0] * per_sample])])
+            count = mean.new_tensor([wide[rows].shape[0] * per_sample])
+            slots[sync.part, group] = torch.cat([mean, m2, count])
         slots = sync.all_reduce(slots)
         means, m2s, counts = slots[..., :channels], slots[..., channels:-1], slots[..., -1:]
         count = counts.sum(0)  # (groups, 1)
@@ -223,9 +235,13 @@ class _SyncedGroupNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         for group, rows in _local_groups(ctx.sizes, sync):
             scale = invstd[group] if weight is None else invstd[group] * weight
-            inner = grad_y[rows] - _per_channel(means[group, 0], x) - normal[rows] * _per_channel(means[group, 1], x)
-            grad_x[rows] = inner * _per_channel(scale, x)
+            along = normal[rows] * _per_channel(means[group, 1], x)
+            grad_x[rows] = (grad_y[rows] - _per_channel(means[group, 0], x) - along) * _per_channel(scale, x)
         return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+_group_norm: Callable[..., Tensor] = _GroupNorm.apply
+_synced_group_norm: Callable[..., Tensor] = _SyncedGroupNorm.apply
 
 
 def _local_groups(sizes: tuple[int, ...], sync: GroupSync) -> list[tuple[int, slice]]:
@@ -236,6 +252,10 @@ def _local_groups(sizes: tuple[int, ...], sync: GroupSync) -> list[tuple[int, sl
             groups.append((sync.first_group + local, slice(start, start + size)))
         start += size
     return groups
+
+
+def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _per_channel(values_C: Tensor, like: Tensor) -> Tensor:

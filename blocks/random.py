@@ -1,7 +1,7 @@
 """Counter-based random numbers: what is drawn depends on the key and the sample alone.
 
-Dropout masks, augmentation and random choices are functions of (seed, epoch or step, layer, sample), never of how
-many numbers were drawn before. So every mesh, every plan and every resume sees the same stream.
+Dropout masks, augmentation and random choices are functions of (seed, epoch or step, layer, sample), never of
+how many numbers were drawn before. So every mesh, every plan and every resume sees the same stream.
 """
 
 from __future__ import annotations

@@ -14,12 +14,14 @@ from anabranch.blocks.multi_resnet import multi_resnet, pre_resnet
 
 _FAMILIES: dict[str, Callable[..., nn.Module]] = {"multi_resnet": multi_resnet, "pre_resnet": pre_resnet}
 
+_WIDE = {"depth": 26, "num_branches": 4, "width": 10}
+
 _READY: dict[str, tuple[str, dict[str, Any]]] = {
     "pre_resnet_110": ("pre_resnet", {"depth": 110}),
     "multi_resnet_110_k4": ("multi_resnet", {"depth": 110, "num_branches": 4}),
     "multi_resnet_200_k5": ("multi_resnet", {"depth": 200, "num_branches": 5, "block": "bottleneck"}),
-    "multi_resnet_26_k4_w10": ("multi_resnet", {"depth": 26, "num_branches": 4, "width": 10, "shortcut": "B"}),
-    "multi_resnet_26_k4_w10_a": ("multi_resnet", {"depth": 26, "num_branches": 4, "width": 10, "shortcut": "A"}),
+    "multi_resnet_26_k4_w10": ("multi_resnet", {**_WIDE, "shortcut": "B"}),
+    "multi_resnet_26_k4_w10_a": ("multi_resnet", {**_WIDE, "shortcut": "A"}),
     "resnet200_preact": ("pre_resnet", {"depth": 200, "block": "bottleneck", "stem": "imagenet"}),
 }
 
@@ -37,13 +39,15 @@ def models() -> list[str]:
 def build(name: str, **options: Any) -> nn.Module:
     """A network on one device, with fresh parameters from torch's default generator.
 
-    Options of a ready name override its own. Raises ModelError for an unknown name or option, naming close ones.
+    Options of a ready name override its own. Raises ModelError for an unknown name or option, naming close
+    ones.
     """
     family, ready = _READY.get(name, (name, {}))
     if family not in _FAMILIES:
         known = [*_FAMILIES, *_READY]
         close = difflib.get_close_matches(name, known, 3)
-        raise ModelError(f"no model {name!r}; " + (f"did you mean {' or '.join(close)}?" if close else f"known: {known}"))
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+        raise ModelError(f"no model {name!r}; {hint}")
     make = _FAMILIES[family]
     merged = {**ready, **options}
     known_options = list(inspect.signature(multi_resnet if make is pre_resnet else make).parameters)

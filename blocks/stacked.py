@@ -19,10 +19,13 @@ class StackedConv2d(nn.Module):
     """The convolutions of K branches at one place in their chain, without bias.
 
     role:
-      "spread"  all branches read one input: a dense convolution, (N, C, H, W) → (N, K·O, H', W'), stacked on dim 0
-      "each"    each reads its own slice: a grouped convolution, (N, K·C, H, W) → (N, K·O, H', W'), stacked on dim 0
-      "sum"     each reads its own slice and the results are added: a dense convolution whose weight concatenates the
-                branches on its *input* dim, so that the sum disappears: (N, K·C, H, W) → (N, O, H', W'), on dim 1
+      "spread"  all branches read one input: a dense convolution, (N, C, H, W) → (N, K·O, H', W'), stacked on
+          dim 0
+      "each"    each reads its own slice: a grouped convolution, (N, K·C, H, W) → (N, K·O, H', W'), stacked on
+          dim 0
+      "sum"     each reads its own slice and the results are added: a dense convolution whose weight
+                concatenates the branches on its *input* dim, so that the sum disappears: (N, K·C, H, W) → (N,
+                O, H', W'), on dim 1
 
     Init N(0, √(2 / (kernel² · O))).
     """
@@ -34,8 +37,9 @@ class StackedConv2d(nn.Module):
         self.role, self.channels, self.out_channels, self.stride, self.padding = (
             role, channels, out_channels, stride, kernel // 2,
         )  # fmt: skip
-        shape = (num_branches * out_channels, channels) if role != "sum" else (out_channels, num_branches * channels)
-        self.weight = nn.Parameter(torch.empty(*shape, kernel, kernel))
+        shape = [out_channels, channels, kernel, kernel]
+        shape[self.dim] *= num_branches
+        self.weight = nn.Parameter(torch.empty(shape))
         nn.init.normal_(self.weight, std=math.sqrt(2.0 / (kernel * kernel * out_channels)))
 
     @property

@@ -183,7 +183,7 @@ class _Comparison:
         present = torch.tensor([reference.get(name) is not None for name in names], device=self.device)
         dist.broadcast(present, 0)
         used = [name for name, is_used in zip(names, present.tolist(), strict=True) if is_used]
-        for name in set(names) - set(used):
+        for name in (name for name in names if name not in used):  # in one order on all ranks
             self._add(kind, name + suffix, 0.0 if self._is_zero(mine.get(name)) else math.inf, 0.0)
         for some in self._bundles(used):
             sizes = [self.like[name].numel() for name in some]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -11,47 +15,95 @@ from anabranch.blocks import BranchSum, MultiResidual, build
 from anabranch.blocks.branch_sum import Hidden
 from anabranch.blocks.norm import BatchNorm
 from anabranch.runtime.config import OptimizerConfig
+from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import make_mesh
-from anabranch.runtime.parallelize import ParallelNetwork
+from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.parallelize import ParallelNetwork, RankBatch, Role
+from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.verify import Report, Trial, verify_plan
-from anabranch.schedulers import Plan
+from anabranch.schedulers import BranchPlacement, Plan
+from anabranch.schedulers.plan import EdgeSplit
+
+S = "sample"
+Placement = str | tuple[int, ...]
 
 
-class UnequalNet(nn.Module):
-    """A user's network: plain torch layers, unequal branches, dropout, parameters in `enter` and `join`, two sums a block,
-    one layer shared by two blocks."""
+class Chain(nn.Module):
+    """stem, blocks in a row, head, as a user writes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, stem: nn.Module, blocks: Sequence[nn.Module], head: nn.Module) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
-
-        def thin() -> nn.Module:
-            return nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())
-
-        def wide() -> nn.Module:
-            return nn.Sequential(nn.Conv2d(6, 9, 3, padding=1), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 6, 1))
-
-        def random() -> nn.Module:
-            return nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.3), nn.Conv2d(6, 6, 3, padding=1))
-
-        shared = nn.Conv2d(6, 6, 1)
-        self.blocks = nn.ModuleList(
-            [
-                MultiResidual([thin(), wide(), random()], before=nn.BatchNorm2d(6), after=nn.BatchNorm2d(6)),
-                nn.Sequential(
-                    MultiResidual([wide(), random()], before=shared, shortcut=nn.Conv2d(6, 6, 1)),
-                    MultiResidual([thin(), thin()], after=nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())),
-                ),
-                MultiResidual([random(), wide()], before=nn.Sequential(shared, nn.BatchNorm2d(6)), shortcut_reads="h"),
-            ]
-        )
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(6, 5))
+        self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+def thin(channels: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU())
+
+
+def wide(channels: int = 6) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 9, 3, padding=1), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, channels, 1)
+    )
+
+
+def random(channels: int = 6) -> nn.Module:
+    return nn.Sequential(
+        nn.BatchNorm2d(channels), nn.Dropout(0.3), nn.Conv2d(channels, channels, 3, padding=1)
+    )
+
+
+def classifier(channels: int = 6) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(channels, 5))
+
+
+def unequal_net() -> nn.Module:
+    """Plain torch layers: unequal branches, dropout, parameters in `enter` and `join`, two sums in a block, one layer
+    shared by two blocks, a BatchNorm with a cumulative average."""
+    shared = nn.Conv2d(6, 6, 1)
+    twice = nn.Sequential(
+        MultiResidual([wide(), random()], before=shared, shortcut=nn.Conv2d(6, 6, 1)),
+        MultiResidual([thin(), thin()], after=nn.Sequential(nn.BatchNorm2d(6, momentum=None), nn.ReLU())),
+    )
+    return Chain(
+        nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
+        [
+            MultiResidual([thin(), wide(), random()], before=nn.BatchNorm2d(6), after=nn.BatchNorm2d(6)),
+            twice,
+            MultiResidual(
+                [random(), wide()], before=nn.Sequential(shared, nn.BatchNorm2d(6)), shortcut_reads="h"
+            ),
+        ],
+        classifier(),
+    )
+
+
+def bare_net() -> nn.Module:
+    """Nothing before the first branches has parameters, one block is no sum at all, one comes twice."""
+    again = MultiResidual([thin(2), random(2)])
+    return Chain(
+        nn.Identity(),
+        [MultiResidual([wide(2), thin(2)]), nn.Conv2d(2, 2, 3, padding=1), again, again],
+        classifier(2),
+    )
+
+
+class Choice(nn.Module):
+    """Layers of which a forward pass uses some: those that `used` names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Conv2d(2, 2, 1) for name in ("all", "one", "none")})
+        self.used = ["all"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layers[name](x) for name in self.used]).sum(0)
 
 
 class PairSum(BranchSum):
@@ -60,7 +112,8 @@ class PairSum(BranchSum):
     def __init__(self, channels: int, num_branches: int) -> None:
         super().__init__(num_branches)
         self.split = nn.Conv2d(channels, 2 * channels, 1)
-        self.branch = nn.ModuleDict({str(i): nn.Conv2d(channels, channels, 3, padding=1) for i in range(num_branches)})
+        terms = {str(i): nn.Conv2d(channels, channels, 3, padding=1) for i in range(num_branches)}
+        self.branch = nn.ModuleDict(terms)
         self.norm = BatchNorm(channels)
 
     def enter(self, x: Tensor) -> Hidden:
@@ -72,103 +125,161 @@ class PairSum(BranchSum):
         return torch.stack([f(a if int(i) % 2 else b) for i, f in self.branch.items()]).sum(0)
 
     def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
-        return self.norm(x + s) + h[0]
+        y: Tensor = self.norm(x + s)
+        return y + h[0]
 
 
-class TupleNet(nn.Module):
-    """Blocks with a tuple as hidden form."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3, padding=1)
-        self.blocks = nn.ModuleDict({"a": PairSum(4, 3), "b": PairSum(4, 3)})
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks.values():
-            x = block(x)
-        return self.head(x)
+def tuple_net() -> nn.Module:
+    return Chain(nn.Conv2d(2, 4, 3, padding=1), [PairSum(4, 3), PairSum(4, 3)], classifier(4))
 
 
-NETWORKS: dict[str, Any] = {
-    "basic": lambda: build("multi_resnet", depth=14, num_branches=5, in_channels=2, num_classes=5, blocks_per_stage=[2, 1, 1]),
-    "basic4": lambda: build("multi_resnet", depth=14, num_branches=4, in_channels=2, num_classes=5, blocks_per_stage=[1, 2, 1]),
-    "shared": lambda: build(
-        "multi_resnet", depth=8, num_branches=3, in_channels=2, num_classes=5, preact="shared", blocks_per_stage=[1, 2, 1], shortcut="B"
-    ),
-    "bottleneck": lambda: build(
-        "multi_resnet", depth=11, num_branches=3, in_channels=2, num_classes=5, block="bottleneck", blocks_per_stage=[2, 1, 1]
-    ),
-    "imagenet": lambda: build(
-        "multi_resnet", depth=18, num_branches=2, in_channels=2, num_classes=5, stem="imagenet", blocks_per_stage=[2, 1, 1, 1]
-    ),
-    "unequal": UnequalNet,
-    "tuple": TupleNet,
-}  # fmt: skip
+def _multi_resnet(num_branches: int, blocks_per_stage: Sequence[int], **options: Any) -> nn.Module:
+    return build(
+        "multi_resnet",
+        depth=0,
+        num_branches=num_branches,
+        blocks_per_stage=blocks_per_stage,
+        in_channels=2,
+        num_classes=5,
+        **options,
+    )
 
 
-def trial(network: str, **options: Any) -> Trial:
-    """Three steps of Nesterov SGD in float64 on random samples; the last batch is short."""
-    generator = torch.Generator().manual_seed(7)
-    num, size = options.pop("num_samples", 40), 32 if network == "imagenet" else 8
-    x = torch.randn(num, 2, size, size, generator=generator, dtype=torch.float64)
-    target = torch.randint(5, (num,), generator=generator)
-    clip = options.pop("clip_norm", 0.0)
-    defaults: dict[str, Any] = {"batch_size": 16, "bn_batch_size": 4, "precision": "fp64"}
-    return Trial(x, target, optimizer=OptimizerConfig(lr=0.1, clip_norm=clip), **{**defaults, **options})
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "basic": lambda: _multi_resnet(5, (2, 1, 1)),
+    "basic4": lambda: _multi_resnet(4, (1, 2, 1)),
+    "shared": lambda: _multi_resnet(3, (1, 2, 1), preact="shared", shortcut="B"),
+    "bottleneck": lambda: _multi_resnet(3, (2, 1, 1), block="bottleneck"),
+    "imagenet": lambda: _multi_resnet(2, (2, 1, 1, 1), stem="imagenet"),
+    "unequal": unequal_net,
+    "tuple": tuple_net,
+    "bare": bare_net,
+    "choice": lambda: Chain(nn.Identity(), [Choice()], classifier(2)),
+}
 
 
 def seeded(network: str) -> nn.Module:
-    """The network from a fixed seed, moved a little off its zeros and ones so that no gradient vanishes by symmetry."""
+    """The network from a fixed seed, moved a little off zeros and ones so that no gradient vanishes by symmetry."""
     torch.manual_seed(3)
-    made: nn.Module = NETWORKS[network]()
+    made = NETWORKS[network]()
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+            parameter.add_(0.05 * torch.randn_like(parameter))
     return made
 
 
-def parity(rank: int, world_size: int, cases: list[tuple[str, Plan, dict[str, Any]]]) -> list[Report]:
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    blocks: by block S or counts by branch rank; one entry is for all blocks. edges: stem, head: "s" or "r".
+    trial: fields of `Trial`, and those of `OptimizerConfig` under "optimizer".
+    """
+
+    network: str
+    mesh: tuple[int, int]
+    blocks: tuple[Placement, ...]
+    edges: str = "ss"
+    samples: tuple[int, ...] | None = None
+    trial: dict[str, Any] = field(default_factory=dict)
+    bound: float = 1e-9
+
+    @property
+    def world_size(self) -> int:
+        return self.mesh[0] * self.mesh[1]
+
+    @property
+    def id(self) -> str:
+        placed = "|".join("s" if b == S else "".join(map(str, b)) for b in self.blocks)
+        options = ",".join(f"{key}={value}" for key, value in self.trial.items())
+        data, branch = self.mesh
+        return f"{data}x{branch} {self.network} {self.edges[0]}:{placed}:{self.edges[1]} {self.samples or ''} {options}"
+
+    def plan(self) -> Plan:
+        names = list(spec_of(NETWORKS[self.network]()).by_name)
+        placements = self.blocks * len(names) if len(self.blocks) == 1 else self.blocks
+        blocks = {
+            name: BranchPlacement("sample") if isinstance(p, str) else BranchPlacement.from_counts(p)
+            for name, p in zip(names, placements, strict=True)
+        }
+        edge: dict[str, EdgeSplit] = {"s": "sample", "r": "replicated"}
+        return Plan(*self.mesh, blocks, edge[self.edges[0]], edge[self.edges[1]], samples=self.samples)
+
+    def made_trial(self) -> Trial:
+        """Three SGD steps in float64 on random samples unless `trial` says otherwise; the last batch is short."""
+        options: dict[str, Any] = {
+            "batch_size": 16, "bn_batch_size": 4, "precision": "fp64", "num_samples": 37, **self.trial,
+        }  # fmt: skip
+        optimizer = OptimizerConfig(**{"lr": 0.1, **options.pop("optimizer", {})})
+        loss = cross_entropy(options.pop("label_smoothing", 0.0))
+        num, size = options.pop("num_samples"), 32 if self.network == "imagenet" else 8
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randn(num, 2, size, size, generator=generator, dtype=torch.float64)
+        return Trial(
+            x, torch.randint(5, (num,), generator=generator), optimizer=optimizer, loss=loss, **options
+        )
+
+
+def parity(rank: int, world_size: int, cases: Sequence[Case]) -> list[Report]:
     """Each case verified on these ranks."""
-    reports = []
-    for network, plan, options in cases:
-        mesh = make_mesh(plan.data, plan.branch)
-        reports.append(verify_plan(seeded(network), plan, mesh, trial(network, **options)))
-    return reports
+    return [verify(case) for case in cases]
 
 
-def sabotaged(rank: int, world_size: int, plan: Plan, defect: str) -> Report:
-    """One case with a planted defect."""
-    from anabranch.runtime import collectives, parallelize
+def verify(case: Case, sabotage: Callable[[ParallelNetwork], None] = lambda network: None) -> Report:
+    mesh = make_mesh(*case.mesh)
+    return verify_plan(seeded(case.network), case.plan(), mesh, case.made_trial(), sabotage=sabotage)
 
-    def copy_twice(h: Tensor, group: Any) -> Tensor:  # a second all-reduce in backward
-        return collectives.copy_to_branches(collectives.copy_to_branches(h, group), group)
 
-    def no_copy(h: Tensor, group: Any) -> Tensor:
-        return h
+def sabotaged(rank: int, world_size: int, case: Case, defects: Sequence[str]) -> list[Report]:
+    """The case once with each planted defect."""
+    return [_sabotaged(rank, world_size, case, defect) for defect in defects]
+
+
+def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
+    runtime = sys.modules["anabranch.runtime.parallelize"]
+    copied, with_samples, finish = runtime.copy_to_branches, RankBatch.with_samples, GradientReducer.finish
+
+    def summed_twice(h: Hidden, group: Any) -> Hidden:
+        twice: Hidden = copied(copied(h, group), group)
+        return twice
+
+    def local_ids(self: RankBatch, own: Tensor, group: Tensor, key: int) -> RankBatch:
+        return with_samples(self, torch.arange(len(own)), torch.arange(len(group)), key)
+
+    def own_statistics(self: GradientReducer) -> None:
+        before = [statistics.rows.clone() for statistics in self._statistics.values()]
+        finish(self)
+        for statistics, rows in zip(self._statistics.values(), before, strict=True):
+            statistics.rows.copy_(rows)
 
     def wrong_factor(network: ParallelNetwork) -> None:
-        for name, role in list(network.roles.items()):
-            if role.factor != 1.0:
-                network.roles[name] = parallelize.Role(role.tensor, role.over, 1.0)
+        for name, role in network.roles.items():
+            network.roles[name] = Role(role.tensor, role.over, 1.0)
 
     def drift(network: ParallelNetwork) -> None:
         if rank == world_size - 1:
             with torch.no_grad():
-                next(network.head.parameters()).add_(1e-6)
+                next(network.get_submodule("head").parameters()).add_(1e-6)
 
-    mesh = make_mesh(plan.data, plan.branch)
-    sabotage = {"wrong_factor": wrong_factor, "drift": drift}.get(defect, lambda network: None)
-    if defect == "copy_twice":
-        parallelize.copy_to_branches = copy_twice  # type: ignore[assignment]
-    if defect == "no_copy":
-        parallelize.copy_to_branches = no_copy  # type: ignore[assignment]
-    options = {"bn_batch_size": 16} if defect == "groups" else {}
-    case = trial("basic4", **options)
-    if defect == "groups":  # statistics of the own rows instead of the group's
+    def no_sync(network: ParallelNetwork) -> None:
+        rank_batch = network.rank_batch
 
-        def sabotage(network: ParallelNetwork) -> None:
-            network._sync_off = True  # type: ignore[assignment]
+        def alone(*args: Any) -> RankBatch:
+            batch = rank_batch(*args)
+            return replace(batch, own=replace(batch.own, sync=None), group=replace(batch.group, sync=None))
 
-    return verify_plan(seeded("basic4"), plan, mesh, case, sabotage=sabotage)
+        network.rank_batch = alone  # type: ignore[assignment,method-assign]
+
+    changed: dict[str, tuple[object, str, object]] = {
+        "gradient summed twice": (runtime, "copy_to_branches", summed_twice),
+        "no copy_to_branches": (runtime, "copy_to_branches", lambda h, group: h),
+        "dropout by local row": (RankBatch, "with_samples", local_ids),
+        "statistics not reduced": (GradientReducer, "finish", own_statistics),
+    }
+    on_network = {"factor 1": wrong_factor, "one rank drifted": drift, "own rows' statistics": no_sync}
+    if defect in on_network:
+        return verify(case, on_network[defect])
+    if defect == "none":
+        return verify(case)
+    with mock.patch.object(changed[defect][0], changed[defect][1], changed[defect][2]):
+        return verify(case)

@@ -1,75 +1,84 @@
 """Runs a function on several real ranks: processes with a gloo process group, results by rank.
 
-Processes come from a fork server that has imported torch already, so a group of four stands in a fraction of a second. The
-function must be importable (defined in a module, not in a test body).
+Processes come from a fork server that has imported torch already, so a group of four stands in a fraction of a second.
+The function must be importable (defined in a module, not in a test body).
 """
 
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "anabranch.runtime.verify"])
+# torch._dynamo: seconds of imports that the first optimizer of every process would make
+_context.set_forkserver_preload(["torch", "torch._dynamo", "anabranch.runtime.verify"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 100.0) -> list[Any]:
-    """[function(rank, world_size, *args) on each rank]; raises AssertionError with the first failed rank's traceback."""
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 100.0
+) -> list[Any]:
+    """[function(rank, world_size, *args) on each rank]; raises AssertionError with a failed rank's traceback."""
+    pipes: list[Connection] = []
+    processes = []
+    results: dict[int, Any] = {}
+    failure = ""
     with tempfile.TemporaryDirectory() as folder:
-        pipes: list[Connection] = []
-        processes = []
         for rank in range(world_size):
             mine, theirs = _context.Pipe()
-            process = _context.Process(
-                target=_run, args=(rank, world_size, os.path.join(folder, "store"), theirs, function, args), daemon=True
-            )
+            started = (rank, world_size, str(Path(folder, "store")), theirs, function, args)
+            process = _context.Process(target=_run, args=started, daemon=True)
             process.start()
             theirs.close()
             pipes.append(mine)
             processes.append(process)
-        results: dict[int, Any] = {}
-        failure = ""
         try:
             while len(results) < world_size and not failure:
-                ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout_s)
-                assert ready, f"ranks {sorted(set(range(world_size)) - set(results))} gave no result in {timeout_s} s"
-                for pipe in ready:
-                    rank = pipes.index(pipe)  # type: ignore[arg-type]
-                    try:
-                        ok, value = pipe.recv()  # type: ignore[union-attr]
-                    except EOFError:
-                        ok, value = False, f"rank {rank} died"
-                    results[rank] = value
-                    failure = failure or ("" if ok else f"rank {rank}:\n{value}")
+                missing = [rank for rank in range(world_size) if rank not in results]
+                ready = wait([pipes[rank] for rank in missing], timeout_s)
+                if not ready:
+                    failure = f"ranks {missing} gave no result in {timeout_s} s"
+                for rank in missing:
+                    if pipes[rank] in ready and not failure:
+                        try:
+                            ok, results[rank] = pickle.loads(pipes[rank].recv_bytes())
+                        except EOFError:
+                            ok, results[rank] = False, "died"
+                        failure = "" if ok else f"rank {rank}: {results[rank]}"
         finally:
             for process in processes:
-                if failure:
+                if len(results) < world_size or failure:
                     process.kill()
-                process.join(10)
-                process.kill()
-        assert not failure, failure
-        return [results[rank] for rank in range(world_size)]
+                process.join()
+    assert not failure, failure
+    return [results[rank] for rank in range(world_size)]
 
 
 def _run(
-    rank: int, world_size: int, store: str, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    store: str,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
-    import torch.distributed as dist
+    from torch import distributed as dist
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
-        )
-        pipe.send((True, function(rank, world_size, *args)))
+        rendezvous = torch._C._distributed_c10d.FileStore(store, world_size)
+        dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world_size)
+        answer = (True, function(rank, world_size, *args))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        answer = (False, traceback.format_exc())
     finally:
+        # plain pickle copies tensors; the pipe's own would share memory that dies with this process
+        pipe.send_bytes(pickle.dumps(answer))
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -19,8 +19,18 @@ MULTI_RESNET: list[tuple[str, dict[str, Any], int, int]] = [
     ("multi_resnet", {"depth": 20, "num_branches": 4}, 1_074_874, 160_875_136),
     ("multi_resnet", {"depth": 30, "num_branches": 4, "blocks_per_stage": (5, 4, 5)}, 1_778_362, 255_246_976),
     ("multi_resnet_200_k5", {}, 10_187_354, 1_467_140_608),
-    ("multi_resnet", {"depth": 26, "num_branches": 2, "width": 10, "shortcut": "A"}, 72_432_154, 10_428_537_088),
-    ("multi_resnet", {"depth": 26, "num_branches": 2, "width": 10, "shortcut": "B"}, 72_690_714, 10_457_372_928),
+    (
+        "multi_resnet",
+        {"depth": 26, "num_branches": 2, "width": 10, "shortcut": "A"},
+        72_432_154,
+        10_428_537_088,
+    ),
+    (
+        "multi_resnet",
+        {"depth": 26, "num_branches": 2, "width": 10, "shortcut": "B"},
+        72_690_714,
+        10_457_372_928,
+    ),
     ("multi_resnet_26_k4_w10_a", {}, 144_855_194, 20_856_625_408),
     ("multi_resnet_26_k4_w10", {}, 145_113_754, 20_885_461_248),
     ("pre_resnet", {"depth": 218}, 3_477_850, 507_691_648),
@@ -36,5 +46,6 @@ MULTI_RESNET: list[tuple[str, dict[str, Any], int, int]] = [
 @pytest.mark.parametrize(("name", "options", "params", "macs"), MULTI_RESNET)
 def test_counts(name: str, options: dict[str, Any], params: int, macs: int) -> None:
     with torch.device("meta"):
-        counted = count(build(name, **options))
+        network = build(name, **options)
+    counted = count(network)
     assert (counted.params, counted.macs) == (params, macs)

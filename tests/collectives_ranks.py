@@ -1,0 +1,184 @@
+"""What the ranks of test_collectives run. Every function returns plain data or raises on the rank that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from anabranch.runtime import collectives
+from anabranch.runtime.collectives import (
+    copy_to_branches,
+    gather_samples,
+    gathered_rows,
+    reduce_from_branches,
+    scatter_samples,
+)
+
+Sizes = tuple[int, ...]
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _close(mine: Tensor | None, reference: Tensor | None) -> None:
+    assert reference is not None
+    torch.testing.assert_close(mine, reference, rtol=0, atol=1e-13)
+
+
+def copy_and_reduce(rank: int, world_size: int, holders: Sizes) -> None:
+    """s = Σ_r w_r·h over the ranks in `holders`, y = h·s + s² against one-device autograd; h a tensor and a tuple."""
+    weights = [_random(3, 4, seed=r).requires_grad_() for r in range(world_size)]
+    x = _random(3, 4, seed=99).requires_grad_()
+    h = x.sin()
+    s = sum((weights[r] * h for r in holders), torch.zeros(3, 4, dtype=torch.float64))
+    (h * s + s.square()).sum().backward()
+
+    mine = _random(3, 4, seed=rank).requires_grad_()
+    own_x = _random(3, 4, seed=99).requires_grad_()
+    own_h = own_x.sin()
+    copied = copy_to_branches(own_h, _world())
+    assert isinstance(copied, Tensor)
+    partial = mine * copied if rank in holders else torch.zeros(3, 4, dtype=torch.float64)
+    total = reduce_from_branches(partial, copied, _world())
+    _close(total, s)
+    (own_h * total + total.square()).sum().backward()
+    _close(own_x.grad, x.grad)
+    if rank in holders:
+        _close(mine.grad, weights[rank].grad)
+
+
+def copy_and_reduce_tuple(rank: int, world_size: int) -> None:
+    """The hidden form is (a, b, indices): floats are copied, the others passed on."""
+    weights = [_random(3, 4, seed=r).requires_grad_() for r in range(world_size)]
+    x = _random(3, 4, seed=99).requires_grad_()
+    sums = [weights[r] * x.sin() + weights[r] * x.cos() * r for r in range(world_size)]
+    s = torch.stack(sums).sum(0)
+    (s.square() + x.sin() * s).sum().backward()
+
+    mine = _random(3, 4, seed=rank).requires_grad_()
+    own_x = _random(3, 4, seed=99).requires_grad_()
+    indices = torch.arange(3)
+    a, b, same = copy_to_branches((own_x.sin(), own_x.cos(), indices), _world())
+    assert same is indices
+    total = reduce_from_branches(mine * a + mine * b * rank, (a, b, same), _world())
+    _close(total, s)
+    (total.square() + own_x.sin() * total).sum().backward()
+    _close(own_x.grad, x.grad)
+    _close(mine.grad, weights[rank].grad)
+
+
+def against_dtensor(rank: int, world_size: int) -> None:
+    """DTensor's own pairs: Replicate → (local) → Partial → Replicate."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    weight = _random(3, 4, seed=rank)
+    results = []
+    for oracle in (True, False):
+        x = _random(3, 4, seed=99).requires_grad_()
+        if oracle:
+            spread = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+            local = spread.to_local(grad_placements=[Partial()])
+            total = DTensor.from_local(local * weight, mesh, [Partial()], run_check=False)
+            y = total.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
+        else:
+            copied = copy_to_branches(x, _world())
+            assert isinstance(copied, Tensor)
+            y = reduce_from_branches(copied * weight, copied, _world())
+        y.cos().sum().backward()
+        results.append((y.detach(), x.grad))
+    _close(results[1][0], results[0][0])
+    _close(results[1][1], results[0][1])
+
+
+def gather(rank: int, world_size: int, sizes: Sizes) -> None:
+    """Samples → all samples → back, against autograd on the whole; also DTensor's Shard ↔ Replicate."""
+    n, start = sum(sizes), sum(sizes[:rank])
+    rows = slice(start, start + sizes[rank])
+    x = _random(n, 2, 3, seed=1)
+    weight = _random(n, 2, 3, seed=2)
+
+    mine = x[rows].clone().requires_grad_()
+    everything = gather_samples(mine, sizes, _world())
+    _close(everything, x)
+    (everything.sin() * weight).sum().backward()
+    _close(mine.grad, x[rows].cos() * weight[rows])
+
+    whole = x.clone().requires_grad_()
+    part = scatter_samples(whole, sizes, _world())
+    _close(part, x[rows])
+    (part.sin() * weight[rows]).sum().backward()
+    _close(whole.grad, x.cos() * weight)
+
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole = x.clone().requires_grad_()
+    spread = DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
+    if len(set(sizes)) == 1:  # DTensor shards evenly
+        oracle = spread.redistribute(placements=[Shard(0)]).to_local(grad_placements=[Shard(0)])
+        (oracle.sin() * weight[rows]).sum().backward()
+        _close(oracle, part)
+        _close(whole.grad, x.cos() * weight)
+
+    _close(gathered_rows(x[rows].transpose(1, 2), sizes, _world()), x.transpose(1, 2))  # not contiguous
+    labels = torch.arange(n)
+    assert torch.equal(gathered_rows(labels[rows], sizes, _world()), labels)
+
+
+def half_precision(rank: int, world_size: int) -> None:
+    """bfloat16 travels and is added as float32: 256 + 1 + 1 + … is not 256."""
+    s = torch.full((4,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
+    total = reduce_from_branches(s, s, _world())
+    assert total.dtype == torch.bfloat16
+    assert total.tolist() == [float(torch.tensor(256.0 + world_size - 1).bfloat16())] * 4
+
+
+def needs_grad_everywhere(rank: int, world_size: int) -> bool:
+    """Whether the sum needs a gradient is the same on a rank without branches and before any parameter."""
+    x = torch.ones(2)
+    weight = torch.ones(2, requires_grad=True)
+    total = reduce_from_branches(weight * x if rank == 0 else torch.zeros(2), x, _world())
+    with torch.no_grad():
+        assert not reduce_from_branches(x, x, _world()).requires_grad
+    return total.requires_grad
+
+
+def with_second_all_reduce(rank: int, world_size: int, pair: str) -> bool:
+    """Whether the pair's test fails when its backward all-reduces once more, as torch's functional collectives do."""
+    function, check = {
+        "copy": (collectives._Copy, copy_and_reduce),
+        "reduce": (collectives._Reduce, copy_and_reduce),
+        "gather": (collectives._Gather, gather),
+        "scatter": (collectives._Scatter, gather),
+    }[pair]
+    backward: Callable[..., Any] = function.backward
+
+    def again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if pair == "scatter":
+            first, *rest = backward(ctx, *grads)
+            assert first is not None
+            dist.all_reduce(first)
+            return first, *rest
+        summed = grads[0].clone()
+        dist.all_reduce(summed)
+        result: tuple[Tensor | None, ...] = backward(ctx, summed)
+        return result
+
+    argument = tuple(range(world_size)) if check is copy_and_reduce else (2,) * world_size
+    with mock.patch.object(function, "backward", staticmethod(again)):
+        try:
+            check(rank, world_size, argument)
+        except AssertionError:
+            return True
+    return False

@@ -1,0 +1,184 @@
+"""Promise 1: every plan computes the trajectory of the one-device network. And every planted defect is found."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from parity_cases import Case, S, parity, sabotaged
+from ranks import run_ranks
+
+from anabranch.runtime.verify import Report
+
+# network, mesh, blocks (S or counts by branch rank), stem and head (sample or replicated). What is not named:
+# 37 samples in batches of 16, 16 and 5, BN groups of 4, Nesterov SGD in float64, fused.
+CASES = [
+    # counts: even, uneven, none at all; every pair of edges
+    Case("basic4", (1, 2), ((2, 2),), "rr"),
+    Case("basic", (1, 2), ((3, 2),), "ss"),
+    Case("basic", (1, 2), ((2, 3),), "sr", trial={"execution": "looped"}),
+    Case("basic4", (1, 2), ((4, 0),), "rs"),
+    Case("basic4", (1, 2), ((4, 0), (0, 4), (3, 1), (1, 3)), "rr"),
+    # mixed splits: both transitions, both orders
+    Case("basic", (1, 2), (S, (3, 2), S, (2, 3)), "ss"),
+    Case("basic", (1, 2), ((3, 2), S, (5, 0), S), "rs"),
+    Case("basic", (1, 2), (S, S, (1, 4), (4, 1)), "sr"),
+    Case("basic4", (1, 2), (S,), "ss"),
+    # data parallel only; uneven samples
+    Case("basic", (2, 1), (S,), "ss"),
+    Case("basic", (2, 1), (S,), "ss", samples=(3, 1)),
+    # the other networks
+    Case("shared", (1, 2), ((2, 1),), "rr"),
+    Case("shared", (1, 2), (S, (1, 2), (2, 1), S), "ss", trial={"execution": "looped"}),
+    Case("bottleneck", (1, 2), ((2, 1), S, (0, 3), (1, 2)), "rr"),
+    Case("bottleneck", (1, 2), ((2, 1),), "ss", trial={"execution": "looped"}),
+    Case(
+        "imagenet",
+        (1, 2),
+        ((1, 1), (2, 0), S, (0, 2), (1, 1)),
+        "ss",
+        trial={"num_samples": 16, "batch_size": 8},
+    ),
+    Case("unequal", (1, 2), ((2, 1), (1, 1), (1, 1)), "rr"),
+    Case("unequal", (1, 2), ((0, 3), (2, 0), (2, 0)), "ss"),
+    Case("unequal", (1, 2), ((1, 2), S, S), "sr", trial={"bn_batch_size": 16}),
+    Case("unequal", (2, 1), (S,), "ss", samples=(1, 2)),
+    Case("tuple", (1, 2), ((2, 1), (0, 3)), "rr"),
+    Case("tuple", (1, 2), (S, (1, 2)), "ss"),
+    Case("bare", (1, 2), ((2, 0), (0, 1), (0, 2), (0, 2)), "rr"),
+    Case("bare", (1, 2), ((1, 1), S, (2, 0), (2, 0)), "ss"),
+    # a BN group equal to, below and above a rank's share of 8
+    Case("basic4", (1, 2), (S, (2, 2), S, (3, 1)), "ss", trial={"bn_batch_size": 8}),
+    Case("basic4", (1, 2), (S, (2, 2), S, (3, 1)), "rr", trial={"bn_batch_size": 3}),
+    Case("basic4", (1, 2), (S, (2, 2), S, (3, 1)), "ss", trial={"bn_batch_size": 16}),
+    Case("basic4", (2, 1), (S,), "ss", trial={"bn_batch_size": 16, "execution": "looped"}),
+    # last batches of 2 and 1 samples: a rank has none
+    Case("basic4", (1, 2), (S, (2, 2), (4, 0), S), "ss", trial={"num_samples": 17, "bn_batch_size": 16}),
+    Case("unequal", (1, 2), (S,), "ss", trial={"num_samples": 18, "bn_batch_size": 1, "accumulation": 2}),
+    # accumulation, clipping, AdamW, label smoothing
+    Case("basic", (1, 2), (S, (3, 2), S, (2, 3)), "ss", trial={"accumulation": 2}),
+    Case("unequal", (1, 2), ((2, 1), (1, 1), (1, 1)), "sr", trial={"accumulation": 3}),
+    Case("basic", (1, 2), ((3, 2), S, (5, 0), (3, 2)), "rs", trial={"optimizer": {"clip_norm": 0.1}}),
+    Case(
+        "tuple",
+        (1, 2),
+        ((2, 1),),
+        trial={"optimizer": {"name": "adamw", "lr": 1e-3, "eps": 1e-3, "clip_norm": 1.0}},
+    ),
+    Case("tuple", (1, 2), ((3, 0), S), trial={"label_smoothing": 0.1}),
+    # three ranks; k not divisible
+    Case("basic4", (1, 3), ((2, 1, 1),), "rr"),
+    Case("basic4", (1, 3), ((1, 2, 1), S, (0, 4, 0), (2, 0, 2)), "ss"),
+    Case("basic4", (3, 1), (S,), "ss", samples=(2, 1, 1)),
+    Case("tuple", (3, 1), (S,), "ss", samples=(1, 3, 2), trial={"bn_batch_size": 16}),
+    # four ranks
+    Case("basic", (2, 2), ((3, 2),), "rr"),
+    Case("basic", (2, 2), (S, (3, 2), (5, 0), S), "ss"),
+    Case("basic4", (2, 2), ((4, 0), S, (1, 3), (2, 2)), "sr", samples=(3, 1)),
+    Case("basic4", (2, 2), ((2, 2), S, S, (2, 2)), "rs", trial={"bn_batch_size": 16}),
+    Case("basic4", (2, 2), ((2, 2), S, (4, 0), (1, 3)), "ss", trial={"bn_batch_size": 8, "accumulation": 2}),
+    Case("basic4", (2, 2), (S, (2, 2), S, (2, 2)), "ss", trial={"num_samples": 18, "bn_batch_size": 16}),
+    Case("unequal", (2, 2), ((2, 1), (1, 1), (1, 1)), "rr", trial={"bn_batch_size": 16, "accumulation": 1}),
+    Case("unequal", (2, 2), ((0, 3), S, S), "ss", samples=(1, 3), trial={"optimizer": {"clip_norm": 0.1}}),
+    Case("bare", (2, 2), ((0, 2), S, (1, 1), (1, 1)), "sr", trial={"num_samples": 17, "bn_batch_size": 16}),
+    Case("basic", (1, 4), ((2, 1, 1, 1),), "rr"),
+    Case("basic", (1, 4), (S, (2, 1, 1, 1), (5, 0, 0, 0), (0, 2, 0, 3)), "ss"),
+    Case("tuple", (1, 4), ((1, 1, 1, 0), S), "sr", trial={"bn_batch_size": 16}),
+    Case("bottleneck", (1, 4), ((1, 1, 1, 0), S, (0, 0, 3, 0), (1, 0, 1, 1)), "ss"),
+]
+
+# Rounding of the arithmetic that trains, not of the plan: bounds are stated, not derived.
+ROUNDED = [
+    Case(
+        "basic",
+        (1, 2),
+        (S, (3, 2), S, (2, 3)),
+        "ss",
+        trial={"precision": "fp32", "num_samples": 32},
+        bound=1e-3,
+    ),
+    Case("tuple", (2, 2), ((2, 1), S), "rr", trial={"precision": "fp32"}, bound=5e-3),
+    Case("basic", (1, 2), ((5, 0), (3, 2), S, (2, 3)), "ss", trial={"precision": "bf16"}),
+    Case("unequal", (2, 2), ((2, 1), S, S), "rr", trial={"precision": "bf16"}),
+]
+
+_BATCH = 9
+
+DEFECTS = {
+    "gradient summed twice": Case("basic4", (1, 2), ((2, 2),), "rr"),
+    "no copy_to_branches": Case("basic4", (1, 2), ((2, 2),), "rr"),
+    "factor 1": Case("basic4", (1, 2), ((2, 2),), "rr"),
+    "one rank drifted": Case("basic4", (1, 2), ((2, 2),), "ss"),
+    "own rows' statistics": Case("basic4", (1, 2), (S,), "ss", trial={"bn_batch_size": 16}),
+    "statistics not reduced": Case("basic4", (2, 1), (S,), "ss"),
+    "dropout by local row": Case("unequal", (1, 2), (S,), "ss"),
+}
+
+
+pytestmark = pytest.mark.timeout(400)  # a batch of cases runs in the first of its tests
+
+
+def _batches() -> dict[str, list[Case]]:
+    """By case, those that run in the same processes: starting them costs as much as several cases."""
+    found: dict[str, list[Case]] = {}
+    for world_size in (2, 3, 4):
+        cases = [case for case in [*CASES, *ROUNDED] if case.world_size == world_size]
+        for start in range(0, len(cases), _BATCH):
+            found |= {case.id: cases[start : start + _BATCH] for case in cases[start : start + _BATCH]}
+    return found
+
+
+@cache
+def _run(first: str) -> dict[str, Report] | AssertionError:
+    cases = _batches()[first]
+    try:
+        found: list[list[Report]] = run_ranks(cases[0].world_size, parity, cases, timeout_s=300)
+    except AssertionError as failure:
+        return failure
+    assert all(reports == found[0] for reports in found), "all ranks get the same report"
+    return {case.id: report for case, report in zip(cases, found[0], strict=True)}
+
+
+def _report(case: Case) -> Report:
+    found = _run(_batches()[case.id][0].id)
+    if isinstance(found, AssertionError):
+        raise found
+    return found[case.id]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_parity(case: Case) -> None:
+    report = _report(case)
+    assert report.max_relative_difference <= case.bound, report
+    assert set(report.by_kind) == {"loss", "gradient", "change", "statistic"}
+    assert report.num_compared > 30
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.id)
+def test_parity_in_less_precision(case: Case) -> None:
+    report = _report(case)
+    if case.trial["precision"] == "bf16":
+        assert report.by_kind["loss"] <= 2e-2, report
+        assert report.by_kind["statistic"] <= 1e-1, report
+    else:
+        assert report.max_relative_difference <= case.bound, report
+        assert report.by_kind["loss"] <= 1e-6, report
+
+
+@cache
+def _defective() -> dict[str, Report]:
+    found: dict[str, Report] = {}
+    for case in {case.id: case for case in DEFECTS.values()}.values():
+        defects = [defect for defect, planted in DEFECTS.items() if planted == case]
+        reports = run_ranks(case.world_size, sabotaged, case, defects)[0]
+        found |= dict(zip(defects, reports, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_fails_parity(defect: str) -> None:
+    assert _defective()[defect].max_relative_difference > 1e-9
+
+
+def test_cases_have_names_of_their_own() -> None:
+    assert len({case.id for case in [*CASES, *ROUNDED]}) == len(CASES) + len(ROUNDED)
