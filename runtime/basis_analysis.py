@@ -51,16 +51,17 @@ class GradientFlow:
             total = torch.zeros(2, dtype=torch.float64)
             top = torch.zeros((), dtype=torch.float64)
             for name in names:
-                grad, share = self._parameters[name].grad, self._share(name)
+                grad = self._parameters[name].grad
                 if grad is not None and grad.numel():
                     size = grad.abs()
-                    total += share * torch.stack(
-                        [size.sum().double().cpu(), torch.tensor(float(size.numel()))]
-                    )
+                    total += torch.stack([size.sum().double().cpu(), torch.tensor(float(size.numel()))])
                     top = torch.maximum(top, size.max().double().cpu())
             sums.append(total)
             tops.append(top)
-        total, top = torch.stack(sums), torch.stack(tops)
+        total, top = (
+            torch.stack(sums),
+            torch.stack(tops),
+        )  # where ranks hold the same, both parts of a mean count M times
         if isinstance(self.network, ParallelNetwork) and self.network.mesh.branch > 1:
             device = next(iter(self._parameters.values())).device
             total, top = total.to(device), top.to(device)
@@ -68,12 +69,6 @@ class GradientFlow:
             dist.all_reduce(top, dist.ReduceOp.MAX, group=self.network.mesh.branch_group)
         for name, (size, number), most in zip(self.bases, total.tolist(), top.tolist(), strict=True):
             self.history[name].append({"step": step, "max": most, "mean": size / max(number, 1.0)})
-
-    def _share(self, name: str) -> float:
-        """What this rank's entries count in a sum over the branch group."""
-        if not isinstance(self.network, ParallelNetwork) or self.network.roles[name].over == "data":
-            return 1.0
-        return 1.0 / self.network.mesh.branch
 
 
 @torch.no_grad()
