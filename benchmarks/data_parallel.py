@@ -8,6 +8,7 @@ allocator are equal. Ours also reduces loss, hits and the running statistics, DD
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,12 +38,21 @@ _NETWORK: dict[str, Any] = {"depth": 20, "num_branches": 4}
 _WORKERS = 2
 
 
-def run(*, rounds: int = 40, steps: int = 3, batch_size: int = 32, folder: Path | None = None) -> dict[str, Any]:
+def run(
+    *, rounds: int = 40, steps: int = 3, batch_size: int = 32, folder: Path | None = None
+) -> dict[str, Any]:
     """Measures and writes the record: paired ratios ours ÷ DDP by round, their median with its 95 % interval."""
-    with mp.get_context("spawn").Manager() as manager:
+    spawn, port = multiprocessing.get_context("spawn"), _free_port()
+    with spawn.Manager() as manager:
         samples = manager.dict()
-        port = _free_port()
-        mp.spawn(_worker, (port, rounds, steps, batch_size, samples), nprocs=_WORKERS)
+        arguments = (port, rounds, steps, batch_size, samples)
+        workers = [spawn.Process(target=_worker, args=(rank, *arguments)) for rank in range(_WORKERS)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if "ours" not in samples:
+            raise RuntimeError("a worker failed, its traceback is above: nothing was measured")
         ours, ddp = list(samples["ours"]), list(samples["ddp"])
     ratios = [a / b for a, b in zip(ours, ddp, strict=True)]
     median, low, high = median_interval(ratios)
@@ -67,7 +76,11 @@ def run(*, rounds: int = 40, steps: int = 3, batch_size: int = 32, folder: Path 
 def _worker(rank: int, port: int, rounds: int, steps: int, batch_size: int, samples: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=_WORKERS, timeout=timedelta(seconds=300)
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=_WORKERS,
+        timeout=timedelta(seconds=300),
     )
     torch.manual_seed(0)
     network = build("multi_resnet", **_NETWORK)
@@ -91,7 +104,9 @@ def _worker(rank: int, port: int, rounds: int, steps: int, batch_size: int, samp
     dist.destroy_process_group()
 
 
-def _ddp_step(network: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, rank: int) -> Callable[[], None]:
+def _ddp_step(
+    network: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, rank: int
+) -> Callable[[], None]:
     local = len(x) // _WORKERS
     x, target = x[rank * local : (rank + 1) * local], target[rank * local : (rank + 1) * local]
     ddp = DistributedDataParallel(

@@ -43,12 +43,18 @@ def write_record(name: str, record: dict[str, Any], folder: Path = RESULTS) -> P
     return path
 
 
-def median_interval(values: Sequence[float], level: float = 0.95, rounds: int = 4000) -> tuple[float, float, float]:
+def median_interval(
+    values: Sequence[float], level: float = 0.95, rounds: int = 4000
+) -> tuple[float, float, float]:
     """(median, low, high): the median and its bootstrap interval, from a fixed seed."""
     generator = random.Random(0)
     medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(rounds))
     tail = (1.0 - level) / 2
-    return statistics.median(values), medians[math.floor(tail * rounds)], medians[math.ceil((1 - tail) * rounds) - 1]
+    return (
+        statistics.median(values),
+        medians[math.floor(tail * rounds)],
+        medians[math.ceil((1 - tail) * rounds) - 1],
+    )
 
 
 def _processor() -> str:
@@ -63,8 +69,12 @@ def _commit() -> str:
     """The checkout's commit, with "+changes" where files differ from it; empty outside a checkout."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
         return head.strip() + ("+changes" if dirty.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -11,7 +11,7 @@ each branch keeps only its affine map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -199,11 +199,32 @@ def multi_resnet(
     )
 
 
-def pre_resnet(depth: int, **options: object) -> Network:
-    """A pre-activation ResNet, the baseline: `multi_resnet` with one residual function a block."""
-    if "num_branches" in options:
-        raise ModelError("pre_resnet has one branch a block: multi_resnet has num_branches, build that")
-    return multi_resnet(depth, 1, **options)  # type: ignore[arg-type]
+def pre_resnet(
+    depth: int,
+    width: int = 1,
+    block: Literal["basic", "bottleneck"] = "basic",
+    shortcut: Literal["A", "B"] | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    stem: Literal["cifar", "imagenet"] = "cifar",
+    blocks_per_stage: Sequence[int] | None = None,
+) -> Network:
+    """A pre-activation ResNet, the baseline: `multi_resnet` with one residual function a block; options as there."""
+    return multi_resnet(
+        depth, 1, width, block, shortcut, num_classes, in_channels, stem, blocks_per_stage=blocks_per_stage
+    )
+
+
+_WIDE = {"depth": 26, "num_branches": 4, "width": 10}
+
+READY: dict[str, tuple[str, dict[str, Any]]] = {
+    "pre_resnet_110": ("pre_resnet", {"depth": 110}),
+    "multi_resnet_110_k4": ("multi_resnet", {"depth": 110, "num_branches": 4}),
+    "multi_resnet_200_k5": ("multi_resnet", {"depth": 200, "num_branches": 5, "block": "bottleneck"}),
+    "multi_resnet_26_k4_w10": ("multi_resnet", {**_WIDE, "shortcut": "B"}),
+    "multi_resnet_26_k4_w10_a": ("multi_resnet", {**_WIDE, "shortcut": "A"}),
+    "resnet200_preact": ("pre_resnet", {"depth": 200, "block": "bottleneck", "stem": "imagenet"}),
+}
 
 
 def _stages(depth: int, block: str, stem: str, given: Sequence[int] | None) -> tuple[int, ...]:

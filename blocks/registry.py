@@ -9,21 +9,33 @@ from typing import Any
 
 from torch import nn
 
+from anabranch.blocks.cru_net import READY as CRU_NETS
+from anabranch.blocks.cru_net import cru_net, preact_resnext
+from anabranch.blocks.densenet import READY as DENSENETS
+from anabranch.blocks.densenet import densenet
 from anabranch.blocks.errors import ModelError
+from anabranch.blocks.mobilenet import READY as MOBILENETS
+from anabranch.blocks.mobilenet import mobilenet_v2
+from anabranch.blocks.multi_resnet import READY as MULTI_RESNETS
 from anabranch.blocks.multi_resnet import multi_resnet, pre_resnet
+from anabranch.blocks.resnext import READY as RESNEXTS
+from anabranch.blocks.resnext import resnext
+from anabranch.blocks.shared_resnet import READY as RESNETS
+from anabranch.blocks.shared_resnet import cifar_resnet, resnet
+from anabranch.blocks.shared_transform import READY as SHARED_BASES
+from anabranch.blocks.shared_transform import shared_basis
 
-_FAMILIES: dict[str, Callable[..., nn.Module]] = {"multi_resnet": multi_resnet, "pre_resnet": pre_resnet}
-
-_WIDE = {"depth": 26, "num_branches": 4, "width": 10}
+_FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    family.__name__: family
+    for family in (
+        multi_resnet, pre_resnet, resnext, preact_resnext, cru_net, resnet, cifar_resnet, densenet, mobilenet_v2,
+        shared_basis,
+    )
+}  # fmt: skip
 
 _READY: dict[str, tuple[str, dict[str, Any]]] = {
-    "pre_resnet_110": ("pre_resnet", {"depth": 110}),
-    "multi_resnet_110_k4": ("multi_resnet", {"depth": 110, "num_branches": 4}),
-    "multi_resnet_200_k5": ("multi_resnet", {"depth": 200, "num_branches": 5, "block": "bottleneck"}),
-    "multi_resnet_26_k4_w10": ("multi_resnet", {**_WIDE, "shortcut": "B"}),
-    "multi_resnet_26_k4_w10_a": ("multi_resnet", {**_WIDE, "shortcut": "A"}),
-    "resnet200_preact": ("pre_resnet", {"depth": 200, "block": "bottleneck", "stem": "imagenet"}),
-}
+    **MULTI_RESNETS, **RESNEXTS, **CRU_NETS, **RESNETS, **DENSENETS, **MOBILENETS, **SHARED_BASES,
+}  # fmt: skip
 
 
 def families() -> list[str]:
@@ -50,9 +62,7 @@ def build(name: str, **options: Any) -> nn.Module:
         raise ModelError(f"no model {name!r}; {hint}")
     make = _FAMILIES[family]
     merged = {**ready, **options}
-    known_options = list(inspect.signature(multi_resnet if make is pre_resnet else make).parameters)
-    if make is pre_resnet:
-        known_options.remove("num_branches")
+    known_options = list(inspect.signature(make).parameters)
     for key in merged:
         if key not in known_options:
             close = difflib.get_close_matches(key, known_options, 1)

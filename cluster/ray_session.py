@@ -36,6 +36,8 @@ def note_given_back() -> None:
     """A run of this process has just given back what it held: the next look at the cluster waits until Ray knows."""
     global _given_back_at
     _given_back_at = time.monotonic()
+
+
 # Ray prints this on the driver's standard output for a process that is gone; we say it once, with rank and host.
 _SAID_BY_US = "A worker died or was killed"
 

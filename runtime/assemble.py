@@ -18,6 +18,7 @@ from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.data.user import import_object, user_code
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.loss import LossFunction, cross_entropy
+from anabranch.runtime.regularizer import OrthogonalityPenalty
 from anabranch.schedulers import Cluster, Device, ModelSpec, Plan, read_plan, schedule
 
 
@@ -41,7 +42,9 @@ def make_network(config: Config, bundle: DataBundle, *, meta: bool = False) -> n
             with user_code(f"model.name = {name}"):
                 network = make(**options)
         if not isinstance(network, nn.Module):
-            raise ConfigError(f"model.name = {name} returned a {type(network).__name__}: it must return a torch module")
+            raise ConfigError(
+                f"model.name = {name} returned a {type(network).__name__}: it must return a torch module"
+            )
         return in_precision(config, network)
     if name in (*families(), *models()):
         given: dict[str, Any] = {"in_channels": bundle.in_channels}
@@ -72,8 +75,21 @@ def make_loss(config: Config) -> LossFunction:
     return import_object(config.train.loss, "train.loss")
 
 
+def make_penalty(config: Config) -> OrthogonalityPenalty | None:
+    """The orthogonality penalty of `[train]`, None where it is off."""
+    train = config.train
+    if train.orthogonality == 0.0:
+        return None
+    return OrthogonalityPenalty(
+        train.orthogonality, train.orthogonality_normalisation, train.orthogonality_joint
+    )
+
+
 def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
-    """The plan of `[mesh]` for a network on a cluster: a plan file's, or a scheduler's. Raises PlanError or ConfigError."""
+    """The plan of `[mesh]` for a network on a cluster: a plan file's, or a scheduler's.
+
+    Raises PlanError, or ConfigError where num_workers contradicts it.
+    """
     mesh = mesh_axes(config.mesh.shape)
     named = config.mesh.plan
     partial = read_plan(Path(named)) if named.endswith(".toml") or "/" in named else None

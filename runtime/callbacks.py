@@ -61,4 +61,6 @@ def _lines(path: Path) -> list[str]:
     """The whole lines of a metrics file; a killed run leaves half a one."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    return [
+        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
+    ]

@@ -39,7 +39,9 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             checkpoint.check(driver.network)
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
-            driver.config = replace(driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path)))
+            driver.config = replace(
+                driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
+            )
             print_placement(console, driver.plan, driver.model)
             console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
         result = driver.run("train", "training", checkpoint=str(checkpoint.path) if checkpoint else "")
@@ -120,7 +122,11 @@ def models(console: Console) -> dict[str, Any]:
             }
         )
         table.add_row(
-            name, f"{counted.params:,}", f"{counted.macs:,}", str(counted.num_branches), f"2^{counted.log2_paths}"
+            name,
+            f"{counted.params:,}",
+            f"{counted.macs:,}",
+            str(counted.num_branches),
+            f"2^{counted.log2_paths}",
         )
     console.print(table)
     return {"models": rows}
@@ -152,7 +158,8 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     if not wanted:
         if given and any(finished(Path(given) / "checkpoints")):
             raise ConfigError(
-                f"launch.run_dir {given} holds a run already: go on with it (--resume {given}), or choose another folder"
+                f"launch.run_dir {given} holds a run already: go on with it (--resume {given}), "
+                "or choose another folder"
             )
         return config, None
     checkpoint: Checkpoint | None
@@ -174,7 +181,8 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
 def _raise_stopped(reason: str, result: dict[str, Any]) -> None:
     kind: type[Stopped] = Terminated if reason == "terminate" else Interrupted
     raise kind(
-        f"stopped after step {result['steps']}, checkpoint saved; go on with: anabranch train --resume {result['run_dir']}",
+        f"stopped after step {result['steps']}, checkpoint saved; "
+        f"go on with: anabranch train --resume {result['run_dir']}",
         result["run_dir"],
     )
 
@@ -184,7 +192,8 @@ def _print_result(console: Console, result: dict[str, Any]) -> None:
         console.print(f"test accuracy {100 * result['test_accuracy']:.2f} %", highlight=False)
     if result["median_step_s"] is not None:
         console.print(
-            f"{result['steps']} steps in {result['train_seconds']:.1f} s, median {1e3 * result['median_step_s']:.1f} ms; "
+            f"{result['steps']} steps in {result['train_seconds']:.1f} s, "
+            f"median {1e3 * result['median_step_s']:.1f} ms; "
             f"first step done {result['start_to_first_step_s']:.1f} s after the start",
             highlight=False,
         )

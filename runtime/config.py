@@ -79,7 +79,7 @@ class LrScheduleConfig:
     warmup_epochs: float = 1.0
     """Epochs (parts of one too) over which lr first rises linearly; 0: none."""
     final_factor: float = 0.0
-    """Of cosine: the last step's lr as a fraction of lr, in [0, 1]."""
+    """Of cosine: the fraction of lr, in [0, 1], to which it falls by the end of the run."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,12 @@ class TrainConfig:
     """Arithmetic of forward and backward; bf16 keeps parameters and sums in fp32."""
     label_smoothing: float = 0.0
     """Part of the target spread evenly over all classes, in [0, 1)."""
+    orthogonality: float = 0.0
+    """Weight of the orthogonality penalty of shared filter bases (Eq. 7 of their paper; its authors: 10); 0: off."""
+    orthogonality_normalisation: Literal["mean", "sum"] = "mean"
+    """mean: the penalty over the number of Gram entries, as its authors run it; sum: as the paper prints it."""
+    orthogonality_joint: bool = True
+    """Whether the two bases of a basic block are orthogonal to each other too."""
     loss: str = "cross_entropy"
     """cross_entropy, or your own function "package.module:fn"."""
     eval_every_epochs: int = 1
@@ -169,7 +175,10 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a run. `Config()` is the default run: a Multi-ResNet of depth 14, k = 4, on the digits, shifted by up to a pixel."""
+    """Everything about a run.
+
+    `Config()` is the default run: a Multi-ResNet of depth 14, k = 4, on the digits, shifted by up to a pixel.
+    """
 
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig("multi_resnet", {"depth": 14, "num_branches": 4})

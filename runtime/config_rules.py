@@ -34,6 +34,7 @@ RANGES: dict[str, str] = {
     "train.accumulation": "[1, inf)",
     "train.seed": "[0, inf)",
     "train.label_smoothing": "[0, 1)",
+    "train.orthogonality": "[0, inf)",
     "train.eval_every_epochs": "[0, inf)",
     "train.eval_batch_size": "[1, inf)",
     "mesh.num_workers": "[0, inf)",

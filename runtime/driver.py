@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Driver:
     """Within its context the configuration is checked and settled, the plan made and the cluster connected.
 
-    config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together. model: what the plan
-    places. network: without values.
+    config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together. model:
+    what the plan places. network: without values.
     """
 
     plan: Plan | None = None
@@ -58,8 +58,9 @@ class Driver:
     def _prepare(self) -> None:
         """What the configuration names is there and can be built."""
         from anabranch.blocks.convert import prepare
-        from anabranch.runtime.assemble import make_data, make_loss, make_network
+        from anabranch.runtime.assemble import make_data, make_loss, make_network, make_penalty
         from anabranch.runtime.model_spec import spec_of
+        from anabranch.runtime.regularizer import penalty_warnings
 
         data = make_data(self.config)
         try:
@@ -67,6 +68,8 @@ class Driver:
             self.network = prepare(make_network(self.config, data, meta=True))
             self.model = spec_of(self.network)
             self.console.print(str(data), highlight=False)
+            for warning in penalty_warnings(self.network, make_penalty(self.config)):
+                self.console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
         finally:
             data.close()
 
@@ -88,7 +91,12 @@ class Driver:
         """The cluster's devices; without GPUs and without a word from the user, two workers' places."""
         cluster, mesh = discover(self.config.launch.cpus_per_worker), self.config.mesh
         self._uses_gpus = cluster.devices[0].kind != "cpu"
-        if not self._uses_gpus and not mesh.num_workers and not mesh.shape and not mesh.plan.endswith(".toml"):
+        if (
+            not self._uses_gpus
+            and not mesh.num_workers
+            and not mesh.shape
+            and not mesh.plan.endswith(".toml")
+        ):
             return replace(cluster, devices=cluster.devices[:2])
         return cluster
 
@@ -98,10 +106,14 @@ class Driver:
         """Runs the job on all ranks, showing progress; rank 0's result, None on the other ranks of torchrun."""
         launch = self.config.launch
         job = Job(kind, self.config, self.plan, launch.run_dir, checkpoint, str(Path.cwd()), steps)
-        other = self.launcher == "env" and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
+        other = (
+            self.launcher == "env" and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
+        )
         with RunProgress(Console(quiet=True) if other else self.console, what) as progress:
             if self.launcher != "ray":
-                result = run_here(job, progress.watch, self.launcher, backend=launch.backend, port=launch.port)
+                result = run_here(
+                    job, progress.watch, self.launcher, backend=launch.backend, port=launch.port
+                )
                 return None if other else result
             assert self.plan is not None, "made with the cluster"
             request = RayRequest(

@@ -14,9 +14,9 @@ from anabranch.schedulers import Plan
 class Job:
     """A target for every launcher: called with a rank's context, it does that rank's work.
 
-    kind: train, eval or verify. plan: None where the launcher has placed the ranks already (torchrun, srun): they make it
-    together. run_dir: "" where rank 0 is to choose it. checkpoint: to start from; "" for none. folder: the user's working
-    directory, importable on every worker. steps: of verify.
+    kind: train, eval or verify. plan: None where the launcher has placed the ranks already (torchrun, srun): they
+    make it together. run_dir: "" where rank 0 is to choose it. checkpoint: to start from; "" for none. folder: the
+    user's working directory, importable on every worker. steps: of verify.
     """
 
     kind: Literal["train", "eval", "verify"]
@@ -30,6 +30,6 @@ class Job:
     def __call__(self, context: WorkerContext) -> dict[str, Any]:
         from anabranch.runtime import worker  # torch, which the driver need not wait for
 
-        return {"train": worker.train_worker, "eval": worker.eval_worker, "verify": worker.verify_worker}[self.kind](
-            self, context
-        )
+        return {"train": worker.train_worker, "eval": worker.eval_worker, "verify": worker.verify_worker}[
+            self.kind
+        ](self, context)

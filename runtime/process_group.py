@@ -35,7 +35,11 @@ def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[
         )  # fmt: skip
     else:
         dist.init_process_group(
-            context.backend, store=dist.HashStore(), rank=context.rank, world_size=context.world_size, timeout=timeout
+            context.backend,
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=context.rank,
+            world_size=context.world_size,
+            timeout=timeout,
         )
     try:
         yield
@@ -43,18 +47,18 @@ def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[
         dist.destroy_process_group()
 
 
-def broadcast_json(value: Any, device: str, source: int = 0) -> Any:
+def broadcast_json(value: Any, device: torch.device | str, source: int = 0) -> Any:
     """Plain data from one rank to all: as text, so that nothing received can run code."""
     return gather_json(value, device)[source]
 
 
-def gather_json(value: Any, device: str) -> list[Any]:
-    """Every rank's plain data, by rank, on all of them."""
+def gather_json(value: Any, device: torch.device | str, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's plain data, by rank, on all ranks of the group (default: all)."""
+    group = group or dist.group.WORLD
+    assert group is not None, "in a process group"
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    sizes[dist.get_rank()] = len(text)
-    dist.all_reduce(sizes)
-    world = dist.group.WORLD
-    assert world is not None, "in a process group"
-    everything = gathered_rows(text, sizes.tolist(), world).cpu().split(sizes.tolist())
+    sizes = torch.zeros(group.size(), dtype=torch.int64, device=device)
+    sizes[group.rank()] = len(text)
+    dist.all_reduce(sizes, group=group)
+    everything = gathered_rows(text, sizes.tolist(), group).cpu().split(sizes.tolist())
     return [json.loads(bytes(part.tolist())) for part in everything]

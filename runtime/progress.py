@@ -18,7 +18,12 @@ _LINE_S = 5.0  # between plain lines
 def print_placement(console: Console, plan: Plan, model: ModelSpec) -> None:
     """Which branches of which blocks run where, neighbouring blocks with one placement in one row."""
     ranks = [(d, b) for d in range(plan.data) for b in range(plan.branch)]
-    table = Table(title=f"mesh {plan.data} x {plan.branch} (data x branch)", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"mesh {plan.data} x {plan.branch} (data x branch)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     table.add_column("block")
     table.add_column("split")
     for d, b in ranks:
@@ -76,7 +81,9 @@ class RunProgress:
         assert self._task is not None, "entered"
         if total := first.get("num_steps"):
             self._bar.update(self._task, total=total, completed=first.get("step", 0))
-        self._bar.update(self._task, description=f"{self._what}: {first.get('phase', 'starting')}", figures=figures)
+        self._bar.update(
+            self._task, description=f"{self._what}: {first.get('phase', 'starting')}", figures=figures
+        )
         if not self._live and time.monotonic() - self._said_at >= _LINE_S:
             line = f"{self._what}: {first.get('phase', 'starting')} {figures}{self._left(first)}"
             if line != self._said:

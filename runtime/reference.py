@@ -11,6 +11,7 @@ from anabranch.blocks.batch import BatchLayout, batch_layout
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
 from anabranch.runtime.deal import Deal
 from anabranch.runtime.loss import LossFunction, step_share
+from anabranch.runtime.regularizer import OrthogonalityPenalty, one_device_penalty
 from anabranch.runtime.step import autocast
 
 
@@ -29,7 +30,9 @@ class ReferenceStep:
         *,
         precision: str = "fp32",
         clip_norm: float = 0.0,
+        penalty: OrthogonalityPenalty | None = None,
     ) -> None:
+        self.penalty = penalty
         self.network, self.optimizer, self.loss = network, optimizer, loss
         self.precision, self.clip_norm = precision, clip_norm
         like = next(network.parameters())
@@ -55,6 +58,8 @@ class ReferenceStep:
                 share = step_share(self.loss, output, target[rows], len(ids))
             share.backward()
             total += float(share.detach())
+        if self.penalty is not None:
+            one_device_penalty(self.network, self.penalty).backward()
         return total
 
     def apply(self, lr: float) -> None:

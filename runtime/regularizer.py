@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from anabranch.blocks.shared_basis import BasisGroup, basis_groups
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.parallelize import ParallelNetwork
+from anabranch.runtime.process_group import gather_json
 
 Normalisation = Literal["mean", "sum"]
 
@@ -84,22 +85,22 @@ class OrthogonalityPenalty:
         return found
 
 
+def penalty_warnings(network: nn.Module, penalty: OrthogonalityPenalty | None) -> list[str]:
+    """What a user of a one-device network should know before training; raises ConfigError as `groups` does."""
+    if penalty is None:
+        return []
+    shapes = {name: p.shape for name, p in network.named_parameters(remove_duplicate=False)}
+    return penalty.warnings(penalty.groups(network), shapes)
+
+
 class OrthogonalityRegularizer:
     """Adds the penalty's gradient on one rank of a plan; every rank makes one and calls it every step.
 
-    warnings: see `OrthogonalityPenalty.warnings`. Options as there. Making it is collective over the branch group.
+    warnings: see `OrthogonalityPenalty.warnings`. Making it is collective over the branch group.
     """
 
-    def __init__(
-        self,
-        network: ParallelNetwork,
-        weight: float = 10.0,
-        normalisation: Normalisation = "mean",
-        *,
-        joint: bool = True,
-        group_weights: Mapping[str, float] | None = None,
-    ) -> None:
-        self.penalty = OrthogonalityPenalty(weight, normalisation, joint, group_weights)
+    def __init__(self, network: ParallelNetwork, penalty: OrthogonalityPenalty) -> None:
+        self.penalty = penalty
         self.groups = self.penalty.groups(network)
         names = [name for group in self.groups for name in group.parameters]
         self.bases = GatheredTensors(network, names)
@@ -117,16 +118,8 @@ class OrthogonalityRegularizer:
         return value.detach()
 
 
-def one_device_penalty(
-    network: nn.Module,
-    weight: float = 10.0,
-    normalisation: Normalisation = "mean",
-    *,
-    joint: bool = True,
-    group_weights: Mapping[str, float] | None = None,
-) -> Tensor:
+def one_device_penalty(network: nn.Module, penalty: OrthogonalityPenalty) -> Tensor:
     """The penalty of a one-device network, differentiable: the reference adds it to its loss once a step."""
-    penalty = OrthogonalityPenalty(weight, normalisation, joint, group_weights)
     return penalty.value(penalty.groups(network), dict(network.named_parameters(remove_duplicate=False)))
 
 
@@ -151,8 +144,8 @@ class GatheredTensors:
         }
         if not mine:
             return
-        everyone: list[dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = [{}] * self.group.size()
-        dist.all_gather_object(everyone, mine, group=self.group)
+        device = next(iter(held.values())).device
+        everyone: list[dict[str, tuple[list[int], list[int]]]] = gather_json(mine, device, self.group)
         for name, (branches, shape) in mine.items():
             owner = network.roles[name].tensor
             assert owner is not None, "chosen so above"

@@ -39,7 +39,9 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """An existing run. Raises ConfigError where there is none."""
         if not (path / "config.toml").is_file():
-            raise ConfigError(f"{path} is no run: it has no config.toml; `anabranch train` prints a run's folder at its end")
+            raise ConfigError(
+                f"{path} is no run: it has no config.toml; `anabranch train` prints a run's folder at its end"
+            )
         return cls(path.absolute())
 
     def config(self) -> Config:

@@ -19,6 +19,7 @@ from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.optimizer import clip_gradients
 from anabranch.runtime.parallelize import ParallelNetwork, RankBatch
 from anabranch.runtime.reducer import GradientReducer
+from anabranch.runtime.regularizer import OrthogonalityPenalty, OrthogonalityRegularizer
 
 _LOSS, _HITS, _STOP = range(3)
 
@@ -59,8 +60,10 @@ class TrainStep:
         *,
         precision: str = "fp32",
         clip_norm: float = 0.0,
+        penalty: OrthogonalityPenalty | None = None,
     ) -> None:
         self.network, self.optimizer, self.loss = network, optimizer, loss
+        self.regularizer = OrthogonalityRegularizer(network, penalty) if penalty else None
         self.precision, self.clip_norm = precision, clip_norm
         self.reducer = GradientReducer(network, num_extra=3)
         self.output_share = 1.0 if network.output_rows == "own" else 1.0 / network.mesh.branch
@@ -85,6 +88,8 @@ class TrainStep:
                 extra[_HITS] += num_correct(output, target) * self.output_share
         extra[_STOP] = float(stop)
         self.reducer.finish()
+        if self.regularizer is not None:  # of no sample: whole on every rank, added to what is whole
+            self.regularizer.add_gradients()
         loss, hits, stops = extra[: _STOP + 1].tolist()
         return StepResult(loss, hits, stops > 0)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.cluster import WorkerContext
-from anabranch.runtime.assemble import in_precision, local_cluster, make_loss, make_plan, settle
+from anabranch.runtime.assemble import in_precision, local_cluster, make_loss, make_penalty, make_plan, settle
 from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
 from anabranch.runtime.checksum import check_replicas
@@ -31,6 +31,7 @@ from anabranch.runtime.data.batches import batches, epoch_order
 from anabranch.runtime.data.sources import BatchSource, DataBundle
 from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.launch import alone, choose_launcher, from_environment
+from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.lr_schedule import learning_rate
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
@@ -38,16 +39,15 @@ from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallelize import RankBatch, parallelize
 from anabranch.runtime.process_group import process_group
 from anabranch.runtime.step import MicroBatch, TrainStep, autocast, num_correct
-from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.schedulers import Plan, format_plan
 
 
 class Trainer:
     """Trains a network under a plan, as the configuration says.
 
-    network: one-device module with stem, blocks, head; consumed. data: what `load_data` gives. plan: where the branches run;
-    None asks `[mesh]`. context: this rank's place; None reads it from the environment (torchrun, srun), else one process.
-    run_dir: for metrics and checkpoints; None writes none. callbacks: told on rank 0.
+    network: one-device module with stem, blocks, head; consumed. data: what `load_data` gives. plan: where the
+    branches run; None asks `[mesh]`. context: this rank's place; None reads it from the environment (torchrun, srun),
+    else one process. run_dir: for metrics and checkpoints; None writes none. callbacks: told on rank 0.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class Trainer:
         config.check()
         if plan is None:
             prepare(network)
-            plan = make_plan(config, spec_of(network), local_cluster(self.context.world_size, self.context.host))
+            plan = make_plan(
+                config, spec_of(network), local_cluster(self.context.world_size, self.context.host)
+            )
         self.plan, self.config = plan, settle(config, plan)
         self.data, self.loss = data, loss or make_loss(config)
         self.run_dir, self.resume = run_dir, resume
@@ -94,10 +96,17 @@ class Trainer:
         train = self.config.train
         self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
         network = in_precision(self.config, self._network)
-        self.network = parallelize(network, self.plan, self.mesh, execution=self.config.mesh.execution).to(self.device)
+        self.network = parallelize(network, self.plan, self.mesh, execution=self.config.mesh.execution).to(
+            self.device
+        )
         self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
         self.step = TrainStep(
-            self.network, self.optimizer, self.loss, precision=train.precision, clip_norm=self.config.optimizer.clip_norm
+            self.network,
+            self.optimizer,
+            self.loss,
+            precision=train.precision,
+            clip_norm=self.config.optimizer.clip_norm,
+            penalty=make_penalty(self.config),
         )
         self.dtype = next(self.network.parameters()).dtype
 
@@ -122,16 +131,23 @@ class Trainer:
         for step, ids, micro_batches in self._steps(done):
             begun = time.perf_counter()
             outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
-            lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps)
+            lr = learning_rate(
+                config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps
+            )
             self.step.apply(lr)
             times.append(time.perf_counter() - begun)
             first_step_at = first_step_at or time.time()
             done, stopped = step + 1, outcome.stop
             epoch = step // self.steps_per_epoch
             metrics = {
-                "step": done, "epoch": epoch, "loss": outcome.loss, "accuracy": outcome.num_correct / len(ids), "lr": lr,
-                "step_time_s": times[-1], "images_per_s": len(ids) / times[-1],
-            }  # fmt: skip
+                "step": done,
+                "epoch": epoch,
+                "loss": outcome.loss,
+                "accuracy": outcome.num_correct / len(ids),
+                "lr": lr,
+                "step_time_s": times[-1],
+                "images_per_s": len(ids) / times[-1],
+            }
             publish(phase="training", **metrics)
             self._tell("on_step", metrics)
             if stopped:
@@ -167,7 +183,10 @@ class Trainer:
             last = min(self.steps_per_epoch, self.num_steps - epoch * self.steps_per_epoch)
             steps = [order[i * train.batch_size : (i + 1) * train.batch_size] for i in range(first, last)]
             deals = [self._deals(len(ids), train.bn_batch_size, train.accumulation) for ids in steps]
-            rows = [[self.network.rank_batch(d, len(ids)) for d in ds] for ids, ds in zip(steps, deals, strict=True)]
+            rows = [
+                [self.network.rank_batch(d, len(ids)) for d in ds]
+                for ids, ds in zip(steps, deals, strict=True)
+            ]
             fetched = self._fetch(self.data.train, steps, rows, epoch)
             for index, (ids, parts) in enumerate(zip(steps, rows, strict=True)):
                 step = epoch * self.steps_per_epoch + first + index
@@ -231,7 +250,11 @@ class Trainer:
     def _save(self, checkpoints: Checkpoints, step: int) -> None:
         self.context.publish(phase="saving")
         check_replicas(self.network)
-        position = {"step": step, "epoch": step // self.steps_per_epoch, "step_in_epoch": step % self.steps_per_epoch}
+        position = {
+            "step": step,
+            "epoch": step // self.steps_per_epoch,
+            "step_in_epoch": step % self.steps_per_epoch,
+        }
         path = checkpoints.save(
             self.network, self.optimizer, position=position, config_toml=self.config.to_toml(),
             plan_toml=format_plan(self.plan),

@@ -27,6 +27,7 @@ from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallelize import ParallelNetwork, branch_tensors, parallelize
 from anabranch.runtime.reference import ReferenceStep
+from anabranch.runtime.regularizer import OrthogonalityPenalty
 from anabranch.runtime.step import MicroBatch, TrainStep
 from anabranch.schedulers import Plan
 
@@ -53,6 +54,7 @@ class Trial:
     execution: Execution = "fused"
     loss: LossFunction = field(default_factory=cross_entropy)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    penalty: OrthogonalityPenalty | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,12 @@ def verify_plan(
     sabotage(parallel)
     optimizer = make_optimizer(trial.optimizer, parallel.parameters())
     step = TrainStep(
-        parallel, optimizer, trial.loss, precision=trial.precision, clip_norm=trial.optimizer.clip_norm
+        parallel,
+        optimizer,
+        trial.loss,
+        precision=trial.precision,
+        clip_norm=trial.optimizer.clip_norm,
+        penalty=trial.penalty,
     )
     compare = _Comparison(like, parallel, mesh, device)
     before = {n: p.detach().clone() for n, p in parallel.named_parameters()}
@@ -152,7 +159,12 @@ def _reference(network: nn.Module, trial: Trial, device: str) -> ReferenceStep:
     network.to(device)
     optimizer = make_optimizer(trial.optimizer, network.parameters())
     return ReferenceStep(
-        network, optimizer, trial.loss, precision=trial.precision, clip_norm=trial.optimizer.clip_norm
+        network,
+        optimizer,
+        trial.loss,
+        precision=trial.precision,
+        clip_norm=trial.optimizer.clip_norm,
+        penalty=trial.penalty,
     )
 
 

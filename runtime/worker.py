@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anabranch.blocks.convert import prepare
 from anabranch.cluster import WorkerContext
-from anabranch.runtime.assemble import make_data, make_loss, make_network, make_plan, settle
+from anabranch.runtime.assemble import make_data, make_loss, make_network, make_penalty, make_plan, settle
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.config import Config
 from anabranch.runtime.data.augment import normalise
@@ -72,14 +72,16 @@ def verify_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
         optimizer = replace(config.optimizer, lr=max(config.optimizer.lr, 0.1))
         trial = Trial(
             _images(x, data, dtype), target, train.batch_size, train.bn_batch_size, train.accumulation, steps,
-            train.seed, train.precision, config.mesh.execution, make_loss(config), optimizer,
+            train.seed, train.precision, config.mesh.execution, make_loss(config), optimizer, make_penalty(config),
         )  # fmt: skip
         mesh = make_mesh(plan.data, plan.branch, torch.device(context.device).type)
 
         def on_step(step: int, num_steps: int) -> None:
             context.publish(phase="comparing", step=step, num_steps=num_steps)
 
-        report = verify_plan(make_network(config, data), plan, mesh, trial, device=context.device, on_step=on_step)
+        report = verify_plan(
+            make_network(config, data), plan, mesh, trial, device=context.device, on_step=on_step
+        )
         context.publish(phase="done", step=steps)
         return {
             "max_relative_difference": report.max_relative_difference,

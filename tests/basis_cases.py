@@ -16,12 +16,9 @@ from anabranch.blocks.mobilenet import mobilenet_v2
 from anabranch.blocks.shared_resnet import cifar_resnet, resnet
 from anabranch.blocks.shared_transform import share_bases, tie_convolutions
 from anabranch.runtime.config import OptimizerConfig
-from anabranch.runtime.deal import Deal
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.reference import ReferenceStep
-from anabranch.runtime.regularizer import OrthogonalityRegularizer, one_device_penalty
-from anabranch.runtime.step import MicroBatch, StepResult, TrainStep
+from anabranch.runtime.regularizer import OrthogonalityPenalty, OrthogonalityRegularizer
 from anabranch.runtime.verify import Report, Trial, verify_plan
 from anabranch.schedulers import BranchPlacement, ModelSpec, Plan
 
@@ -106,46 +103,28 @@ def parity(rank: int, world_size: int, cases: Sequence[Case], defect: str = "") 
             torch.randint(5, (number,), generator=generator),
             **{
                 "batch_size": 16, "bn_batch_size": 8, "precision": "fp64", "optimizer": OptimizerConfig(lr=0.02),
+                "penalty": None if case.penalty is None else OrthogonalityPenalty(**case.penalty),
                 **{name: value for name, value in case.trial.items() if name != "num_samples"},
             },
         )  # fmt: skip
         mesh = make_mesh(plan.data, plan.branch)
-        with _regularized(case.penalty, defect):
+        with _planted(defect):
             reports.append(verify_plan(network, plan, mesh, trial))
     return reports
 
 
 @contextmanager
-def _regularized(options: dict[str, Any] | None, defect: str) -> Iterator[None]:
-    """Both steps add the penalty's gradient; `defect` plants an error in the parallel one."""
-    if options is None:
-        yield
-        return
-    plain_step, plain_reference = TrainStep.gradients, ReferenceStep.gradients
-    made: dict[int, OrthogonalityRegularizer] = {}
+def _planted(defect: str) -> Iterator[None]:
+    """An error in the parallel step: "scaled" counts the penalty twice, as one inside every rank's loss would."""
+    plain = OrthogonalityRegularizer.add_gradients
 
-    def step(self: TrainStep, batches: Sequence[MicroBatch], *, stop: bool = False) -> StepResult:
-        result = plain_step(self, batches, stop=stop)
-        regularizer = made.get(id(self)) or made.setdefault(
-            id(self), OrthogonalityRegularizer(self.network, **options)
-        )
-        before = {n: p.grad.clone() for n, p in regularizer.bases.parameters.items() if p.grad is not None}
-        regularizer.add_gradients()
-        if defect == "scaled":  # as a penalty inside the loss of every rank would be
-            for name, parameter in regularizer.bases.parameters.items():
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.grad - before[name])
-        return result
+    def twice(self: OrthogonalityRegularizer) -> Tensor:
+        plain(self)
+        return plain(self)
 
-    def reference(
-        self: ReferenceStep, x: Tensor, target: Tensor, ids: Tensor, deals: Sequence[Deal], random_key: int
-    ) -> float:
-        loss = plain_reference(self, x, target, ids, deals, random_key)
-        one_device_penalty(self.network, **options).backward()
-        return loss
-
-    TrainStep.gradients, ReferenceStep.gradients = step, reference  # type: ignore[method-assign]
+    if defect == "scaled":
+        OrthogonalityRegularizer.add_gradients = twice  # type: ignore[method-assign]
     try:
         yield
     finally:
-        TrainStep.gradients, ReferenceStep.gradients = plain_step, plain_reference  # type: ignore[method-assign]
+        OrthogonalityRegularizer.add_gradients = plain  # type: ignore[method-assign]

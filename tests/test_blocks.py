@@ -431,7 +431,7 @@ def test_build_says_what_is_wrong(name: str, options: dict[str, Any], words: str
 
 
 def test_ready_names_and_their_options() -> None:
-    assert set(families()) == {"multi_resnet", "pre_resnet"}
+    assert {"multi_resnet", "pre_resnet", "resnext", "cru_net", "shared_basis"} <= set(families())
     assert "multi_resnet_110_k4" in models()
     with torch.device("meta"):
         network = build("multi_resnet_110_k4", depth=8, num_classes=7)

@@ -39,7 +39,7 @@ def matrices(network: nn.Module, joint: bool = True) -> dict[str, torch.Tensor]:
 
 
 def value(network: nn.Module, **options: Any) -> float:
-    return float(one_device_penalty(network, **options).detach())
+    return float(one_device_penalty(network, OrthogonalityPenalty(**options)).detach())
 
 
 def distance(rows: torch.Tensor) -> float:
@@ -86,12 +86,12 @@ def test_groups_have_weights() -> None:
     )
     assert weighted == pytest.approx(0.25 * distance(bases["stage1.basis"]), rel=1e-5)
     with pytest.raises(ConfigError, match=r"stage3\.basis; the groups are stage1\.basis, stage2\.basis"):
-        one_device_penalty(network, group_weights={"stage3.basis": 1.0})
+        one_device_penalty(network, OrthogonalityPenalty(group_weights={"stage3.basis": 1.0}))
 
 
 def test_its_gradient_is_four_times_the_residual_times_the_basis() -> None:
     network = seeded("double").double()
-    one_device_penalty(network, 2.0, "sum").backward()
+    one_device_penalty(network, OrthogonalityPenalty(2.0, "sum")).backward()
     held = dict(network.named_parameters(remove_duplicate=False))
     for group in basis_groups(network):
         rows = torch.cat([held[name].detach().flatten(1) for name in group.parameters])
@@ -106,7 +106,7 @@ def test_descent_makes_bases_orthonormal() -> None:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
     for _ in range(200):
         optimizer.zero_grad()
-        penalty = one_device_penalty(network, 1.0, "sum")
+        penalty = one_device_penalty(network, OrthogonalityPenalty(1.0, "sum"))
         penalty.backward()
         optimizer.step()
     assert float(penalty.detach()) < 1e-6
@@ -130,9 +130,9 @@ def test_too_many_elements_are_told() -> None:
 
 def test_what_cannot_be_regularized_is_refused() -> None:
     with pytest.raises(ConfigError, match="shares no filter basis"):
-        one_device_penalty(cifar_resnet(8))
+        one_device_penalty(cifar_resnet(8), OrthogonalityPenalty())
     with pytest.raises(ConfigError, match='normalisation is "mean" or "sum"'):
-        one_device_penalty(seeded("double"), normalisation="max")  # type: ignore[arg-type]
+        one_device_penalty(seeded("double"), OrthogonalityPenalty(normalisation="max"))  # type: ignore[arg-type]
 
 
 # --- elements on different ranks ---
@@ -143,12 +143,12 @@ def penalty_on_ranks(rank: int, world_size: int, cases: list[Case]) -> list[dict
     found = []
     for case in cases:
         network, reference = seeded(case.network).double(), seeded(case.network).double()
-        expected = one_device_penalty(reference, **(case.penalty or {}))
+        expected = one_device_penalty(reference, OrthogonalityPenalty(**(case.penalty or {})))
         expected.backward()
         whole = branch_tensors(reference)
         mesh = make_mesh(*case.mesh)
         parallel = parallelize(network, plan_for(spec_of(network), case), mesh)
-        regularizer = OrthogonalityRegularizer(parallel, **(case.penalty or {}))
+        regularizer = OrthogonalityRegularizer(parallel, OrthogonalityPenalty(**(case.penalty or {})))
         flow, one_flow = GradientFlow(parallel, 10), GradientFlow(reference, 10)
         penalty = regularizer.add_gradients()
         held = branch_tensors(parallel)
@@ -208,7 +208,7 @@ def test_every_rank_gets_its_rows_of_the_one_device_gradient(world_size: int) ->
 def test_gradient_flow_is_of_the_shared_elements() -> None:
     network = seeded("single")
     flow = GradientFlow(network, every_steps=2)
-    one_device_penalty(network).backward()
+    one_device_penalty(network, OrthogonalityPenalty()).backward()
     for step in range(5):
         flow.on_gradients(step)
     held = dict(network.named_parameters(remove_duplicate=False))
@@ -237,7 +237,7 @@ def test_similarity_is_of_coefficients_of_one_basis() -> None:
 def test_plots_are_written(tmp_path: Path) -> None:
     network = seeded("double")
     flow = GradientFlow(network, every_steps=1)
-    one_device_penalty(network).backward()
+    one_device_penalty(network, OrthogonalityPenalty()).backward()
     flow.on_gradients(0)
     flow.on_gradients(1)
     plot_gradient_flow({"without": flow.history, "with": flow.history}, tmp_path / "figure3.png")

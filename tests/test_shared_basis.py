@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks import build, count, registry
+from anabranch.blocks import build, count
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.densenet import DenseLayer, densenet
 from anabranch.blocks.errors import ModelError
@@ -37,12 +36,6 @@ from anabranch.blocks.shared_transform import share_bases, shared_basis, tie_con
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.verify import Report
 from anabranch.schedulers import BranchPlacement, Plan, PlanError
-
-for family in (resnet, cifar_resnet, densenet, mobilenet_v2, shared_basis):  # until the registry lists them
-    registry._FAMILIES.setdefault(family.__name__, family)
-for file in ("shared_resnet", "densenet", "mobilenet", "shared_transform"):
-    for name, ready in import_module(f"anabranch.blocks.{file}").READY.items():
-        registry._READY.setdefault(name, ready)
 
 # ready name, params, MACs
 COUNTS = [

@@ -1,4 +1,4 @@
-"""The main job on real input: trains under Ray, stops, goes on under other meshes, says what is wrong before it starts."""
+"""The main job on real input: trains under Ray, stops, goes on elsewhere, says what is wrong before it starts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ray() -> Iterator[None]:
         yield
 
 
-def config(folder: Path, *layers: Mapping[str, Mapping[str, Any]]) -> Config:
+def config(folder: Path, *layers: Mapping[str, Any]) -> Config:
     return Config.from_dict(SMALL, {"launch": {"run_dir": str(folder)}}, *layers)
 
 
@@ -57,7 +57,10 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
-    layer = {"train": {"epochs": 2, "max_steps": 0, "bn_batch_size": 0, "precision": "fp32"}, "checkpoint": {"every_epochs": 1}}
+    layer = {
+        "train": {"epochs": 2, "max_steps": 0, "bn_batch_size": 0, "precision": "fp32"},
+        "checkpoint": {"every_epochs": 1},
+    }
     result = train(config(tmp_path / "run", layer))
     assert result["test_accuracy"] > 0.9
     assert result["steps"] == 2 * 45
@@ -68,7 +71,10 @@ def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
     plan = (tmp_path / "run" / "plan.toml").read_text()
     assert "counts = [2, 1]" in plan
     assert len(losses(tmp_path / "run")) == 90
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000045", "step-000090"]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-000045",
+        "step-000090",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["2x1", "2x2", "1x1"],
 )
-def test_goes_on_with_the_same_losses_on_another_mesh(mesh: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+def test_goes_on_with_the_same_losses_on_another_mesh(
+    mesh: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
     stopped = tmp_path / "stopped"
     train(config(stopped, {"train": {"max_steps": 4}}))
     given = {"mesh": mesh, "train": {"max_steps": 6}, "checkpoint": {"resume": str(stopped)}}
@@ -112,8 +120,16 @@ def test_ray_is_outside_the_step(tmp_path: Path) -> None:
     counts = []
     for steps in (5, 10):
         ray_calls.clear()
-        result = train(config(tmp_path / str(steps), {"train": {"max_steps": steps}, "checkpoint": {"every_epochs": 0}}))
-        counts.append({name: n for name, n in result["ray_calls"].items() if not name.startswith(("watch", "start_wait"))})
+        result = train(
+            config(tmp_path / str(steps), {"train": {"max_steps": steps}, "checkpoint": {"every_epochs": 0}})
+        )
+        counts.append(
+            {
+                name: n
+                for name, n in result["ray_calls"].items()
+                if not name.startswith(("watch", "start_wait"))
+            }
+        )
     assert counts[0] == counts[1]
     assert counts[0]["run"] == 2
 
@@ -139,7 +155,9 @@ def test_trainer_in_python_tells_its_callbacks() -> None:
 
     recorder = Recorder()
     network = build("multi_resnet", depth=8, num_branches=2, in_channels=1)
-    chosen = Config.from_dict(SMALL, {"train": {"max_steps": 3, "precision": "bf16"}, "mesh": {"plan": "data"}})
+    chosen = Config.from_dict(
+        SMALL, {"train": {"max_steps": 3, "precision": "bf16"}, "mesh": {"plan": "data"}}
+    )
     result = Trainer(network, load_data("digits"), chosen, callbacks=[recorder]).fit()
     assert recorder.steps == [1, 2, 3]
     assert recorder.tested == [result["test_accuracy"]]
@@ -154,7 +172,10 @@ def test_eval_and_export_read_a_run(undisturbed: Path, tmp_path: Path) -> None:
     tested = commands.evaluate(undisturbed, "", quiet)
     assert tested is not None
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
-    assert tested["test_accuracy"] == [line for line in lines if line["kind"] == "evaluation"][-1]["test_accuracy"]
+    assert (
+        tested["test_accuracy"]
+        == [line for line in lines if line["kind"] == "evaluation"][-1]["test_accuracy"]
+    )
     commands.export(undisturbed, tmp_path / "model.safetensors", "", quiet)
     build("multi_resnet", depth=8, num_branches=3, in_channels=1).load_state_dict(
         load_file(tmp_path / "model.safetensors"), strict=True
@@ -163,7 +184,11 @@ def test_eval_and_export_read_a_run(undisturbed: Path, tmp_path: Path) -> None:
 
 def test_verify_says_how_far_the_plan_is_from_one_device() -> None:
     result = commands.verify(
-        Config.from_dict(SMALL, {"mesh": {"num_workers": 4, "shape": "2x2"}}), 2, True, 1e-9, Console(quiet=True)
+        Config.from_dict(SMALL, {"mesh": {"num_workers": 4, "shape": "2x2"}}),
+        2,
+        True,
+        1e-9,
+        Console(quiet=True),
     )
     assert result is not None
     assert result["max_relative_difference"] <= 1e-9
@@ -210,7 +235,7 @@ def test_a_failing_factory_is_told_with_the_users_line(user_folder: Path) -> Non
     assert not (user_folder / "run").exists()
 
 
-PLAN = "[mesh]\ndata = 1\nbranch = 2\n[[blocks]]\nmatch = \"{match}\"\nsplit = \"branch\"\n{branches}\n"
+PLAN = '[mesh]\ndata = 1\nbranch = 2\n[[blocks]]\nmatch = "{match}"\nsplit = "branch"\n{branches}\n'
 
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("too many workers", {"mesh": {"num_workers": 9}}, PlanError, r"9.*4"),
@@ -253,7 +278,9 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
             train(config(tmp_path / "run", {"launch": {"port": port}}))
 
 
-def test_a_checkpoint_of_another_model_or_torn_is_refused_before_workers_start(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_or_torn_is_refused_before_workers_start(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     other: dict[str, dict[str, Any]] = {
         "model": {"options": {"num_branches": 2}},
         "mesh": {"plan": "even"},
@@ -276,7 +303,17 @@ def test_a_run_is_not_overwritten(undisturbed: Path) -> None:
         train(config(undisturbed))
 
 
-LONG = ["train", "--epochs", "400", "--checkpoint.every-epochs", "0", "--model.options.depth", "8", "--json", "--run-dir"]
+LONG = [
+    "train",
+    "--epochs",
+    "400",
+    "--checkpoint.every-epochs",
+    "0",
+    "--model.options.depth",
+    "8",
+    "--json",
+    "--run-dir",
+]
 
 
 def process_stat(pid: int) -> tuple[str, int] | None:
@@ -301,7 +338,11 @@ def descendants(pid: int) -> set[int]:
 def stop_by(sig: signal.Signals, folder: Path, *more: str) -> tuple[int, dict[str, Any], float, set[int]]:
     """Trains in a process group of its own and sends it a signal in the middle, as a terminal does."""
     process = subprocess.Popen(
-        [*CLI, *LONG, str(folder), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*CLI, *LONG, str(folder), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 90
@@ -343,7 +384,16 @@ def test_torchrun_starts_the_same_worker(tmp_path: Path, undisturbed: Path) -> N
     layer.write_text(Config.from_dict(SMALL).to_toml())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "anabranch.runtime", "train", str(layer), "--json", "--run-dir", str(tmp_path / "run")],
+        [
+            *torchrun,
+            "-m",
+            "anabranch.runtime",
+            "train",
+            str(layer),
+            "--json",
+            "--run-dir",
+            str(tmp_path / "run"),
+        ],
         capture_output=True,
         text=True,
         timeout=110,
@@ -370,5 +420,3 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         }
     )
     assert train(chosen)["steps"] == 3
-
-

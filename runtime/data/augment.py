@@ -46,7 +46,7 @@ def augment_keys(seed: int, epoch: int, sample_ids: Tensor) -> Tensor:
 
 
 def flip_crop(x_NCHW: Tensor, keys: Tensor, padding: int = 4, *, flip: bool = True) -> Tensor:
-    """Flip left-right with probability 1/2 (with `flip`), then crop to the same size at random from the zero-padded image.
+    """Flip left-right with probability 1/2 (if `flip`), then crop to the same size from the zero-padded image.
 
     The paper's augmentation (the multi-residual nets follow fb.resnet.torch: He et al. 2016): pixels are padded with
     zeros *after* `normalise`, so that the border is the mean colour. A sample's pixels depend on its own key (N,)
