@@ -29,7 +29,7 @@ from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
-from anabranch.runtime.parallelize import parallelize
+from anabranch.runtime.parallel_network import parallelize
 from anabranch.runtime.step import MicroBatch, TrainStep
 from anabranch.schedulers import Plan
 from anabranch.schedulers.plan import SAMPLE

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from anabranch.runtime.config import Config as Config
-    from anabranch.runtime.parallelize import parallelize as parallelize
+    from anabranch.runtime.parallel_network import parallelize as parallelize
     from anabranch.runtime.trainer import Trainer as Trainer
 
-_MODULES = {"Config": "config", "Trainer": "trainer", "parallelize": "parallelize"}
+_MODULES = {"Config": "config", "Trainer": "trainer", "parallelize": "parallel_network"}
 __all__ = ["Config", "Trainer", "parallelize"]
 
 

@@ -28,11 +28,10 @@ def make_data(config: Config) -> DataBundle:
     return load_data(data.name, data.path, data.options, config.train.seed, data.loader_workers)
 
 
-def make_network(config: Config, bundle: DataBundle, *, meta: bool = False) -> nn.Module:
+def make_network(config: Config, bundle: DataBundle) -> nn.Module:
     """The network of `[model]` on one device, its parameters a function of the seed.
 
-    in_channels and num_classes of our families come from the data unless given. meta: without values, where our own
-    families allow it (a user's factory runs as it is). Raises ModelError or ConfigError.
+    in_channels and num_classes of our families come from the data unless given. Raises ModelError or ConfigError.
     """
     name, options = config.model.name, dict(config.model.options)
     if ":" in name:
@@ -51,7 +50,7 @@ def make_network(config: Config, bundle: DataBundle, *, meta: bool = False) -> n
         if bundle.num_classes is not None:
             given["num_classes"] = bundle.num_classes
         options = {**given, **options}
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.train.seed, "model"))
         network = build(name, **options)
     network.input_shape = (bundle.in_channels, *bundle.image_size)  # type: ignore[assignment]

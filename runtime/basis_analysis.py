@@ -20,7 +20,7 @@ from anabranch.blocks.filter_sum import FilterSum
 from anabranch.blocks.network import named_blocks
 from anabranch.blocks.shared_basis import basis_groups
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.parallelize import ParallelNetwork
+from anabranch.runtime.parallel_network import ParallelNetwork
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from torch import Tensor
 from anabranch.blocks.branch_sum import BranchTensor
 
 Owners = Mapping[str, BranchTensor]
-"""Full tensor name → the branches it belongs to; `parallelize.branch_tensors(network)` gives it."""
+"""Full tensor name → the branches it belongs to; `parallel_network.branch_tensors(network)` gives it."""
 
 
 def by_branch(name: str, tensor: Tensor, owners: Owners) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from anabranch.runtime.manifest import (
     step_of,
     versions,
 )
-from anabranch.runtime.parallelize import ParallelNetwork
+from anabranch.runtime.parallel_network import ParallelNetwork
 
 
 class Checkpoint:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.runtime.collectives import gathered_rows
-from anabranch.runtime.parallelize import ParallelNetwork
+from anabranch.runtime.parallel_network import ParallelNetwork
 
 _BITS = {1: torch.uint8, 2: torch.int16}  # by bytes an element; wider ones in pieces of four bytes
 _STRIDE = 0x9E3779B1  # odd: no two positions look alike

@@ -27,7 +27,7 @@ class Driver:
     """Within its context the configuration is checked and settled, the plan made and the cluster connected.
 
     config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together. model:
-    what the plan places. network: without values.
+    what the plan places. network: the one-device network, for checks.
     """
 
     plan: Plan | None = None
@@ -65,7 +65,7 @@ class Driver:
         data = make_data(self.config)
         try:
             make_loss(self.config)
-            self.network = prepare(make_network(self.config, data, meta=True))
+            self.network = prepare(make_network(self.config, data))
             self.model = spec_of(self.network)
             self.console.print(str(data), highlight=False)
             for warning in penalty_warnings(self.network, make_penalty(self.config)):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anabranch.blocks.branch_sum import BranchTensor, branch_sums
 from anabranch.runtime.branch_state import by_branch, entries
-from anabranch.runtime.parallelize import ParallelNetwork, branch_tensors
+from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors
 
 
 class StateError(ValueError):

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.runtime.config import OptimizerConfig
-from anabranch.runtime.parallelize import ParallelNetwork
+from anabranch.runtime.parallel_network import ParallelNetwork
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """torch's own SGD or AdamW as configured."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "foreach": True}
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            trained, config.lr, config.betas, config.eps, config.weight_decay, foreach=True
-        )
+        return _without_compiler(torch.optim.AdamW)(trained, betas=config.betas, eps=config.eps, **common)
     nesterov = config.nesterov and config.momentum > 0
-    return torch.optim.SGD(
-        trained, config.lr, config.momentum, 0.0, config.weight_decay, nesterov, foreach=True
-    )
+    return _without_compiler(torch.optim.SGD)(trained, momentum=config.momentum, nesterov=nesterov, **common)
+
+
+@cache
+def _without_compiler(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The same optimizer, without the two seconds for which a process's first one imports torch's compiler.
+
+    torch keeps its compiler off some methods of `Optimizer`, and imports it at their first call to say so; `step` too
+    imports it, only to say where a compiled graph must break. We compile no optimizer, so the methods beneath will
+    do. A torch without these wrappers is used as it is.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        plain, code = getattr(method, "__wrapped__", None), getattr(method, "__code__", None)
+        if plain is not None and getattr(code, "co_qualname", "").startswith("_disable_dynamo."):
+            plain.__dynamo_disable = plain
+    plain_step = getattr(kind.step, "__wrapped__", None)
+    return type(kind.__name__, (kind,), {"step": torch.no_grad()(plain_step)}) if plain_step else kind
 
 
 def clip_gradients(network: ParallelNetwork, max_norm: float) -> Tensor:

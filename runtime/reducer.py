@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
-from anabranch.runtime.parallelize import ParallelNetwork
+from anabranch.runtime.parallel_network import ParallelNetwork
 
 _Kind = tuple[str, torch.dtype]  # the axis that gradients are summed over, and their precision
 _FIRST_BUCKET_BYTES = 2**20  # small, so that the first transfer starts early

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from anabranch.blocks.shared_basis import BasisGroup, basis_groups
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.parallelize import ParallelNetwork
+from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.process_group import gather_json
 
 Normalisation = Literal["mean", "sum"]

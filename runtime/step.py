@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.optimizer import clip_gradients
-from anabranch.runtime.parallelize import ParallelNetwork, RankBatch
+from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch
 from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.regularizer import OrthogonalityPenalty, OrthogonalityRegularizer
 

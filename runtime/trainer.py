@@ -36,7 +36,7 @@ from anabranch.runtime.lr_schedule import learning_rate
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
-from anabranch.runtime.parallelize import RankBatch, parallelize
+from anabranch.runtime.parallel_network import RankBatch, parallelize
 from anabranch.runtime.process_group import process_group
 from anabranch.runtime.step import MicroBatch, TrainStep, autocast, num_correct
 from anabranch.schedulers import Plan, format_plan

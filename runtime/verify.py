@@ -25,7 +25,7 @@ from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.loss import LossFunction, cross_entropy
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.optimizer import make_optimizer
-from anabranch.runtime.parallelize import ParallelNetwork, branch_tensors, parallelize
+from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors, parallelize
 from anabranch.runtime.reference import ReferenceStep
 from anabranch.runtime.regularizer import OrthogonalityPenalty
 from anabranch.runtime.step import MicroBatch, TrainStep

@@ -116,7 +116,7 @@ def _agreed_plan(config: Config, data: DataBundle, context: WorkerContext) -> Pl
     hosts = gather_json([socket.gethostname(), context.local_rank], context.device)
     kind = "cuda" if context.device.startswith("cuda") else "cpu"
     cluster = Cluster(tuple(Device(host, index, kind) for host, index in hosts))
-    plan = make_plan(config, spec_of(prepare(make_network(config, data, meta=True))), cluster)
+    plan = make_plan(config, spec_of(prepare(make_network(config, data))), cluster)
     if plan.world_size != context.world_size:
         raise PlanError(
             f"the plan is for {plan.world_size} ranks ({plan.data}x{plan.branch}), {context.world_size} were started: "

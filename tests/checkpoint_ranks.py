@@ -31,7 +31,7 @@ from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
-from anabranch.runtime.parallelize import ParallelNetwork, branch_tensors, parallelize
+from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors, parallelize
 from anabranch.runtime.reference import ReferenceStep
 from anabranch.runtime.step import TrainStep
 from anabranch.runtime.verify import Trial, micro_batches

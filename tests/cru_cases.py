@@ -12,7 +12,7 @@ from anabranch.blocks import branch_sum
 from anabranch.blocks.cru_net import cru_net, preact_resnext
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.mesh import make_mesh
-from anabranch.runtime.parallelize import parallelize
+from anabranch.runtime.parallel_network import parallelize
 from anabranch.runtime.verify import Report, Trial, verify_plan
 from anabranch.schedulers import Plan
 

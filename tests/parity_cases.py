@@ -18,7 +18,7 @@ from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.parallelize import ParallelNetwork, RankBatch, Role
+from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch, Role
 from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.verify import Report, Trial, verify_plan
 from anabranch.schedulers import BranchPlacement, Plan
@@ -236,7 +236,7 @@ def sabotaged(rank: int, world_size: int, case: Case, defects: Sequence[str]) ->
 
 
 def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
-    runtime = sys.modules["anabranch.runtime.parallelize"]
+    runtime = sys.modules["anabranch.runtime.parallel_network"]
     copied, with_samples, finish = runtime.copy_to_branches, RankBatch.with_samples, GradientReducer.finish
 
     def summed_twice(h: Hidden, group: Any) -> Hidden:

@@ -28,7 +28,7 @@ from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
 from anabranch.runtime.branch_state import branch_of, by_branch, entries
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.parallelize import branch_tensors
+from anabranch.runtime.parallel_network import branch_tensors
 from anabranch.schedulers import BranchPlacement, Plan, PlanError
 
 # ---- the papers' structure, written once more with one nn.BatchNorm2d and nn.Conv2d a branch

@@ -16,7 +16,7 @@ from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.optimizer import make_optimizer
-from anabranch.runtime.parallelize import branch_tensors, parallelize
+from anabranch.runtime.parallel_network import branch_tensors, parallelize
 from anabranch.runtime.step import TrainStep
 from anabranch.runtime.verify import micro_batches
 

@@ -26,7 +26,7 @@ from anabranch.runtime.branch_state import by_branch
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.parallelize import branch_tensors, parallelize
+from anabranch.runtime.parallel_network import branch_tensors, parallelize
 from anabranch.runtime.regularizer import OrthogonalityPenalty, OrthogonalityRegularizer, one_device_penalty
 
 

@@ -20,7 +20,7 @@ from anabranch.blocks.resnext_forms import convert, form_of
 from anabranch.blocks.torchvision_names import load_torchvision, to_torchvision
 from anabranch.runtime.branch_state import entries
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.parallelize import branch_tensors
+from anabranch.runtime.parallel_network import branch_tensors
 from anabranch.schedulers import BranchPlacement, Plan
 
 # depth, cardinality, base_width, stem, params, MACs

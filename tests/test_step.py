@@ -20,7 +20,7 @@ from anabranch.runtime.loss import cross_entropy, step_share
 from anabranch.runtime.lr_schedule import learning_rate
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.optimizer import clip_gradients, make_optimizer
-from anabranch.runtime.parallelize import ParallelNetwork, parallelize
+from anabranch.runtime.parallel_network import ParallelNetwork, parallelize
 from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.step import StepResult, TrainStep
 from anabranch.runtime.verify import micro_batches

@@ -1,0 +1,136 @@
+"""Small GroSS networks and their parity trials, importable by the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.blocks import group_series
+from anabranch.blocks.gross import gross_net, series_network, train_series_only
+from anabranch.blocks.group_search import series_layers, set_group_sizes
+from anabranch.blocks.group_series import GroupSeriesConv, GroupSize, check_group_sizes
+from anabranch.blocks.random import fold
+from anabranch.runtime.config import OptimizerConfig
+from anabranch.runtime.mesh import make_mesh
+from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.verify import Report, Trial, verify_plan
+from anabranch.schedulers import BranchPlacement, Plan
+
+Counts = tuple[int, ...] | None  # branches by branch rank; None: split by sample
+SMALL: dict[str, Any] = {
+    "channels": (4, 8, 8), "width": 7, "num_classes": 5, "in_channels": 2, "image_size": 8
+}  # fmt: skip
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 3) -> nn.Module:
+    """A network in float64 whose parameters are all random, series' terms too: no gradient vanishes."""
+    torch.manual_seed(seed)
+    network = make().double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return network
+
+
+def small_series() -> nn.Module:
+    """Layers of 4 and 8 channels, sizes 1, 2, 4 and 1, 2, 4, 8: 4 and 8 branches."""
+    return series_network(gross_net(**SMALL))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run under which plan. sizes: None is the full network, not decomposed. frozen: all but the series."""
+
+    sizes: Sequence[int] | GroupSize | None
+    data: int
+    blocks: tuple[Counts, ...]
+    edges: str = "sample"
+    frozen: bool = False
+    temperature: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def network(self) -> nn.Module:
+        network = seeded((lambda: gross_net(**SMALL)) if self.sizes is None else small_series)
+        if self.sizes is not None:
+            set_group_sizes(network, self.sizes)
+            for layer in series_layers(network).values():
+                layer.temperature = self.temperature
+        if self.frozen:
+            train_series_only(network)
+        return network
+
+    def plan(self) -> Plan:
+        names = list(spec_of(gross_net(**SMALL)).by_name)
+        blocks = {
+            name: BranchPlacement("sample") if counts is None else BranchPlacement.from_counts(counts)
+            for name, counts in zip(names, self.blocks, strict=True)
+        }
+        ranks = max((len(counts) for counts in self.blocks if counts), default=2)
+        return Plan(self.data, ranks, blocks, self.edges, self.edges)  # type: ignore[arg-type]
+
+    def trial(self) -> Trial:
+        """Three steps of Nesterov SGD in float64 on random samples; the last batch is short."""
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randn(20, 2, 8, 8, generator=generator, dtype=torch.float64)
+        target = torch.randint(5, (20,), generator=generator)
+        options: dict[str, Any] = {
+            "batch_size": 8,
+            "bn_batch_size": 4,
+            "precision": "fp64",
+            "seed": 5,
+            **self.options,
+        }
+        return Trial(x, target, optimizer=OptimizerConfig(lr=0.1), **options)
+
+
+def parity(rank: int, world_size: int, cases: Sequence[Case]) -> list[Report]:
+    """Each case verified on these ranks."""
+    return [
+        verify_plan(case.network(), case.plan(), make_mesh(case.data, world_size // case.data), case.trial())
+        for case in cases
+    ]
+
+
+def sabotaged(rank: int, world_size: int, case: Case, defects: Sequence[str]) -> list[Report]:
+    """The case once with each planted defect."""
+    rows, keyed = GroupSeriesConv._rows, fold
+
+    def local_rows(self: GroupSeriesConv, held: Sequence[int]) -> list[int]:
+        return rows(self, range(len(held)))  # as if the copy's first branch were the layer's
+
+    def own_draw(*parts: int | str) -> int:
+        return keyed(*parts, rank)
+
+    planted: dict[str, Any] = {
+        "rows counted from the copy's first": mock.patch.object(GroupSeriesConv, "_rows", local_rows),
+        "each rank draws for itself": mock.patch.object(group_series, "fold", own_draw),
+    }
+    reports = []
+    for defect in defects:
+        with planted[defect]:
+            reports += parity(rank, world_size, [case])
+    return reports
+
+
+def drawn_sizes(rank: int, world_size: int, num_steps: int) -> list[tuple[int, ...]]:
+    """What this rank's layers draw, step by step."""
+    layers = {"a": (1, 2, 4), "b": (1, 2, 4, 8)}
+    return [
+        tuple(group_series.sample_group_size(5, step, name, sizes, 0.0) for name, sizes in layers.items())
+        for step in range(num_steps)
+    ]
+
+
+def dense_of(r: Tensor, channels: int) -> Tensor:
+    """A grouped weight as a dense one, element by element."""
+    check_group_sizes([r.shape[1]], channels)
+    dense = torch.zeros(r.shape[0], channels, *r.shape[2:], dtype=r.dtype)
+    for row in range(r.shape[0]):
+        first = row // r.shape[1] * r.shape[1]
+        dense[row, first : first + r.shape[1]] = r[row]
+    return dense
