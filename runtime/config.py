@@ -89,7 +89,7 @@ class TrainConfig:
     epochs: int = 15
     """Passes over the training samples."""
     max_steps: int = 0
-    """Stop after so many steps; 0: after the epochs."""
+    """Stop after so many steps of the epochs' (the learning rate's schedule still spans them all); 0: after all."""
     batch_size: int = 64
     """Samples per step over all workers (the global batch)."""
     bn_batch_size: int = 0

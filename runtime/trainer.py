@@ -28,6 +28,7 @@ from anabranch.runtime.checksum import check_replicas
 from anabranch.runtime.config import Config
 from anabranch.runtime.data.augment import augment_keys, flip_crop, normalise
 from anabranch.runtime.data.batches import batches, epoch_order
+from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import BatchSource, DataBundle
 from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.launch import alone, choose_launcher, from_environment
@@ -45,15 +46,16 @@ from anabranch.schedulers import Plan, format_plan
 class Trainer:
     """Trains a network under a plan, as the configuration says.
 
-    network: one-device module with stem, blocks, head; consumed. data: what `load_data` gives. plan: where the
-    branches run; None asks `[mesh]`. context: this rank's place; None reads it from the environment (torchrun, srun),
-    else one process. run_dir: for metrics and checkpoints; None writes none. callbacks: told on rank 0.
+    network: one-device module with stem, blocks, head; consumed. data: what `load_data` gives, or map-style (train,
+    test). plan: where the branches run; None asks `[mesh]`. context: this rank's place; None reads it from the
+    environment (torchrun, srun), else one process. run_dir: for metrics and checkpoints; None writes none. callbacks:
+    told on rank 0.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        data: DataBundle,
+        data: DataBundle | tuple[Any, ...],
         config: Config | None = None,
         *,
         plan: Plan | None = None,
@@ -72,12 +74,15 @@ class Trainer:
                 config, spec_of(network), local_cluster(self.context.world_size, self.context.host)
             )
         self.plan, self.config = plan, settle(config, plan)
+        if isinstance(data, tuple):
+            data = bundle_of(data, seed=config.train.seed, loader_workers=config.data.loader_workers)
         self.data, self.loss = data, loss or make_loss(config)
         self.run_dir, self.resume = run_dir, resume
         self.device = torch.device(self.context.device)
-        self.num_train = len(data.train)
+        self.num_train = len(self.data.train)
         self.steps_per_epoch = -(-self.num_train // config.train.batch_size)
-        self.num_steps = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.num_steps = config.train.epochs * self.steps_per_epoch  # what the learning rate's schedule spans
+        self.last_step = min(config.train.max_steps or self.num_steps, self.num_steps)
         self._network, self._callbacks = network, list(callbacks)
 
     def fit(self) -> dict[str, Any]:
@@ -112,7 +117,7 @@ class Trainer:
 
     def _fit(self) -> dict[str, Any]:
         publish, config = self.context.publish, self.config
-        publish(phase="building", num_steps=self.num_steps, num_epochs=config.train.epochs)
+        publish(phase="building", num_steps=self.last_step, num_epochs=config.train.epochs)
         self._set_up()
         done = 0
         if self.resume is not None:
@@ -177,10 +182,10 @@ class Trainer:
     def _steps(self, done: int) -> Iterator[tuple[int, Tensor, list[MicroBatch]]]:
         """(step, the step's sample indices, this rank's micro-batches) from step `done` on, prepared ahead."""
         train = self.config.train
-        for epoch in range(done // self.steps_per_epoch, -(-self.num_steps // self.steps_per_epoch)):
+        for epoch in range(done // self.steps_per_epoch, -(-self.last_step // self.steps_per_epoch)):
             order = epoch_order(self.num_train, train.seed, epoch)
             first = done % self.steps_per_epoch if epoch == done // self.steps_per_epoch else 0
-            last = min(self.steps_per_epoch, self.num_steps - epoch * self.steps_per_epoch)
+            last = min(self.steps_per_epoch, self.last_step - epoch * self.steps_per_epoch)
             steps = [order[i * train.batch_size : (i + 1) * train.batch_size] for i in range(first, last)]
             deals = [self._deals(len(ids), train.bn_batch_size, train.accumulation) for ids in steps]
             rows = [

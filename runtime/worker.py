@@ -99,7 +99,7 @@ def _images(x: Tensor, data: DataBundle, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def _started(job: Job, context: WorkerContext) -> Iterator[tuple[DataBundle, Plan]]:
     """A worker's common beginning and end: the user's folder, the dataset, the process group, the plan."""
-    if job.folder:
+    if Path(job.folder).is_dir():  # another host may not have it
         os.chdir(job.folder)
         if job.folder not in sys.path:
             sys.path.insert(0, job.folder)

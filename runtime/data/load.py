@@ -64,6 +64,11 @@ def _user_data(name: str, options: dict[str, Any], seed: int, loader_workers: in
         factory = import_object(name, "data.name", DataError)
         with user_code(name, DataError):
             made = factory(**options)
+    return bundle_of(made, name, seed, loader_workers)
+
+
+def bundle_of(made: object, name: str = "data", seed: int = 0, loader_workers: int = 0) -> DataBundle:
+    """A user's own (train, test) or (train, test, num_classes) as `load_data` gives datasets; see there."""
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise DataError(
             f"{name} returned {type(made).__name__}: return (train, test) or (train, test, num_classes)"
