@@ -14,6 +14,8 @@ from anabranch.blocks.cru_net import cru_net, preact_resnext
 from anabranch.blocks.densenet import READY as DENSENETS
 from anabranch.blocks.densenet import densenet
 from anabranch.blocks.errors import ModelError
+from anabranch.blocks.gross import READY as GROSS_NETS
+from anabranch.blocks.gross import gross_net
 from anabranch.blocks.mobilenet import READY as MOBILENETS
 from anabranch.blocks.mobilenet import mobilenet_v2
 from anabranch.blocks.multi_resnet import READY as MULTI_RESNETS
@@ -29,12 +31,12 @@ _FAMILIES: dict[str, Callable[..., nn.Module]] = {
     family.__name__: family
     for family in (
         multi_resnet, pre_resnet, resnext, preact_resnext, cru_net, resnet, cifar_resnet, densenet, mobilenet_v2,
-        shared_basis,
+        shared_basis, gross_net,
     )
 }  # fmt: skip
 
 _READY: dict[str, tuple[str, dict[str, Any]]] = {
-    **MULTI_RESNETS, **RESNEXTS, **CRU_NETS, **RESNETS, **DENSENETS, **MOBILENETS, **SHARED_BASES,
+    **MULTI_RESNETS, **RESNEXTS, **CRU_NETS, **RESNETS, **DENSENETS, **MOBILENETS, **SHARED_BASES, **GROSS_NETS,
 }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class LrScheduleConfig:
 class TrainConfig:
     """`[train]`: the run. These numbers and the seed fix the trajectory; the plan does not change it."""
 
-    epochs: int = 15
+    epochs: int = 20
     """Passes over the training samples."""
     max_steps: int = 0
     """Stop after so many steps of the epochs' (the learning rate's schedule still spans them all); 0: after all."""
