@@ -145,7 +145,8 @@ class GradientReducer:
         used = [grad is not None for grad in grads]
         bucket.flags.fill_(1.0) if all(used) else bucket.flags.copy_(torch.tensor(used))
         views = [view for view, grad in zip(bucket.views, grads, strict=True) if grad is not None]
-        torch._foreach_copy_(views, [grad for grad in grads if grad is not None])
+        if views:  # a bucket of parameters that nobody here used still takes part
+            torch._foreach_copy_(views, [grad for grad in grads if grad is not None])
         for view, u in zip(bucket.views, used, strict=True):
             if not u:
                 view.zero_()

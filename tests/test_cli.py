@@ -132,7 +132,7 @@ def test_wrong_input_in_a_process(tmp_path: Path) -> None:
 
 
 def test_defaults() -> None:
-    assert config_of() == Config()
+    assert config_of() == load_config("digits")
     assert config_of("cifar10-multi-resnet-20-k4") == load_config("cifar10-multi-resnet-20-k4")
 
 
