@@ -7,12 +7,14 @@
     scatter_samples       own slice              all-gather of the gradient  split `branch` → `sample`
 
 Not `torch.distributed.nn.functional`: its all-reduce sums the gradient again, branch-group-size times too
-much here, because inside split `branch` every rank's gradient is already whole.
+much here, because inside split `branch` every rank's gradient is already whole. All of them go over a `Wire`: the
+branch group, and the recorder that is told how long each took.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,22 +22,50 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.blocks.branch_sum import Hidden
+from anabranch.runtime.recorder import Recorder
 
 # renamed in torch 2.13
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def copy_to_branches(h: Hidden, group: dist.ProcessGroup) -> Hidden:
+@dataclass(frozen=True, eq=False)
+class Wire:
+    """A branch group as the collectives use it. recorder: told of every exchange."""
+
+    group: dist.ProcessGroup
+    recorder: Recorder | None = None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the group, in a new tensor; half precisions travel and are added as float32."""
+        start = self.recorder.now() if self.recorder else None
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        total = x.to(torch.float32, copy=True) if half else x.clone(memory_format=torch.contiguous_format)
+        total = total.contiguous()
+        dist.all_reduce(total, group=self.group)
+        if self.recorder:
+            self.recorder.exchanged("all_reduce", total.nbytes, start)
+        return total.to(x.dtype) if half else total
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """`gathered_rows` over the group."""
+        start = self.recorder.now() if self.recorder else None
+        rows = gathered_rows(x, sizes, self.group)
+        if self.recorder:
+            self.recorder.exchanged("all_gather", rows.nbytes, start)
+        return rows
+
+
+def copy_to_branches(h: Hidden, wire: Wire) -> Hidden:
     """h for this rank's branches; backward sums the gradients that all ranks' branches sent.
 
     `join` must get h from *before* this, else the shortcut's gradient counts once for every rank.
     """
     if isinstance(h, Tensor):
-        return _copy(h, group)
-    return tuple(_copy(part, group) if part.is_floating_point() else part for part in h)
+        return _copy(h, wire)
+    return tuple(_copy(part, wire) if part.is_floating_point() else part for part in h)
 
 
-def reduce_from_branches(s: Tensor, h: Hidden, group: dist.ProcessGroup) -> Tensor:
+def reduce_from_branches(s: Tensor, h: Hidden, wire: Wire) -> Tensor:
     """The sum of all ranks' partial sums, on every rank.
 
     h is what `copy_to_branches` returned. A rank whose branches do not use it (it holds none) must still take
@@ -45,35 +75,35 @@ def reduce_from_branches(s: Tensor, h: Hidden, group: dist.ProcessGroup) -> Tens
     # Whether the sum needs a gradient must not depend on which branches are here (none, frozen ones), else some ranks
     # would call the backward of what comes before and others not.
     anchor = torch.empty(0, requires_grad=True)
-    return _reduce(s, group, anchor, *parts)
+    return _reduce(s, wire, anchor, *parts)
 
 
-def gather_samples(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def gather_samples(x: Tensor, sizes: Sequence[int], wire: Wire) -> Tensor:
     """All ranks' samples in order: rank i gives sizes[i] rows (unequal and zero allowed)."""
-    return _gather(x, tuple(sizes), group)
+    return _gather(x, tuple(sizes), wire)
 
 
-def scatter_samples(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def scatter_samples(x: Tensor, sizes: Sequence[int], wire: Wire) -> Tensor:
     """This rank's slice of samples that every rank has."""
-    return _scatter(x, tuple(sizes), group)
+    return _scatter(x, tuple(sizes), wire)
 
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, h: Tensor, wire: Wire) -> Tensor:
+        ctx.wire = wire
         return h.view_as(h)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _summed(grads[0], ctx.group), None
+        return ctx.wire.sum(grads[0]), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, s: Tensor, group: dist.ProcessGroup, *h: Tensor) -> Tensor:
+    def forward(ctx: Any, s: Tensor, wire: Wire, *h: Tensor) -> Tensor:
         ctx.num_h = len(h)
-        total = _summed(s, group)
+        total = wire.sum(s)
         # A rank without branches cannot know which precision the others' branches end in: one rule for all.
         device = s.device.type
         return total.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else total
@@ -85,9 +115,9 @@ class _Reduce(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.rank = sizes, group.rank()
-        return gathered_rows(x, sizes, group)
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], wire: Wire) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, wire.group.rank()
+        return wire.gather(x, sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,13 +126,13 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _own_rows(x, sizes, group.rank()).clone()
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], wire: Wire) -> Tensor:
+        ctx.sizes, ctx.wire = sizes, wire
+        return _own_rows(x, sizes, wire.group.rank()).clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return gathered_rows(grads[0], ctx.sizes, ctx.group), None, None
+        return ctx.wire.gather(grads[0], ctx.sizes), None, None
 
 
 _copy: Callable[..., Tensor] = _Copy.apply
@@ -127,12 +157,3 @@ def gathered_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> 
 
 def _own_rows(x: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
     return x.narrow(0, sum(sizes[:rank]), sizes[rank])
-
-
-def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the group, in a new tensor; half precisions travel and are added as float32."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    total = x.to(torch.float32, copy=True) if half else x.clone(memory_format=torch.contiguous_format)
-    total = total.contiguous()
-    dist.all_reduce(total, group=group)
-    return total.to(x.dtype) if half else total

@@ -25,6 +25,7 @@ from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, Hidd
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime.collectives import (
+    Wire,
     copy_to_branches,
     gather_samples,
     gathered_rows,
@@ -34,6 +35,7 @@ from anabranch.runtime.collectives import (
 from anabranch.runtime.deal import Deal, Share
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.recorder import Recorder, marked
 from anabranch.schedulers import Plan, PlanError
 
 Rows = Literal["own", "group"]
@@ -83,23 +85,26 @@ class RankBatch:
 class BranchExchange:
     """Runs a BranchSum whose other branches are on the other ranks of the branch group."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.group = mesh.branch_group
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
 
     def __call__(self, partial_sum: Callable[[Hidden], Tensor], h: Hidden) -> Tensor:
-        copied = copy_to_branches(h, self.group)
-        return reduce_from_branches(partial_sum(copied), copied, self.group)
+        copied = copy_to_branches(h, self.wire)
+        return reduce_from_branches(partial_sum(copied), copied, self.wire)
 
 
 class ParallelNetwork(nn.Module):
     """This rank's part of a network; parameter names are those of the one-device network.
 
     roles: by parameter and buffer name. input_rows, output_rows: which samples `forward` takes and returns.
+    recorder: told what this rank's time goes to.
     """
 
     def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh) -> None:
         super().__init__()
         self.plan, self.mesh = plan, mesh
+        self.recorder = Recorder(torch.device(mesh.device_mesh.device_type))
+        self.wire = Wire(mesh.branch_group, self.recorder)
         self.stem, self.blocks, self.head = (
             network.get_submodule(name) for name in ("stem", "blocks", "head")
         )
@@ -124,13 +129,17 @@ class ParallelNetwork(nn.Module):
 
     def forward(self, x: Tensor, batch: RankBatch) -> Tensor:
         """Rows `input_rows` of the batch in, rows `output_rows` out."""
-        rows = self.input_rows
-        for _, module, wanted in self.elements():
+        rows, recorder = self.input_rows, self.recorder
+        for name, module, wanted in self.elements():
+            if recorder.detailed:
+                recorder.at(name)
             if wanted != rows:
                 change = gather_samples if wanted == "group" else scatter_samples
-                x, rows = change(x, batch.sizes, self.mesh.branch_group), wanted
+                x, rows = change(x, batch.sizes, self.wire), wanted
             with batch_layout(batch.layout_of(rows)):
                 x = module(x)
+            if recorder.detailed:
+                x = marked(x, recorder, name)
         return x
 
     def to_output_rows(self, target: Tensor, batch: RankBatch) -> Tensor:
@@ -189,7 +198,7 @@ def parallelize(
             if rows == "group" and placement is not None and placement.branches is not None:
                 held = placement.branches[mesh.branch_rank]
                 mine = block_sum.shard(held, memo)
-                mine.exchange = BranchExchange(mesh)
+                mine.exchange = BranchExchange(result.wire)
                 _replace(result.blocks, f"{name}.{path}".rstrip("."), mine)
     result.roles = _roles(result)
     return result

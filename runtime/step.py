@@ -18,6 +18,7 @@ from torch import Tensor
 from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.optimizer import clip_gradients
 from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch
+from anabranch.runtime.recorder import PARTS
 from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.regularizer import OrthogonalityPenalty, OrthogonalityRegularizer
 
@@ -38,12 +39,13 @@ class StepResult:
     """Of the whole step, the same on every rank.
 
     loss: the mean. num_correct: right answers, 0 where that means nothing. stop: whether any rank asked for
-        it.
+        it. times: [rank] seconds by recorder.PARTS, of the step *before*.
     """
 
     loss: float
     num_correct: float
     stop: bool
+    times: list[list[float]]
 
 
 class TrainStep:
@@ -65,7 +67,8 @@ class TrainStep:
         self.network, self.optimizer, self.loss = network, optimizer, loss
         self.regularizer = OrthogonalityRegularizer(network, penalty) if penalty else None
         self.precision, self.clip_norm = precision, clip_norm
-        self.reducer = GradientReducer(network, num_extra=3)
+        self.recorder = network.recorder
+        self.reducer = GradientReducer(network, num_extra=_STOP + 1 + network.mesh.world_size * len(PARTS))
         self.output_share = 1.0 if network.output_rows == "own" else 1.0 / network.mesh.branch
 
     def gradients(self, batches: Sequence[MicroBatch], *, stop: bool = False) -> StepResult:
@@ -74,34 +77,43 @@ class TrainStep:
         stop: this rank wants to stop; the result says so on all ranks alike.
         """
         self.network.train()
-        extra = self.reducer.extra
+        extra, recorder = self.reducer.extra, self.recorder
         for index, batch in enumerate(batches):
-            with autocast(self.precision, batch.x.device):
+            with recorder.span("forward"), autocast(self.precision, batch.x.device):
                 output = self.network(batch.x, batch.rows)
                 target = self.network.to_output_rows(batch.target, batch.rows)
                 share = step_share(self.loss, output, target, batch.rows.own.num_samples)
             if index == len(batches) - 1:
                 self.reducer.arm()
-            share.backward()
-            with torch.no_grad():
+            with recorder.span("backward"):
+                share.backward()
+            with recorder.span("forward"), torch.no_grad():
                 extra[_LOSS] += share.detach() * self.output_share
                 extra[_HITS] += num_correct(output, target) * self.output_share
-        extra[_STOP] = float(stop)
-        self.reducer.finish()
+        with recorder.span("reduction"):
+            extra[_STOP] = float(stop)
+            # each rank fills its own row: the sum over the ranks is the table of all ranks
+            times = extra[_STOP + 1 :].view(self.network.mesh.world_size, len(PARTS))
+            times[self.network.mesh.rank] = torch.tensor(recorder.times())
+            self.reducer.finish()
+            loss, hits, stops = extra[: _STOP + 1].tolist()
+            result = StepResult(loss, hits, stops > 0, times.tolist())
         if self.regularizer is not None:  # of no sample: whole on every rank, added to what is whole
-            self.regularizer.add_gradients()
-        loss, hits, stops = extra[: _STOP + 1].tolist()
-        return StepResult(loss, hits, stops > 0)
+            with recorder.span("backward"):
+                self.regularizer.add_gradients()
+        return result
 
     def apply(self, lr: float) -> None:
         """Updates parameters and running statistics by the step's gradients, and clears them."""
-        if self.clip_norm > 0:
-            clip_gradients(self.network, self.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.reducer.commit_statistics()
+        with self.recorder.span("optimizer"):
+            if self.clip_norm > 0:
+                clip_gradients(self.network, self.clip_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.reducer.commit_statistics()
+        self.recorder.end_step()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

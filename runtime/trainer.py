@@ -39,6 +39,7 @@ from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import RankBatch, parallelize
 from anabranch.runtime.process_group import process_group
+from anabranch.runtime.recorder import by_part
 from anabranch.runtime.step import MicroBatch, TrainStep, autocast, num_correct
 from anabranch.schedulers import Plan, format_plan
 
@@ -133,7 +134,14 @@ class Trainer:
         first_step_at, saved_at, tested_at, result = 0.0, -1, -1, {}
         stopped = False
         started = time.perf_counter()
-        for step, ids, micro_batches in self._steps(done):
+        recorder, steps = self.network.recorder, self._steps(done)
+        recorder.end_step()  # what came before belongs to no step
+        while True:
+            with recorder.span("data"):
+                prepared = next(steps, None)
+            if prepared is None:
+                break
+            step, ids, micro_batches = prepared
             begun = time.perf_counter()
             outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
             lr = learning_rate(
@@ -152,16 +160,18 @@ class Trainer:
                 "lr": lr,
                 "step_time_s": times[-1],
                 "images_per_s": len(ids) / times[-1],
+                "times_s": by_part(outcome.times),
             }
-            publish(phase="training", **metrics)
-            self._tell("on_step", metrics)
-            if stopped:
-                break
-            if eval_every and done % eval_every == 0:
-                result, tested_at = self._evaluate(done), done
-            if checkpoints and config.checkpoint.every_epochs and done % save_every == 0:
-                self._save(checkpoints, done)
-                saved_at = done
+            with recorder.span("idle"):
+                publish(phase="training", **metrics)
+                self._tell("on_step", metrics)
+                if stopped:
+                    break
+                if eval_every and done % eval_every == 0:
+                    result, tested_at = self._evaluate(done), done
+                if checkpoints and config.checkpoint.every_epochs and done % save_every == 0:
+                    self._save(checkpoints, done)
+                    saved_at = done
         if not stopped and tested_at != done:
             result = self._evaluate(done)
         train_seconds = time.perf_counter() - started

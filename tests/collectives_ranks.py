@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from anabranch.runtime import collectives
 from anabranch.runtime.collectives import (
+    Wire,
     copy_to_branches,
     gather_samples,
     gathered_rows,
@@ -28,10 +29,10 @@ def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _world() -> dist.ProcessGroup:
+def _world() -> Wire:
     group = dist.group.WORLD
     assert group is not None
-    return group
+    return Wire(group)
 
 
 def _close(mine: Tensor | None, reference: Tensor | None) -> None:
@@ -131,9 +132,9 @@ def gather(rank: int, world_size: int, sizes: Sizes) -> None:
         _close(oracle, part)
         _close(whole.grad, x.cos() * weight)
 
-    _close(gathered_rows(x[rows].transpose(1, 2), sizes, _world()), x.transpose(1, 2))  # not contiguous
+    _close(gathered_rows(x[rows].transpose(1, 2), sizes, _world().group), x.transpose(1, 2))  # not contiguous
     labels = torch.arange(n)
-    assert torch.equal(gathered_rows(labels[rows], sizes, _world()), labels)
+    assert torch.equal(gathered_rows(labels[rows], sizes, _world().group), labels)
 
 
 def half_precision(rank: int, world_size: int) -> None:

@@ -239,8 +239,8 @@ def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
     runtime = sys.modules["anabranch.runtime.parallel_network"]
     copied, with_samples, finish = runtime.copy_to_branches, RankBatch.with_samples, GradientReducer.finish
 
-    def summed_twice(h: Hidden, group: Any) -> Hidden:
-        twice: Hidden = copied(copied(h, group), group)
+    def summed_twice(h: Hidden, wire: Any) -> Hidden:
+        twice: Hidden = copied(copied(h, wire), wire)
         return twice
 
     def local_ids(self: RankBatch, own: Tensor, group: Tensor, key: int) -> RankBatch:
@@ -272,7 +272,7 @@ def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
 
     changed: dict[str, tuple[object, str, object]] = {
         "gradient summed twice": (runtime, "copy_to_branches", summed_twice),
-        "no copy_to_branches": (runtime, "copy_to_branches", lambda h, group: h),
+        "no copy_to_branches": (runtime, "copy_to_branches", lambda h, wire: h),
         "dropout by local row": (RankBatch, "with_samples", local_ids),
         "statistics not reduced": (GradientReducer, "finish", own_statistics),
     }

@@ -119,7 +119,7 @@ def test_checksum_sees_value_and_order(dtype: torch.dtype) -> None:
 def observed(rank: int, world_size: int) -> list[str]:
     """What happens in a step, in order: all-reduces of gradients (by size of the buffer) and the end of backward."""
     run = Run(Case("basic4", (2, 1), (S,)))
-    run.step.reducer = GradientReducer(run.network, num_extra=3, bucket_bytes=20_000)
+    run.step.reducer = GradientReducer(run.network, num_extra=len(run.step.reducer.extra), bucket_bytes=20_000)
     sizes = {id(bucket.buffer): index for index, bucket in enumerate(run.step.reducer._buckets)}
     events: list[str] = []
     all_reduce, finish = dist.all_reduce, run.step.reducer.finish
@@ -185,7 +185,7 @@ def test_unused_parameters_keep_none_and_used_anywhere_are_reduced() -> None:
 def other_order(rank: int, world_size: int) -> dict[str, Tensor]:
     """Rank 1 uses the layers the other way round: its gradients are ready in another order."""
     run = Run(Case("choice", (2, 1), (S,)))
-    run.step.reducer = GradientReducer(run.network, num_extra=3, bucket_bytes=1)
+    run.step.reducer = GradientReducer(run.network, num_extra=len(run.step.reducer.extra), bucket_bytes=1)
     (choice,) = (module for module in run.network.modules() if isinstance(module, Choice))
     choice.used = ["all", "one", "none"] if rank == 0 else ["none", "one", "all"]
     run.gradients()

@@ -1,0 +1,161 @@
+"""What a rank's step spends its time on: intervals on one clock, cheap enough to be always on.
+
+    with recorder.span("forward"):          the parts of a step, one after another
+        …
+            start = recorder.now()
+            all_reduce(…)
+            recorder.exchanged("all_reduce", num_bytes, start)      inside a part: exposed branch communication
+
+Every part is measured by itself, so that what nobody measured shows: `times` ends with the step's whole length.
+On CUDA a moment is an event in the device's stream, read one step later: nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARTS = ("data", "forward", "backward", "exchange", "reduction", "optimizer", "idle", "step")
+"""Of `Recorder.times`: forward and backward without their exchanges; exchange: with the branch group, exposed;
+reduction: waiting for gradients after the backward; idle: between steps (evaluation, checkpoints, callbacks);
+step: from one step's end to the next one's, everything included."""
+
+Moment = Any  # seconds of time.perf_counter, or a CUDA event
+_Interval = tuple[str, str, str, int, Moment, Moment]  # as Span
+
+
+@dataclass(frozen=True)
+class Span:
+    """One interval on a rank, in seconds of its clock.
+
+    part: of PARTS. element: stem, a block or head; "": the whole part. op, num_bytes: of an exchange; else "" and 0.
+    """
+
+    part: str
+    element: str
+    op: str
+    num_bytes: int
+    start: float
+    end: float
+
+
+class Recorder:
+    """Records one rank's steps. detailed: also what each element takes (for `anabranch profile`; costs more)."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.detailed = False
+        self._device = device or torch.device("cpu")
+        self._cuda = self._device.type == "cuda"
+        self._part, self._element = "idle", ""
+        self._running: list[_Interval] = []  # of the step that runs
+        self._last: list[_Interval] = []  # of the one before
+        self._ended: tuple[Moment, Moment] | None = None  # of the step before: its start and end
+        self._start: Moment = self.now()
+        self._since: Moment = self._start  # when the element that runs began
+        self._base = time.perf_counter(), self._start
+
+    def now(self) -> Moment:
+        """This moment on the device's clock."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def span(self, part: str) -> _Part:
+        """A context that is one interval of a part."""
+        return _Part(self, part)
+
+    def exchanged(self, op: str, num_bytes: int, start: Moment) -> None:
+        """An exchange with the branch group, from `start` to now, inside the part that runs."""
+        self._running.append((self._part, self._element, op, num_bytes, start, self.now()))
+
+    def at(self, element: str) -> None:
+        """The element that ran ends here, another one begins ("": none); only where `detailed`."""
+        now = self.now()
+        if self._element:
+            self._running.append((self._part, self._element, "", 0, self._since, now))
+        self._element, self._since = element, now
+
+    def end_step(self) -> None:
+        """The step ends here (its optimizer is done); the next one begins."""
+        end = self.now()
+        self._last, self._running = self._running, []
+        self._ended, self._start = (self._start, end), end
+
+    def times(self) -> list[float]:
+        """Seconds by PARTS of the last step that ended; zeros before there is one."""
+        if self._ended is None:
+            return [0.0] * len(PARTS)
+        if self._cuda:
+            self._ended[1].synchronize()  # the step before: long done
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for part, element, op, _, start, end in self._last:
+            if op:  # it lies inside its part
+                length = self._between(start, end)
+                seconds["exchange"] += length
+                seconds[part] -= length
+            elif not element:
+                seconds[part] += self._between(start, end)
+        seconds["step"] = self._between(*self._ended)
+        return [seconds[part] for part in PARTS]
+
+    def spans(self) -> list[Span]:
+        """Every interval of the last step that ended, in seconds of time.perf_counter."""
+        return [Span(*names, self._at(start), self._at(end)) for *names, start, end in self._last]
+
+    def _at(self, moment: Moment) -> float:
+        base, begun = self._base
+        return base + self._between(begun, moment) if self._cuda else moment
+
+    def _between(self, start: Moment, end: Moment) -> float:
+        return start.elapsed_time(end) / 1e3 if self._cuda else end - start
+
+
+def by_part(times: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """[rank][part] seconds as {part: [rank]}, to the microsecond, with what no part accounts for."""
+    found = {part: [round(row[index], 6) for row in times] for index, part in enumerate(PARTS)}
+    rest = [round(step - sum(row), 6) for *row, step in times]
+    return {**found, "unattributed": rest}
+
+
+class _Part:
+    """One interval of a part of the step."""
+
+    __slots__ = ("_before", "_part", "_recorder", "_start")
+
+    def __init__(self, recorder: Recorder, part: str) -> None:
+        self._recorder, self._part = recorder, part
+
+    def __enter__(self) -> None:
+        recorder = self._recorder
+        self._before, recorder._part = recorder._part, self._part
+        self._start = recorder.now()
+
+    def __exit__(self, *error: object) -> None:
+        recorder = self._recorder
+        if recorder.detailed:
+            recorder.at("")
+        recorder._running.append((self._part, "", "", 0, self._start, recorder.now()))
+        recorder._part = self._before
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, recorder: Recorder, element: str) -> Tensor:
+        ctx.recorder, ctx.element = recorder, element
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.recorder.at(ctx.element)
+        return grads[0], None, None
+
+
+marked: Callable[..., Tensor] = _Mark.apply
+"""marked(x, recorder, element): x, an element's output; where its gradient arrives the element's backward begins."""
