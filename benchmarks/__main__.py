@@ -27,5 +27,33 @@ def data_parallel(
     )
 
 
+@app.command
+def shared_basis(
+    *,
+    epochs: Annotated[int, Parameter(help="Passes over the digits.")] = 20,
+    seeds: Annotated[int, Parameter(help="Pairs of runs.")] = 3,
+) -> None:
+    """Shared bases with and without the orthogonality regularizer: ‖B·Bᵀ − I‖ in the end."""
+    from anabranch.benchmarks import shared_basis as case
+
+    record = case.run(epochs=epochs, seeds=seeds)
+    ratios = ", ".join(f"{ratio:.1f}" for ratio in record["ratio_by_seed"])
+    print(f"‖BBᵀ−I‖ without ÷ with the regularizer, by seed: {ratios}; {record['path']}")
+
+
+@app.command
+def gross_rank(
+    *,
+    seeds: Annotated[int, Parameter(help="Searches.")] = 3,
+    repeats: Annotated[int, Parameter(help="Times each configuration is tuned alone.")] = 2,
+) -> None:
+    """GroSS: rank correlation between the series' accuracy and that of configurations tuned alone."""
+    from anabranch.benchmarks import gross_rank as case
+
+    record = case.run(seeds=seeds, repeats=repeats)
+    correlations = ", ".join(f"{value:.2f}" for value in record["rank_correlations"])
+    print(f"rank correlation, by seed: {correlations}; {record['path']}")
+
+
 if __name__ == "__main__":
     app()

@@ -3,6 +3,7 @@
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor
 from anabranch.blocks.count import Count, count
 from anabranch.blocks.errors import ModelError
+from anabranch.blocks.features import Features
 from anabranch.blocks.multi_residual import MultiResidual
 from anabranch.blocks.multi_resnet import multi_resnet, pre_resnet
 from anabranch.blocks.network import Network, named_blocks
@@ -12,6 +13,7 @@ __all__ = [
     "BranchSum",
     "BranchTensor",
     "Count",
+    "Features",
     "ModelError",
     "MultiResidual",
     "Network",

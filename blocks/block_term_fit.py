@@ -65,7 +65,7 @@ def fit_block_terms(
     *,
     tolerance: float = 1e-6,
     max_components: int = 100,
-    max_als: int = 200,
+    max_als: int = 100,
     on_step: OnStep = lambda phase, step, error: None,
 ) -> Fit:
     """The weights of 1×1, grouped k×k and 1×1 layers whose composition approximates a convolution's.
@@ -94,7 +94,7 @@ def fit_series(
     *,
     tolerance: float = 1e-6,
     max_components: int = 100,
-    max_als: int = 200,
+    max_als: int = 100,
 ) -> list[Fit]:
     """A fit for each group size, ascending, with errors that never rise (see `never_rising`)."""
     check_group_sizes(sizes, weight.shape[1])

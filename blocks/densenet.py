@@ -53,6 +53,8 @@ class DenseLayer(FilterSum):
 class Transition(nn.Module):
     """BN, ReLU, 1×1 convolution to half the channels, 2×2 average pool; replicated, it has no branches."""
 
+    between_stages = True  # a stage's output, to a detector, is what comes before
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm, self.conv = BatchNorm(channels), conv2d(channels, channels // 2, 1)

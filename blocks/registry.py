@@ -14,6 +14,7 @@ from anabranch.blocks.cru_net import cru_net, preact_resnext
 from anabranch.blocks.densenet import READY as DENSENETS
 from anabranch.blocks.densenet import densenet
 from anabranch.blocks.errors import ModelError
+from anabranch.blocks.features import Features
 from anabranch.blocks.gross import READY as GROSS_NETS
 from anabranch.blocks.gross import gross_net
 from anabranch.blocks.mobilenet import READY as MOBILENETS
@@ -50,20 +51,29 @@ def models() -> list[str]:
     return list(_READY)
 
 
-def build(name: str, **options: Any) -> nn.Module:
-    """A network on one device, with fresh parameters from torch's default generator.
-
-    Options of a ready name override its own. Raises ModelError for an unknown name or option, naming close
-    ones.
-    """
-    family, ready = _READY.get(name, (name, {}))
+def family_of(name: str) -> str:
+    """The family of a ready name; a family's own name is its own. Raises ModelError for an unknown one."""
+    family, _ = _READY.get(name, (name, {}))
     if family not in _FAMILIES:
         known = [*_FAMILIES, *_READY]
         close = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
         raise ModelError(f"no model {name!r}; {hint}")
-    make = _FAMILIES[family]
-    merged = {**ready, **options}
+    return family
+
+
+def build(name: str, *, features: bool = False, **options: Any) -> nn.Module:
+    """A network on one device, with fresh parameters from torch's default generator.
+
+    features: its `Features` for a detector instead: no head, every stage's output, channels and strides stated.
+
+    Options of a ready name override its own. Raises ModelError for an unknown name or option, naming close
+    ones.
+    """
+    if features:
+        return Features(build(name, **options))
+    make = _FAMILIES[family_of(name)]
+    merged = {**_READY.get(name, (name, {}))[1], **options}
     known_options = list(inspect.signature(make).parameters)
     for key in merged:
         if key not in known_options:

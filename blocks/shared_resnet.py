@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from anabranch.blocks.errors import ModelError
 from anabranch.blocks.filter_basis import FilterBasis, new_basis
 from anabranch.blocks.filter_sum import FilterSum
-from anabranch.blocks.network import Network, conv2d, make_stem, named_blocks
+from anabranch.blocks.network import Network, conv2d, make_stem
 from anabranch.blocks.norm import BatchNorm
 from anabranch.blocks.stacked import StackedConv2d
 
@@ -263,15 +263,6 @@ def _network(
             )
             channels = out
     return Network(stem, blocks, PoolHead(channels, num_classes), input_shape=input_shape)
-
-
-def stage_outputs(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What a detector takes: the last block's output of every stage (ImageNet ResNets: strides 4, 8, 16, 32)."""
-    outputs: dict[str, Tensor] = {}
-    x = network.get_submodule("stem")(x)
-    for name, block in named_blocks(network):
-        outputs[name.rpartition(".")[0] or name] = x = block(x)
-    return outputs
 
 
 READY: dict[str, tuple[str, dict[str, Any]]] = {

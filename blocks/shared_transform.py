@@ -127,7 +127,7 @@ def shared_basis(
         raise ModelError(
             f"shared {shared}, tied {list(tied)}: give a number of shared elements or convolutions to tie"
         )
-    given = {
+    given: dict[str, Any] = {
         "depth": depth, "num_classes": num_classes, "in_channels": in_channels, "blocks_per_stage": blocks_per_stage,
         "width": width, "bundled": bundled,
     }  # fmt: skip

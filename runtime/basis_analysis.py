@@ -22,6 +22,8 @@ from anabranch.blocks.shared_basis import basis_groups
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.parallel_network import ParallelNetwork
 
+_MOST_BARS = 100
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -42,10 +44,11 @@ class GradientFlow:
         self._parameters = dict(network.named_parameters(remove_duplicate=False))
 
     @torch.no_grad()
-    def on_gradients(self, step: int) -> None:
-        """Records if `step` is a multiple of `every_steps`: call it when gradients are whole, before the update."""
+    def on_gradients(self, step: int) -> bool:
+        """Records if `step` is a multiple of `every_steps`, and says so: call it when gradients are whole, before the
+        update."""
         if step % self.every_steps:
-            return
+            return False
         sums, tops = [], []
         for names in self.bases.values():
             total = torch.zeros(2, dtype=torch.float64)
@@ -58,10 +61,8 @@ class GradientFlow:
                     top = torch.maximum(top, size.max().double().cpu())
             sums.append(total)
             tops.append(top)
-        total, top = (
-            torch.stack(sums),
-            torch.stack(tops),
-        )  # where ranks hold the same, both parts of a mean count M times
+        # where ranks hold the same, both parts of a mean count M times
+        total, top = torch.stack(sums), torch.stack(tops)
         if isinstance(self.network, ParallelNetwork) and self.network.mesh.branch > 1:
             device = next(iter(self._parameters.values())).device
             total, top = total.to(device), top.to(device)
@@ -69,6 +70,7 @@ class GradientFlow:
             dist.all_reduce(top, dist.ReduceOp.MAX, group=self.network.mesh.branch_group)
         for name, (size, number), most in zip(self.bases, total.tolist(), top.tolist(), strict=True):
             self.history[name].append({"step": step, "max": most, "mean": size / max(number, 1.0)})
+        return True
 
 
 @torch.no_grad()
@@ -107,12 +109,14 @@ def plot_gradient_flow(
 ) -> None:
     """Writes a figure like the paper's Figure 3: one panel a run (title → `GradientFlow.history`).
 
-    For each basis the bars of all recorded steps lie over each other, light ones the maximum, dark ones the mean.
+    For each basis the bars of the recorded steps (of 100 of them, evenly spaced, where there are more) lie over each
+    other, light ones the maximum, dark ones the mean.
     """
     figure = _figure(3.2 * len(histories), 3.2)
     axes = figure.subplots(1, len(histories), squeeze=False, sharey=True)[0]
     for axis, (title, history) in zip(axes, histories.items(), strict=True):
-        for position, samples in enumerate(history.values()):
+        for position, recorded in enumerate(history.values()):
+            samples = recorded[:: -(-len(recorded) // _MOST_BARS) or 1]
             alpha = max(0.05, 1.0 / max(len(samples), 1))
             for key, color in (("max", "tab:cyan"), ("mean", "tab:blue")):
                 axis.bar([position] * len(samples), [s[key] for s in samples], color=color, alpha=alpha)

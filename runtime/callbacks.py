@@ -5,11 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anabranch.runtime.parallel_network import ParallelNetwork
 
 
 class Callback:
-    """Told of a run's events on rank 0, in the training loop: be quick. Metrics are plain numbers and text."""
+    """Told of a run's events in the training loop: be quick. Metrics are plain numbers and text.
+
+    `on_gradients` and `on_trained` are told on every rank and may use collectives, which all ranks then must; the
+    others on rank 0 only.
+    """
+
+    def on_gradients(self, step: int, network: ParallelNetwork) -> None:
+        """On every rank, when every p.grad of a step is whole (all samples, the regularizer's part too), before
+        clipping and the update. step: from 0."""
+
+    def on_trained(self, network: ParallelNetwork) -> None:
+        """On every rank, once, after the last step of a run that was not stopped before, its evaluation and
+        checkpoint."""
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         """After every step: step, epoch, loss, accuracy, lr, step_time_s, images_per_s."""
@@ -31,7 +46,9 @@ class MetricsFile(Callback):
     """
 
     def __init__(self, path: Path, every_steps: int = 1, from_step: int = 0) -> None:
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
+        kept = (
+            [line for line in whole_lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
+        )
         path.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._every = every_steps
@@ -57,8 +74,8 @@ class MetricsFile(Callback):
         self._file.write(json.dumps({"kind": kind, **values}) + "\n")
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a metrics file; a killed run leaves half a one."""
+def whole_lines(path: Path) -> list[str]:
+    """The whole lines of a file of JSON objects, none where there is no file; a killed run leaves half a line."""
     if not path.exists():
         return []
     return [

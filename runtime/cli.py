@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Env
 
-from anabranch.runtime.config_file import shipped_configs
+from anabranch.runtime.config_file import require_section, shipped_configs
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.flags import ENV_PREFIX, config_from_flags, with_config_flags
+from anabranch.runtime.flags import ENV_PREFIX, config_from_flags, with_config_flags, with_gross_flags
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
 
 if TYPE_CHECKING:
@@ -135,6 +135,28 @@ def verify(
         "tolerance": tolerance,
     }
     return Call("verify", arguments, json, quiet)
+
+
+@app.command
+@with_gross_flags
+def gross(config: ConfigName = "", /, *, json: Json = False, quiet: Quiet = False, **given: Any) -> Call:
+    """Train a network (or take a run's: --gross.full RUN), decompose it, train all group sizes at once, evaluate every
+    choice of them, and tune the best ones alone (GroSS); without CONFIG, digits-gross.
+
+    A run that was stopped or killed goes on: give the same CONFIG and --run-dir, or --resume RUN.
+
+    JSON: full (macs, test_accuracy), configurations (a list of {sizes, macs, validation_accuracy}, cheapest first),
+    limits ({baseline, macs, winners}), tuned ({sizes, test_accuracies}), gross (the settings), num_validation,
+    num_test, table (Markdown), plot (PNG; empty without matplotlib), run_dir.
+    """
+    if config and not any(key.startswith("gross__") for key in given):
+        require_section(config, "gross")
+    return Call(
+        "gross",
+        {"config": config_from_flags(config, given, default="digits-gross", made_plan=False)},
+        json,
+        quiet,
+    )
 
 
 @app.command(name="eval")

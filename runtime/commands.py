@@ -5,6 +5,7 @@ torch is imported inside: the driver starts Ray meanwhile.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from dataclasses import replace
@@ -37,6 +38,10 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         driver.config, checkpoint = _resumed(driver.config, console)
         if checkpoint is not None:
             checkpoint.check(driver.network)
+        if driver.config.profile.basis_every_steps:
+            from anabranch.runtime.basis_record import check_recordable
+
+            check_recordable(driver.network)
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
             driver.config = replace(
@@ -98,6 +103,45 @@ def verify(
         soft_wrap=True,
     )
     return {**result, "tolerance": tolerance, "passed": passed}
+
+
+def gross(config: Config, console: Console) -> dict[str, Any] | None:
+    """Trains and searches all group sizes; what `run_gross` returns.
+
+    A folder that holds such a run is gone on with. Raises Interrupted or Terminated when told to stop.
+    """
+    resume = config.checkpoint.resume
+    config = replace(
+        config,
+        launch=replace(config.launch, run_dir=resume if resume not in ("", "auto") else config.launch.run_dir),
+        checkpoint=replace(config.checkpoint, resume=""),
+    )
+    if not importlib.util.find_spec("matplotlib"):
+        console.print("without matplotlib there will be no plot: pip install matplotlib", style="yellow")
+    with Driver(config, console) as driver:
+        from anabranch.runtime.gross_report import print_table
+        from anabranch.runtime.gross_space import check_search
+        from anabranch.runtime.run_folder import RunFolder
+
+        check_search(driver.network, driver.config)
+        if driver.plan is not None:
+            folder = RunFolder.create(driver.config, driver.plan)
+            driver.config = replace(
+                driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
+            )
+            console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
+        result = driver.run("gross", "searching")
+    if result is None:
+        return None
+    if reason := result.pop("stopped"):
+        kind: type[Stopped] = Terminated if reason == "terminate" else Interrupted
+        again = f"go on with: anabranch gross --resume {result['run_dir']}"
+        raise kind(f"stopped, what was done is saved; {again}", result["run_dir"])
+    print_table(console, result)
+    plot = result["plot"] or "none, matplotlib is not installed: install it and run the command again"
+    console.print(f"plot of accuracy against multiply-adds: {plot}", highlight=False, soft_wrap=True)
+    console.print(f"run folder: {result['run_dir']}", highlight=False, soft_wrap=True)
+    return result
 
 
 def models(console: Console) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from anabranch.runtime.config_rules import check_rules
+from anabranch.runtime.gross_config import GrossConfig
 from anabranch.runtime.schema import check_keys, typed
 
 
@@ -34,10 +35,17 @@ class DataConfig:
     """digits (built in, 8x8 grey), cifar10, cifar100, synthetic, or your own factory "package.module:make_dataset"."""
     path: str = ""
     """Folder of the dataset's files (cifar10, cifar100); empty: the dataset needs none."""
-    augment: Literal["none", "crop", "flip_crop"] = "none"
-    """crop: pad training samples by crop_padding and crop them at random; flip_crop: mirror half of them besides."""
+    augment: Literal["none", "crop", "flip_crop", "affine"] = "none"
+    """crop: pad training samples by crop_padding and crop them at random; flip_crop: mirror half of them besides;
+    affine: turn, scale, shear and shift them at random."""
     crop_padding: int = 4
-    """Pixels added on each side before a random crop."""
+    """Pixels of padding on each side, which is the largest shift of a crop; of affine: the largest shift."""
+    affine_degrees: float = 12.0
+    """Of affine: the largest rotation to either side, in degrees."""
+    affine_scale: float = 0.12
+    """Of affine: the largest natural logarithm of the scale, to either side."""
+    affine_shear: float = 0.15
+    """Of affine: the largest tangent of the shear, to either side."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the dataset, as model.options are the model's."""
     loader_workers: int = 0
@@ -171,19 +179,22 @@ class ProfileConfig:
 
     metrics_every_steps: int = 1
     """Steps from one line of metrics.jsonl to the next."""
+    basis_every_steps: int = 0
+    """Steps from one record of the gradients in shared filter bases to the next (their paper: 10), in RUN/basis/ with
+    figures of them and of the coefficients' similarity, which need matplotlib; 0: off."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything about a run.
+    """Everything about a run. `gross` counts for `anabranch gross` alone.
 
-    `Config()` is the default run: a Multi-ResNet of depth 14, k = 4, on the digits, shifted by up to a pixel.
+    `Config()` is the default run: a Multi-ResNet of depth 14, k = 4, on the digits, randomly distorted.
     """
 
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig("multi_resnet", {"depth": 14, "num_branches": 4})
     )
-    data: DataConfig = field(default_factory=lambda: DataConfig(augment="crop", crop_padding=1))
+    data: DataConfig = field(default_factory=lambda: DataConfig(augment="affine", crop_padding=1))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -191,6 +202,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    gross: GrossConfig = field(default_factory=GrossConfig)
 
     @classmethod
     def from_dict(cls, *layers: Mapping[str, Any]) -> Config:

@@ -34,11 +34,11 @@ def load_config(name_or_path: str, given: Mapping[str, Mapping[str, Any]] | None
     return config
 
 
-def load_resumed(run: Path, given: Mapping[str, Mapping[str, Any]]) -> Config:
+def load_resumed(run: Path, given: Mapping[str, Mapping[str, Any]], *, made_plan: bool = True) -> Config:
     """The configuration of a run that goes on, with the given values over it, checked.
 
     What the run learns is the run's; where it runs is the user's: a given mesh or plan replaces the run's own, and the
-    launch starts from the defaults, in the run's folder.
+    launch starts from the defaults, in the run's folder. made_plan: the plan is the one in the folder.
     """
     path = run / "config.toml"
     if not path.is_file():
@@ -46,7 +46,7 @@ def load_resumed(run: Path, given: Mapping[str, Mapping[str, Any]]) -> Config:
     _, data = _read(path)
     for section in ("launch", *(["mesh"] if "mesh" in given else [])):
         data.pop(section, None)
-    if "mesh" not in given and (run / "plan.toml").is_file():
+    if made_plan and "mesh" not in given and (run / "plan.toml").is_file():
         data["mesh"]["plan"] = str(run / "plan.toml")
     config = Config.from_dict(data, given)
     config.check()
@@ -68,6 +68,13 @@ def find_config(name_or_path: str) -> Path:
     raise ConfigError(
         f'no configuration is called "{name_or_path}"{near or ";"} `anabranch train --list` shows all {len(names)}'
     )
+
+
+def require_section(name_or_path: str, section: str) -> None:
+    """Raises ConfigError unless the file has the section."""
+    path = find_config(name_or_path)
+    if section not in _read(path)[1]:
+        raise ConfigError(f"{path} has no [{section}] section: add one, or give a file that has it")
 
 
 def shipped_configs() -> dict[str, str]:

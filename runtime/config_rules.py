@@ -16,6 +16,9 @@ DATASETS = ("digits", "cifar10", "cifar100", "synthetic")
 
 RANGES: dict[str, str] = {
     "data.crop_padding": "[0, inf)",
+    "data.affine_degrees": "[0, 180]",
+    "data.affine_scale": "[0, inf)",
+    "data.affine_shear": "[0, inf)",
     "data.loader_workers": "[0, inf)",
     "optimizer.lr": "(0, inf)",
     "optimizer.momentum": "[0, 1)",
@@ -44,6 +47,24 @@ RANGES: dict[str, str] = {
     "launch.cpus_per_worker": "(0, inf)",
     "launch.timeout_s": "(0, inf)",
     "profile.metrics_every_steps": "[1, inf)",
+    "profile.basis_every_steps": "[0, inf)",
+    "gross.sizes": "[1, inf)",
+    "gross.temperature": "[0, inf)",
+    "gross.validation_fraction": "(0, 1)",
+    "gross.reconstruct_epochs": "[1, inf)",
+    "gross.reconstruct_lr": "(0, inf)",
+    "gross.reconstruct_milestones": "[1, inf)",
+    "gross.tune_epochs": "[1, inf)",
+    "gross.tune_lr": "(0, inf)",
+    "gross.tune_milestones": "[1, inf)",
+    "gross.fixed_reconstruct_lr": "(0, inf)",
+    "gross.fixed_tune_epochs": "[1, inf)",
+    "gross.fixed_tune_lr": "(0, inf)",
+    "gross.fixed_tune_milestones": "[1, inf)",
+    "gross.baselines": "[1, inf)",
+    "gross.max_macs": "[0, inf)",
+    "gross.winners": "[1, inf)",
+    "gross.repeats": "[1, inf)",
 }
 """Numeric field → the interval its values lie in, in the usual notation."""
 

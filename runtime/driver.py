@@ -101,7 +101,7 @@ class Driver:
         return cluster
 
     def run(
-        self, kind: Literal["train", "eval", "verify"], what: str, *, checkpoint: str = "", steps: int = 0
+        self, kind: Literal["train", "eval", "verify", "gross"], what: str, *, checkpoint: str = "", steps: int = 0
     ) -> dict[str, Any] | None:
         """Runs the job on all ranks, showing progress; rank 0's result, None on the other ranks of torchrun."""
         launch = self.config.launch

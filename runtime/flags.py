@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 from cyclopts import CoercionError, Group, Parameter, Token
 
 from anabranch.runtime import config as config_module
+from anabranch.runtime import gross_config
 from anabranch.runtime.config import SECTIONS, Config
 from anabranch.runtime.config_file import DEFAULT_CONFIG, load_config, load_resumed
 from anabranch.runtime.errors import ConfigError
@@ -37,11 +38,12 @@ SHORT_FLAGS = {
 
 
 @cache
-def _config_flags() -> tuple[inspect.Parameter, ...]:
-    """One keyword parameter, section__field, for every field of the configuration."""
+def _config_flags(*sections: str) -> tuple[inspect.Parameter, ...]:
+    """One keyword parameter, section__field, for every field of these sections."""
     flags = []
-    defaults, docs = Config(), field_docs(config_module)
-    for number, (section, kind) in enumerate(SECTIONS.items()):
+    defaults, docs = Config(), field_docs(config_module, gross_config)
+    for number, section in enumerate(sections):
+        kind = SECTIONS[section]
         group = Group(section, sort_key=number + 1)
         for name, hint in get_type_hints(kind).items():
             names = [f"--{section}.{name}".replace("_", "-")]
@@ -60,9 +62,18 @@ def _config_flags() -> tuple[inspect.Parameter, ...]:
 
 def with_config_flags(command: Command) -> Command:
     """Give the command, in place of its `**given`, the configuration's flags; only those that were given reach it."""
+    return _with_flags(command, *(section for section in SECTIONS if section != "gross"))
+
+
+def with_gross_flags(command: Command) -> Command:
+    """The same with the flags of `[gross]` too."""
+    return _with_flags(command, *SECTIONS)
+
+
+def _with_flags(command: Command, *sections: str) -> Command:
     signature = inspect.signature(command, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters += _config_flags()
+    parameters += _config_flags(*sections)
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
@@ -92,8 +103,13 @@ def _whole_numbers(hint: Any, tokens: Sequence[Token]) -> int | tuple[int, ...]:
     return numbers[0] if hint is int else tuple(numbers)
 
 
-def config_from_flags(name_or_path: str, given: Mapping[str, Any]) -> Config:
-    """The file's configuration under what flags and environment gave."""
+def config_from_flags(
+    name_or_path: str, given: Mapping[str, Any], *, default: str = DEFAULT_CONFIG, made_plan: bool = True
+) -> Config:
+    """The file's (or the default's) configuration under what flags and environment gave.
+
+    made_plan: a run that is resumed goes on with the plan that was made for it; else with a new one made alike.
+    """
     _check_environment()
     sections: dict[str, dict[str, Any]] = {}
     for parameter, value in given.items():
@@ -103,8 +119,8 @@ def config_from_flags(name_or_path: str, given: Mapping[str, Any]) -> Config:
         sections.setdefault(section, {})[name] = value
     resume = sections.get("checkpoint", {}).get("resume", "")
     if not name_or_path and resume not in ("", "auto"):
-        return load_resumed(Path(resume), sections)
-    return load_config(name_or_path or DEFAULT_CONFIG, sections)
+        return load_resumed(Path(resume), sections, made_plan=made_plan)
+    return load_config(name_or_path or default, sections)
 
 
 def _toml_value(item: Any) -> Any:

@@ -14,12 +14,12 @@ from anabranch.schedulers import Plan
 class Job:
     """A target for every launcher: called with a rank's context, it does that rank's work.
 
-    kind: train, eval or verify. plan: None where the launcher has placed the ranks already (torchrun, srun): they
-    make it together. run_dir: "" where rank 0 is to choose it. checkpoint: to start from; "" for none. folder: the
+    kind: which target. plan: None where the launcher has placed the ranks already (torchrun, srun): they make it
+    together. run_dir: "" where rank 0 is to choose it. checkpoint: to start from; "" for none. folder: the
     user's working directory, importable on every worker. steps: of verify.
     """
 
-    kind: Literal["train", "eval", "verify"]
+    kind: Literal["train", "eval", "verify", "gross"]
     config: Config
     plan: Plan | None
     run_dir: str = ""
@@ -30,6 +30,10 @@ class Job:
     def __call__(self, context: WorkerContext) -> dict[str, Any]:
         from anabranch.runtime import worker  # torch, which the driver need not wait for
 
-        return {"train": worker.train_worker, "eval": worker.eval_worker, "verify": worker.verify_worker}[
-            self.kind
-        ](self, context)
+        targets = {
+            "train": worker.train_worker,
+            "eval": worker.eval_worker,
+            "verify": worker.verify_worker,
+            "gross": worker.gross_worker,
+        }
+        return targets[self.kind](self, context)

@@ -80,10 +80,10 @@ def _description(hint: Any) -> str:
     return words.get(hint, "a table")
 
 
-def field_docs(module: ModuleType) -> dict[tuple[str, str], str]:
-    """(Class, field) → the text that stands under the field in the module's source."""
+def field_docs(*modules: ModuleType) -> dict[tuple[str, str], str]:
+    """(Class, field) → the text that stands under the field in its module's source."""
     docs = {}
-    for kind in ast.parse(inspect.getsource(module)).body:
+    for kind in [kind for module in modules for kind in ast.parse(inspect.getsource(module)).body]:
         if isinstance(kind, ast.ClassDef):
             for above, below in zip(kind.body, kind.body[1:], strict=False):
                 match above, below:

@@ -22,11 +22,12 @@ from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.cluster import WorkerContext
 from anabranch.runtime.assemble import in_precision, local_cluster, make_loss, make_penalty, make_plan, settle
+from anabranch.runtime.basis_record import BasisRecord
 from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
 from anabranch.runtime.checksum import check_replicas
 from anabranch.runtime.config import Config
-from anabranch.runtime.data.augment import augment_keys, flip_crop, normalise
+from anabranch.runtime.data.augment import augment_keys, augmented, normalise
 from anabranch.runtime.data.batches import batches, epoch_order
 from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import BatchSource, DataBundle
@@ -128,6 +129,8 @@ class Trainer:
         if self.run_dir and self.context.rank == 0:
             path = self.run_dir / "metrics.jsonl"
             self._callbacks.insert(0, MetricsFile(path, config.profile.metrics_every_steps, done))
+        if self.run_dir and (every := config.profile.basis_every_steps):
+            self._callbacks.append(BasisRecord(self.network, self.run_dir / "basis", every, done))
         save_every = max(1, round(config.checkpoint.every_epochs * self.steps_per_epoch))
         eval_every = config.train.eval_every_epochs * self.steps_per_epoch
         times: list[float] = []
@@ -144,6 +147,8 @@ class Trainer:
             step, ids, micro_batches = prepared
             begun = time.perf_counter()
             outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
+            for callback in self._callbacks:
+                callback.on_gradients(step, self.network)
             lr = learning_rate(
                 config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps
             )
@@ -177,6 +182,9 @@ class Trainer:
         train_seconds = time.perf_counter() - started
         if checkpoints and saved_at != done:
             self._save(checkpoints, done)
+        if not stopped:
+            for callback in self._callbacks:
+                callback.on_trained(self.network)
         result |= {
             "train_seconds": train_seconds,
             "median_step_s": statistics.median(times) if times else None,
@@ -232,11 +240,10 @@ class Trainer:
     ) -> MicroBatch:
         own, group = (ids[r.start : r.stop].to(self.device) for r in (rows.own_range, rows.group_range))
         x = normalise(x, self.data.normalisation, self.dtype)
-        augment = self.config.data
-        if augment.augment != "none":
+        if self.config.data.augment != "none":
             mine = own if self.network.input_rows == "own" else group
             keys = augment_keys(self.config.train.seed, epoch, mine)
-            x = flip_crop(x, keys, augment.crop_padding, flip=augment.augment == "flip_crop")
+            x = augmented(x, keys, self.config.data)
         return MicroBatch(x, target, rows.with_samples(own, group, key))
 
     @torch.no_grad()

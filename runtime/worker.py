@@ -36,17 +36,37 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
     """Trains; what `Trainer.fit` returns, with the plan's mesh."""
     context.publish(phase="loading")
     with _started(job, context) as (data, plan):
-        config, run_dir = settle(job.config, plan), job.run_dir
-        if job.plan is None:  # no driver made the run's folder
-            if context.rank == 0:
-                run_dir = str(RunFolder.create(config, plan).path)
-            run_dir = broadcast_json(run_dir, context.device)
+        config = settle(job.config, plan)
+        run_dir = _run_dir(job, config, plan, context)
         checkpoint = Checkpoint.open(Path(job.checkpoint)) if job.checkpoint else None
         trainer = Trainer(
             make_network(config, data), data, config, plan=plan, context=context, loss=make_loss(config),
-            run_dir=Path(run_dir), resume=checkpoint,
+            run_dir=run_dir, resume=checkpoint,
         )  # fmt: skip
         return trainer.fit()
+
+
+def gross_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
+    """Trains and searches all group sizes; what `run_gross` returns."""
+    from anabranch.runtime.gross import run_gross
+
+    context.publish(phase="loading")
+    with _started(job, context) as (data, plan):
+        config = settle(job.config, plan)
+        return run_gross(
+            make_network(config, data), data, config, plan=plan, context=context,
+            run_dir=_run_dir(job, config, plan, context),
+        )  # fmt: skip
+
+
+def _run_dir(job: Job, config: Config, plan: Plan, context: WorkerContext) -> Path:
+    """The run's folder, which rank 0 makes where no driver did."""
+    run_dir = job.run_dir
+    if job.plan is None:
+        if context.rank == 0:
+            run_dir = str(RunFolder.create(config, plan).path)
+        run_dir = broadcast_json(run_dir, context.device)
+    return Path(run_dir)
 
 
 def eval_worker(job: Job, context: WorkerContext) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,11 @@ from anabranch.blocks.gross import gross_net, series_network, train_series_only
 from anabranch.blocks.group_search import series_layers, set_group_sizes
 from anabranch.blocks.group_series import GroupSeriesConv, GroupSize, check_group_sizes
 from anabranch.blocks.random import fold
-from anabranch.runtime.config import OptimizerConfig
+from anabranch.cluster import WorkerContext
+from anabranch.runtime.assemble import local_cluster, make_data, make_plan
+from anabranch.runtime.config import Config, OptimizerConfig
+from anabranch.runtime.gross import run_gross
+from anabranch.runtime.gross_config import GrossConfig
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.verify import Report, Trial, verify_plan
@@ -134,3 +139,75 @@ def dense_of(r: Tensor, channels: int) -> Tensor:
         first = row // r.shape[1] * r.shape[1]
         dense[row, first : first + r.shape[1]] = r[row]
     return dense
+
+
+QUICK = GrossConfig(
+    reconstruct_epochs=1,
+    reconstruct_lr=0.01,
+    reconstruct_milestones=(),
+    tune_epochs=2,
+    tune_lr=0.01,
+    tune_milestones=(1,),
+    fixed_reconstruct_lr=0.01,
+    fixed_tune_epochs=1,
+    fixed_tune_lr=0.01,
+    fixed_tune_milestones=(),
+    baselines=(2,),
+    winners=2,
+    temperature=1.0,
+)
+
+
+def quick_config(*layers: dict[str, Any]) -> Config:
+    """On the digits, in float64, 12 steps an epoch."""
+    defaults = {
+        "data": {"name": "digits"},
+        "optimizer": {"name": "adamw", "lr": 0.02, "weight_decay": 0.0},
+        "lr_schedule": {"name": "constant", "warmup_epochs": 0.0},
+        "train": {"epochs": 6, "batch_size": 100, "eval_every_epochs": 0, "precision": "fp64"},
+        "checkpoint": {"every_epochs": 1.0},
+    }
+    return Config.from_dict(defaults, *layers)
+
+
+class StoppedContext(WorkerContext):
+    """A rank that is asked to stop once it has said so many things, or one that begins so."""
+
+    stop_at: int | str = -1
+    phases: list[str]
+
+    def publish(self, **status: Any) -> None:
+        super().publish(**status)
+        self.phases.append(str(self.status().get("phase")))
+        if len(self.phases) == self.stop_at or (
+            isinstance(self.stop_at, str) and self.phases[-1].startswith(self.stop_at)
+        ):
+            self.request_stop("test")
+
+
+def search(
+    rank: int,
+    world_size: int,
+    folder: str,
+    gross: GrossConfig = QUICK,
+    stop_at: int | str = -1,
+    *layers: dict[str, Any],
+) -> dict[str, Any]:
+    """`run_gross` on these ranks; the last rank is asked to stop, see `StoppedContext`."""
+    config = replace(quick_config(*layers), gross=gross)
+    data = make_data(config)
+    network = searched()
+    cluster = local_cluster(world_size, "localhost")
+    plan = make_plan(config, spec_of(network), cluster)
+    context = StoppedContext(rank, world_size, rank, "localhost", "cpu", 1, "", "gloo")
+    context.phases = []
+    if rank == world_size - 1:
+        context.stop_at = stop_at
+    result = run_gross(network, data, config, plan=plan, context=context, run_dir=Path(folder))
+    return {**result, "status": context.status(), "phases": context.phases}
+
+
+def searched() -> nn.Module:
+    """The network of `search`, before it is trained."""
+    torch.manual_seed(0)
+    return gross_net((4, 8, 16), width=32, in_channels=1, image_size=8).double()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from anabranch.runtime.data.augment import Normalisation, augment_keys, flip_crop, normalise
+from anabranch.runtime.data.augment import Normalisation, affine, augment_keys, flip_crop, normalise
 from anabranch.runtime.data.batches import batches
 from anabranch.runtime.data.load import load_data
 
@@ -62,11 +62,44 @@ def test_every_image_is_a_crop_of_the_padded_image_flipped_or_not(
     assert abs(counts[: len(crops) // 2].sum() - num / 2) < 6 * (num / 4) ** 0.5
 
 
+DISTORTION = {"degrees": 20.0, "scale": 0.2, "shear": 0.2, "shift": 2.0}
+
+
+@settings(max_examples=20)
+@given(cuts=st.lists(st.integers(0, 12), max_size=4))
+def test_any_split_of_the_batch_gives_the_same_distortion(cuts: list[int]) -> None:
+    x, keys = images(12).double(), augment_keys(0, 0, torch.arange(12))
+    parts = [affine(x[a:b], keys[a:b], **DISTORTION) for a, b in pairwise([0, *sorted(cuts), 12])]
+    torch.testing.assert_close(torch.cat(parts), affine(x, keys, **DISTORTION), rtol=0, atol=1e-12)
+
+
+def test_distortions_are_as_large_as_said() -> None:
+    """Nothing asked for changes nothing; a shift alone moves whole pixels' worth; the outside is the darkest value."""
+    still = dict.fromkeys(DISTORTION, 0.0)
+    x, keys = images(200, 9, 9).double(), augment_keys(0, 0, torch.arange(200))
+    torch.testing.assert_close(affine(x, keys, **still), x, rtol=0, atol=1e-9)
+    point = torch.full((200, 1, 9, 9), -1.0, dtype=torch.float64)
+    point[:, :, 4, 4] = 1.0
+    where = torch.arange(9.0, dtype=torch.float64)
+    for name, largest in (("shift", 2.0), ("degrees", 20.0)):
+        moved = affine(point, keys, **{**still, name: largest})
+        assert moved.min() == -1.0
+        mass = (moved + 1).flatten(2) / 2
+        column = (mass.view(200, 9, 9).sum(1) * where).sum(1) / mass.sum((1, 2)).clamp(min=1e-9) - 4
+        if name == "degrees":  # the middle stays where it is
+            assert column.abs().max() < 1e-9
+        else:
+            assert column.abs().max() <= 2.0
+            assert column.abs().max() > 1.8
+            assert abs(float(column.mean())) < 0.4
+
+
 def test_no_samples() -> None:
     """A rank that is dealt none goes through the same calls."""
     none = torch.empty(0, dtype=torch.int64)
     x = normalise(torch.empty(0, 3, 32, 32, dtype=torch.uint8), Normalisation(255.0, (0.5,) * 3, (0.2,) * 3))
     assert flip_crop(x, augment_keys(0, 0, none)).shape == (0, 3, 32, 32)
+    assert affine(x, augment_keys(0, 0, none), **DISTORTION).shape == (0, 3, 32, 32)
 
 
 def test_normalise_by_channel_in_the_wanted_type() -> None:

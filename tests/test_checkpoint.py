@@ -172,7 +172,7 @@ def test_other_network(undisturbed: Path) -> None:
     network = seeded("basic").double()
     with pytest.raises(CheckpointError, match="its optimizer is SGD, this run's is AdamW: go on with SGD"):
         Checkpoint.open(runs["basic-sgd-fp64"]).load_into(network, torch.optim.AdamW(network.parameters()))
-    options = {
+    options: dict[str, Any] = {
         "depth": 0,
         "num_branches": 5,
         "blocks_per_stage": (2, 1, 1),

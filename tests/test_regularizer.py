@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -10,24 +12,32 @@ import pytest
 import torch
 from basis_cases import Case, Layout, plan_for, seeded
 from ranks import run_ranks
+from rich.console import Console
 from torch import nn
 
 from anabranch.blocks.mobilenet import mobilenet_v2
 from anabranch.blocks.shared_basis import basis_groups
 from anabranch.blocks.shared_resnet import cifar_resnet
 from anabranch.blocks.shared_transform import share_bases, tie_convolutions
+from anabranch.runtime import commands
+from anabranch.runtime.assemble import make_data, make_network
 from anabranch.runtime.basis_analysis import (
     GradientFlow,
     coefficient_similarity,
     plot_coefficient_similarity,
     plot_gradient_flow,
 )
+from anabranch.runtime.basis_record import check_recordable, read_gradient_flow
 from anabranch.runtime.branch_state import by_branch
+from anabranch.runtime.callbacks import Callback
+from anabranch.runtime.config import Config
+from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.parallel_network import branch_tensors, parallelize
+from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors, parallelize
 from anabranch.runtime.regularizer import OrthogonalityPenalty, OrthogonalityRegularizer, one_device_penalty
+from anabranch.runtime.trainer import Trainer
 
 
 def matrices(network: nn.Module, joint: bool = True) -> dict[str, torch.Tensor]:
@@ -126,6 +136,19 @@ def test_too_many_elements_are_told() -> None:
     )
     rows = matrices(network)["stage3.basis"]  # orthogonal init reaches the minimum
     assert distance(rows) == pytest.approx(40, rel=1e-4)
+
+
+def test_the_command_line_tells_it_before_training(tmp_path: Path) -> None:
+    options = {"base": "resnet50", "tied": ["basis", "coefficients"], "blocks_per_stage": [3, 1, 1, 1]}
+    layer = {"model": {"name": "shared_basis", "options": options}}
+    config = Config.from_dict(short_run(tmp_path).to_dict(), layer)
+    said = io.StringIO()
+    with Driver(config, Console(file=said, width=80)):
+        pass
+    assert (
+        "warning: basis stage1.coefficients has 256 elements of 64 numbers, which cannot be orthonormal: "
+        "its ‖BBᵀ − I‖² is at least 192, not 0" in said.getvalue()
+    )
 
 
 def test_what_cannot_be_regularized_is_refused() -> None:
@@ -244,3 +267,80 @@ def test_plots_are_written(tmp_path: Path) -> None:
     plot_coefficient_similarity(coefficient_similarity(network), tmp_path / "figure4.png")
     for name in ("figure3.png", "figure4.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_of_long_runs_are_thinned(tmp_path: Path) -> None:
+    """A figure of a million steps is drawn in the time of a hundred."""
+    samples = [{"step": step, "max": 1.0, "mean": 0.5} for step in range(0, 1_000_000, 10)]
+    plot_gradient_flow({"": {"stage1.basis": samples}}, tmp_path / "figure3.png")
+    assert (tmp_path / "figure3.png").stat().st_size > 1000
+
+
+class Norms(Callback):
+    """A user's look at gradients, and at what the network is in the end."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.num_trained = 0
+
+    def on_gradients(self, step: int, network: ParallelNetwork) -> None:
+        grads = [p.grad for p in network.parameters()]
+        assert all(grad is not None for grad in grads)
+        self.steps.append(step)
+
+    def on_trained(self, network: ParallelNetwork) -> None:
+        assert all(p.grad is None for p in network.parameters())
+        self.num_trained += 1
+
+
+def short_run(folder: Path, **profile: int) -> Config:
+    """Five steps of a small network with shared bases on the digits."""
+    return Config.from_dict(
+        {
+            "model": {
+                "name": "c10_resnet32_s16u1x2", "options": {"shared": 4, "width": 4, "depth": 14}
+            },
+            "data": {"name": "digits"},
+            "train": {"max_steps": 5, "batch_size": 16, "epochs": 1, "orthogonality": 10.0},
+            "launch": {"launcher": "none", "run_dir": str(folder)},
+            "mesh": {"shape": "1x1", "num_workers": 1},
+            "profile": profile,
+        }
+    )  # fmt: skip
+
+
+def test_train_writes_analyses_beside_the_run(tmp_path: Path) -> None:
+    commands.train(short_run(tmp_path / "run", basis_every_steps=2), Console(quiet=True))
+    assert {path.name for path in (tmp_path / "run/basis").iterdir()} == {
+        "gradient_flow.jsonl", "gradient_flow.png", "coefficient_similarity.safetensors", "coefficient_similarity.png"
+    }  # fmt: skip
+    history = read_gradient_flow(tmp_path / "run")
+    assert len(history) == 6
+    assert [sample["step"] for sample in history["stage2.basis1"]] == [0, 2, 4]
+    commands.train(short_run(tmp_path / "off"), Console(quiet=True))
+    with pytest.raises(ConfigError, match=r"gradient_flow\.jsonl: train with --profile\.basis-every-steps"):
+        read_gradient_flow(tmp_path / "off")
+
+
+def test_analyses_that_cannot_be_made_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = short_run(tmp_path / "run", basis_every_steps=2)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match="draws figures with matplotlib, which is not installed: pip install"
+    ):
+        commands.train(config, Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="shares no filter basis"):
+        check_recordable(cifar_resnet(8))
+
+
+def test_callbacks_see_gradients_of_every_step_and_the_trained_network() -> None:
+    config, callback = short_run(Path()), Norms()
+    data = make_data(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RANK", raising=False)
+        Trainer(make_network(config, data), data, config, callbacks=[callback]).fit()
+    assert callback.steps == [0, 1, 2, 3, 4]
+    assert callback.num_trained == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anabranch.blocks.random import fold, sample_keys, uniform
+from anabranch.runtime.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ def augment_keys(seed: int, epoch: int, sample_ids: Tensor) -> Tensor:
     return sample_keys(fold(seed, "augment", epoch), sample_ids)
 
 
+def augmented(x_NCHW: Tensor, keys: Tensor, data: DataConfig) -> Tensor:
+    """The batch as `[data]` says, in the same shape; keys (N,) int64 decide, sample by sample."""
+    if data.augment == "affine":
+        return affine(
+            x_NCHW, keys, degrees=data.affine_degrees, scale=data.affine_scale, shear=data.affine_shear,
+            shift=data.crop_padding,
+        )  # fmt: skip
+    return flip_crop(x_NCHW, keys, data.crop_padding, flip=data.augment == "flip_crop")
+
+
 def flip_crop(x_NCHW: Tensor, keys: Tensor, padding: int = 4, *, flip: bool = True) -> Tensor:
     """Flip left-right with probability 1/2 (if `flip`), then crop to the same size from the zero-padded image.
 
@@ -65,3 +77,25 @@ def flip_crop(x_NCHW: Tensor, keys: Tensor, padding: int = 4, *, flip: bool = Tr
     channel = torch.arange(channels, device=x_NCHW.device)[:, None, None]
     padded = F.pad(x_NCHW, (padding, padding, padding, padding))
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def affine(
+    x_NCHW: Tensor, keys: Tensor, *, degrees: float, scale: float, shear: float, shift: float
+) -> Tensor:
+    """Each image turned, scaled, sheared and shifted at random, bilinearly, the outside filled with its darkest value.
+
+    degrees: largest rotation to either side. scale: largest natural logarithm of the scale, to either side. shear:
+    largest tangent of the horizontal shear. shift: largest shift, in pixels. A sample's distortion depends on its own
+    key (N,) int64 alone: a batch can be split over ranks in any way. Works on no samples too.
+    """
+    if x_NCHW.shape[0] == 0:
+        return x_NCHW
+    height, width = x_NCHW.shape[2:]
+    u = uniform(keys, 5) * 2 - 1
+    angle, grow = u[:, 0] * math.radians(degrees), torch.exp(u[:, 1] * scale)
+    cos, sin = torch.cos(angle) * grow, torch.sin(angle) * grow
+    right, down = u[:, 3] * shift * 2 / width, u[:, 4] * shift * 2 / height
+    rows = [torch.stack([cos, u[:, 2] * shear - sin, right], 1), torch.stack([sin, cos, down], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1).to(x_NCHW.dtype), list(x_NCHW.shape), align_corners=False)
+    darkest = x_NCHW.amin((2, 3), keepdim=True)  # grid_sample fills with zeros
+    return F.grid_sample(x_NCHW - darkest, grid, align_corners=False) + darkest

@@ -1,0 +1,89 @@
+"""One training step of each kind, on the same samples: torch DDP's, and ours under a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from anabranch.blocks.branch_sum import Execution
+from anabranch.runtime.config import OptimizerConfig
+from anabranch.runtime.deal import deal_step
+from anabranch.runtime.loss import cross_entropy
+from anabranch.runtime.mesh import make_mesh
+from anabranch.runtime.optimizer import make_optimizer
+from anabranch.runtime.parallel_network import parallelize
+from anabranch.runtime.step import MicroBatch, TrainStep, autocast
+from anabranch.schedulers import Plan
+
+Step = Callable[[], object]
+
+
+def images(batch_size: int, channels: int = 3, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """The batch that every side trains on: noise (n, channels, size, size), labels (n,), the same on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, channels, size, size, generator=generator)
+    return x, torch.randint(classes, (batch_size,), generator=generator)
+
+
+def ddp_step(
+    network: nn.Module, x: Tensor, target: Tensor, *, tuned: bool = True, precision: str = "fp32"
+) -> Step:
+    """A step of torch DDP on this rank's share of the batch; Nesterov SGD, loss read every step, as ours.
+
+    tuned: broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True; else torch's defaults.
+    """
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    x, target = x.chunk(num_ranks)[rank], target.chunk(num_ranks)[rank]
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
+    ddp = DistributedDataParallel(network, **(options if tuned else {}))
+    optimizer = make_optimizer(OptimizerConfig(), ddp.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(precision, x.device):
+            loss = F.cross_entropy(ddp(x), target)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def our_step(
+    network: nn.Module,
+    plan: Plan,
+    x: Tensor,
+    target: Tensor,
+    *,
+    precision: str = "fp32",
+    execution: Execution = "fused",
+) -> Step:
+    """A step of ours under a plan; BN groups as data parallelism has them: batch ÷ ranks. `network` is consumed."""
+    mesh = make_mesh(plan.data, plan.branch)
+    parallel = parallelize(network, plan, mesh, execution=execution)
+    optimizer = make_optimizer(OptimizerConfig(), parallel.parameters())
+    train = TrainStep(parallel, optimizer, cross_entropy(), precision=precision)
+    (deal,) = deal_step(
+        len(x),
+        bn_batch_size=len(x) // mesh.world_size,
+        data=plan.data,
+        branch=plan.branch,
+        samples=plan.samples,
+    )
+    rows = parallel.rank_batch(deal, len(x))
+    taken = rows.range_of(parallel.input_rows)
+    ids = torch.arange(len(x))
+    own, group = (ids[r.start : r.stop] for r in (rows.own_range, rows.group_range))
+    part = slice(taken.start, taken.stop)
+    batch = MicroBatch(x[part], target[part], rows.with_samples(own, group, 0))
+
+    def step() -> None:
+        train.gradients([batch])
+        train.apply(0.1)
+
+    return step

@@ -1,0 +1,83 @@
+"""Two hosts on one machine: network namespaces joined by a wire of a stated rate. Needs root, `ip` and `tc` (Linux)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_BURST = "32kb"  # what may leave at once; small, so that the rate holds for small messages too
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of the two. address: on the wire between them. device: its end of the wire."""
+
+    namespace: str
+    address: str
+    device: str
+
+    def popen(
+        self, command: Sequence[str], environ: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Starts a command on this host, its output piped."""
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.namespace, *command],
+            env={**os.environ, **(environ or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def cut(self) -> None:
+        """Takes this end of the wire down."""
+        _run("ip", "-n", self.namespace, "link", "set", self.device, "down")
+
+    def heal(self) -> None:
+        """Puts it up again."""
+        _run("ip", "-n", self.namespace, "link", "set", self.device, "up")
+
+
+def why_not() -> str:
+    """Why two hosts cannot be made here; "" where they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    return f"{' and '.join(missing)} not found: install iproute2" if missing else ""
+
+
+@contextmanager
+def two_hosts(mbit_per_s: float) -> Iterator[tuple[Host, Host]]:
+    """Two namespaces, a wire of `mbit_per_s` each way between them; gone afterwards. Raises RuntimeError: `why_not`."""
+    if reason := why_not():
+        raise RuntimeError(reason)
+    key = os.getpid() % 10_000
+    hosts = [
+        Host(f"anabranch-{key}-{end}", f"10.77.7.{i + 1}", f"ab{key}{end}") for i, end in enumerate("ab")
+    ]
+    try:
+        for host in hosts:
+            _run("ip", "netns", "add", host.namespace)
+        _run("ip", "link", "add", hosts[0].device, "type", "veth", "peer", "name", hosts[1].device)
+        for host in hosts:
+            _run("ip", "link", "set", host.device, "netns", host.namespace)
+            _run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.device)
+            _run("ip", "-n", host.namespace, "link", "set", "lo", "up")
+            _run("ip", "-n", host.namespace, "link", "set", host.device, "up")
+            _run(
+                "tc", "-n", host.namespace, "qdisc", "add", "dev", host.device, "root", "tbf",
+                "rate", f"{mbit_per_s:g}mbit", "burst", _BURST, "latency", "500ms",
+            )  # fmt: skip
+        yield hosts[0], hosts[1]
+    finally:
+        for host in hosts:  # takes the wire along
+            subprocess.run(["ip", "netns", "del", host.namespace], capture_output=True, check=False)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
