@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from anabranch.benchmarks.record import median_interval, write_record
+from anabranch.benchmarks.record import write_record
 from anabranch.benchmarks.steps import ddp_step, images, our_step
 from anabranch.benchmarks.workers import interleaved, run_workers
 from anabranch.blocks import build
+from anabranch.runtime.intervals import median_interval
 from anabranch.runtime.model_spec import spec_of
 from anabranch.schedulers import Plan
 from anabranch.schedulers.plan import SAMPLE

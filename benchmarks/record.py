@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-import random
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +37,6 @@ def write_record(name: str, record: dict[str, Any], folder: Path = RESULTS) -> P
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"name": name, "environment": environment(), **record}, indent=1) + "\n")
     return path
-
-
-def median_interval(
-    values: Sequence[float], level: float = 0.95, rounds: int = 4000
-) -> tuple[float, float, float]:
-    """(median, low, high): the median and its bootstrap interval, from a fixed seed."""
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(rounds))
-    tail = (1.0 - level) / 2
-    return (
-        statistics.median(values),
-        medians[math.floor(tail * rounds)],
-        medians[math.ceil((1 - tail) * rounds) - 1],
-    )
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from anabranch.runtime.data.user import import_object, user_code
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.loss import LossFunction, cross_entropy
 from anabranch.runtime.regularizer import OrthogonalityPenalty
-from anabranch.schedulers import Cluster, Device, ModelSpec, Plan, read_plan, schedule
+from anabranch.schedulers import Cluster, Device, ModelSpec, Plan, PlanFile, read_plan, schedule
+
+AUTO = "auto"  # `mesh.plan`, or a plan file's scheduler: measured and timed on the workers
 
 
 def make_data(config: Config) -> DataBundle:
@@ -91,7 +94,7 @@ def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
     """
     mesh = mesh_axes(config.mesh.shape)
     named = config.mesh.plan
-    partial = read_plan(Path(named)) if named.endswith(".toml") or "/" in named else None
+    partial = read_plan(Path(named)) if _is_file(named) else None
     if partial is not None:
         plan = partial.resolve(spec, cluster, mesh=mesh)
     else:
@@ -105,6 +108,25 @@ def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
             "leave one of them out, or make them equal"
         )
     return plan
+
+
+def auto_partial(config: Config) -> tuple[bool, PlanFile | None]:
+    """(whether the plan is to be measured and timed, what a plan file settles of it)."""
+    named = config.mesh.plan
+    if named == AUTO:
+        return True, None
+    if _is_file(named):
+        partial = read_plan(Path(named))
+        return partial.scheduler == AUTO, partial
+    return False, None
+
+
+def provisional_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
+    """Data parallelism over the workers that an automatic plan is for."""
+    _, partial = auto_partial(config)
+    axes = (partial.mesh if partial else None) or mesh_axes(config.mesh.shape)
+    num = math.prod(axes) if axes else config.mesh.num_workers or len(cluster.devices)
+    return schedule("data", spec, _first(cluster, num), mesh=(num, 1))
 
 
 def settle(config: Config, plan: Plan) -> Config:
@@ -122,6 +144,10 @@ def settle(config: Config, plan: Plan) -> Config:
         )
     mesh = replace(config.mesh, num_workers=plan.world_size, shape=f"{plan.data}x{plan.branch}")
     return replace(config, train=replace(train, bn_batch_size=bn_batch_size), mesh=mesh)
+
+
+def _is_file(named: str) -> bool:
+    return named.endswith(".toml") or "/" in named
 
 
 def local_cluster(num_devices: int, host: str) -> Cluster:

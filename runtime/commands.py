@@ -6,6 +6,7 @@ torch is imported inside: the driver starts Ray meanwhile.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import time
 from dataclasses import replace
@@ -21,6 +22,7 @@ from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
 from anabranch.runtime.launch import choose_launcher
+from anabranch.runtime.plan_report import print_candidates
 from anabranch.runtime.progress import print_placement
 
 if TYPE_CHECKING:
@@ -42,11 +44,15 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             from anabranch.runtime.basis_record import check_recordable
 
             check_recordable(driver.network)
+        audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
             )
+            if audit is not None:
+                print_candidates(console, audit)
+                (folder.path / "audit.json").write_text(json.dumps(audit, indent=1) + "\n")
             print_placement(console, driver.plan, driver.model)
             console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
         result = driver.run("train", "training", checkpoint=str(checkpoint.path) if checkpoint else "")
@@ -113,7 +119,9 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     resume = config.checkpoint.resume
     config = replace(
         config,
-        launch=replace(config.launch, run_dir=resume if resume not in ("", "auto") else config.launch.run_dir),
+        launch=replace(
+            config.launch, run_dir=resume if resume not in ("", "auto") else config.launch.run_dir
+        ),
         checkpoint=replace(config.checkpoint, resume=""),
     )
     if not importlib.util.find_spec("matplotlib"):

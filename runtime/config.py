@@ -135,7 +135,15 @@ class MeshConfig:
     """Mesh as data x branch, e.g. "2x2"; its product is num_workers. Empty: the plan's own."""
     plan: str = "even"
     """even (branches of every block dealt over the workers), data (every worker runs all branches on its samples),
-    another scheduler's name, or a plan file."""
+    auto (measured and timed on the workers), another scheduler's name, or a plan file."""
+    plan_budget_s: float = 60.0
+    """Of auto: seconds for measuring; what does not fit is measured on a part of the batch and drawn out."""
+    costs: str = ""
+    """Of auto: a cost file to plan from; empty: measured once, then kept in ~/.cache/anabranch."""
+    remeasure: bool = False
+    """Of auto: measure again, whatever is kept."""
+    audit: bool = True
+    """Of auto: time the best plans against data parallelism, which is left only where that is surely slower."""
     execution: Literal["fused", "looped"] = "fused"
     """fused: the branches of a worker in one grouped convolution; looped: one after another. Equal up to rounding."""
 

@@ -7,17 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from anabranch.cluster import RayRequest, connect, discover, ray_calls, run_on_ray
 from anabranch.runtime.config import Config
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.job import Job
+from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.launch import choose_launcher, run_here
 from anabranch.runtime.progress import RunProgress
-from anabranch.schedulers import Cluster, ModelSpec, Plan
+from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 class Driver:
     """Within its context the configuration is checked and settled, the plan made and the cluster connected.
 
-    config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together. model:
-    what the plan places. network: the one-device network, for checks.
+    config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together; where
+    `is_auto`, only a provisional one before `find_plan`. cluster: the plan's devices. model: what the plan places.
+    network: the one-device network, for checks.
     """
 
     plan: Plan | None = None
+    cluster: Cluster | None = None
+    is_auto = False
     model: ModelSpec
     network: nn.Module
 
@@ -74,7 +77,13 @@ class Driver:
             data.close()
 
     def _make_plan(self) -> None:
-        from anabranch.runtime.assemble import local_cluster, make_plan, settle
+        from anabranch.runtime.assemble import (
+            auto_partial,
+            local_cluster,
+            make_plan,
+            provisional_plan,
+            settle,
+        )
 
         config = self.config
         if self.launcher == "env":
@@ -84,8 +93,27 @@ class Driver:
                 f"mesh.num_workers is {config.mesh.num_workers}, launcher none runs one: use --launcher ray"
             )
         cluster = self._cluster() if self.launcher == "ray" else local_cluster(1, "localhost")
-        self.plan = make_plan(config, self.model, cluster)
-        self.config = settle(config, self.plan)
+        self.is_auto, _ = auto_partial(config)
+        self.plan = (provisional_plan if self.is_auto else make_plan)(config, self.model, cluster)
+        names = {name for row in self.plan.devices or () for name in row}
+        self.cluster = replace(cluster, devices=tuple(d for d in cluster.devices if str(d) in names))
+        settled = settle(config, self.plan)
+        self.config = replace(settled, mesh=config.mesh) if self.is_auto else settled
+
+    def find_plan(self) -> dict[str, Any] | None:
+        """Measures, plans and times plans on the workers; from then on `plan` is the one chosen.
+
+        What `automatic_plan` returns; None where there is nothing to choose (one worker), or no driver's choice.
+        """
+        from anabranch.runtime.assemble import settle
+
+        if self.plan is None or self.plan.world_size == 1:
+            return None
+        result = self.run("plan", "planning")
+        assert result is not None, "with a driver"
+        self.plan = parse_plan(result["plan"]).resolve(self.model, self.cluster)
+        self.config = settle(self.config, self.plan)
+        return result
 
     def _cluster(self) -> Cluster:
         """The cluster's devices; without GPUs and without a word from the user, two workers' places."""
@@ -101,11 +129,13 @@ class Driver:
         return cluster
 
     def run(
-        self, kind: Literal["train", "eval", "verify", "gross"], what: str, *, checkpoint: str = "", steps: int = 0
+        self, kind: Kind, what: str, *, checkpoint: str = "", steps: int = 0
     ) -> dict[str, Any] | None:
         """Runs the job on all ranks, showing progress; rank 0's result, None on the other ranks of torchrun."""
         launch = self.config.launch
-        job = Job(kind, self.config, self.plan, launch.run_dir, checkpoint, str(Path.cwd()), steps)
+        job = Job(
+            kind, self.config, self.plan, launch.run_dir, checkpoint, str(Path.cwd()), steps, self.cluster
+        )
         other = (
             self.launcher == "env" and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
         )

@@ -105,7 +105,9 @@ class _Search:
         mesh = replace(self.config.mesh, plan="data", shape=f"{plan.world_size}x1")
         self.sample_plan = self._plan(network, replace(self.config, mesh=mesh))
         self.data, self.validation = keep_out(data, self.gross.validation_fraction, config.train.seed)
-        self._count_steps(min(len(self.space.limits) * (self.gross.winners + 1), len(self.space.configurations)))
+        self._count_steps(
+            min(len(self.space.limits) * (self.gross.winners + 1), len(self.space.configurations))
+        )
 
     def run(self) -> dict[str, Any]:
         full = self._full()
@@ -172,7 +174,9 @@ class _Search:
         stages, path = self.stages, self.stages.folder / "evaluation.json"
         hits: dict[str, int] = stages.on_first(lambda: read_json(path) or {})
         network = series.to(stages.device)
-        wanted = [sizes for sizes in sorted(c.sizes for c in self.space.configurations) if _key(sizes) not in hits]
+        wanted = [
+            sizes for sizes in sorted(c.sizes for c in self.space.configurations) if _key(sizes) not in hits
+        ]
         piece = _PIECE * stages.mesh.world_size
         for start in range(0, len(wanted), piece):
             some = wanted[start : start + piece]

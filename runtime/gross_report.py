@@ -17,7 +17,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table's cells, a limit's configurations together: the fixed one that sets it, then those found."""
     tuned = {tuple(row["sizes"]): row["test_accuracies"] for row in result["tuned"]}
     found = {tuple(row["sizes"]): row for row in result["configurations"]}
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for limit in result["limits"]:
         baseline = tuple(limit["baseline"] or ())
         for sizes in [baseline, *map(tuple, limit["winners"])]:

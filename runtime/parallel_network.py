@@ -28,7 +28,6 @@ from anabranch.runtime.collectives import (
     Wire,
     copy_to_branches,
     gather_samples,
-    gathered_rows,
     reduce_from_branches,
     scatter_samples,
 )
@@ -147,7 +146,7 @@ class ParallelNetwork(nn.Module):
         if self.input_rows == self.output_rows:
             return target
         if self.output_rows == "group":
-            return gathered_rows(target, batch.sizes, self.mesh.branch_group)
+            return self.wire.gather(target, batch.sizes)
         start = batch.own_range.start - batch.group_range.start
         return target[start : start + len(batch.own_range)]
 
@@ -157,10 +156,11 @@ class ParallelNetwork(nn.Module):
         replica, row = deal.replicas[mesh.data_rank], deal.ranks[mesh.data_rank]
 
         def layout(share: Share, spans: bool, part: int, num_parts: int, over: str) -> BatchLayout:
-            group = mesh.world_group if over == "world" else mesh.data_group
             sync = None
             if spans and num_parts > 1:
-                sync = GroupSync(share.first_group, len(deal.group_sizes), part, num_parts, _summing(group))
+                sync = GroupSync(
+                    share.first_group, len(deal.group_sizes), part, num_parts, self._summing(over)
+                )
             return BatchLayout(share.group_sizes, num_samples, sync=sync)
 
         own = row[mesh.branch_rank]
@@ -171,6 +171,17 @@ class ParallelNetwork(nn.Module):
             range(deal.start + replica.start, deal.start + replica.stop),
             tuple(share.stop - share.start for share in row),
         )
+
+    def _summing(self, over: str) -> Callable[[Tensor], Tensor]:
+        group = self.mesh.world_group if over == "world" else self.mesh.data_group
+
+        def all_reduce(x: Tensor) -> Tensor:
+            start = self.recorder.now()
+            torch.distributed.all_reduce(x, group=group)
+            self.recorder.exchanged(f"{over}_sum", x.nbytes, start)
+            return x
+
+        return all_reduce
 
 
 def parallelize(
@@ -230,11 +241,3 @@ def _roles(network: ParallelNetwork) -> dict[str, Role]:
 def _replace(root: nn.Module, path: str, module: BranchSum) -> None:
     parent, _, key = path.rpartition(".")
     setattr(root.get_submodule(parent), key, module)
-
-
-def _summing(group: torch.distributed.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    def all_reduce(x: Tensor) -> Tensor:
-        torch.distributed.all_reduce(x, group=group)
-        return x
-
-    return all_reduce

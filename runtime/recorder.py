@@ -34,6 +34,9 @@ class Span:
     """One interval on a rank, in seconds of its clock.
 
     part: of PARTS. element: stem, a block or head; "": the whole part. op, num_bytes: of an exchange; else "" and 0.
+    Ops: all_reduce, all_gather (branch group); data_sum, world_sum (BatchNorm's statistics across ranks). Where
+    `detailed`, part "reduction" has the wait for each bucket of gradients (data_bucket, world_bucket, in order of
+    waiting), and "sent" the moment at which this rank had given its share of the same bucket.
     """
 
     part: str
@@ -45,10 +48,13 @@ class Span:
 
 
 class Recorder:
-    """Records one rank's steps. detailed: also what each element takes (for `anabranch profile`; costs more)."""
+    """Records one rank's steps. detailed: also what each element takes (for `anabranch profile`; costs more).
+
+    enabled: False records nothing, to measure what recording costs. num_records: of the last step that ended.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.detailed = False
+        self.detailed, self.enabled = False, True
         self._device = device or torch.device("cpu")
         self._cuda = self._device.type == "cuda"
         self._part, self._element = "idle", ""
@@ -58,14 +64,41 @@ class Recorder:
         self._start: Moment = self.now()
         self._since: Moment = self._start  # when the element that runs began
         self._base = time.perf_counter(), self._start
+        self._nvtx: int | None = None  # of the element that runs
+        self._kept: list[tuple[list[_Interval], Moment, Moment]] | None = None
+
+    @property
+    def num_records(self) -> int:
+        return len(self._last)
+
+    def align(self) -> None:
+        """Ties the device's clock to time.perf_counter anew: between steps, it waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            self._start = self._stamp()
+            self._start.synchronize()
+            self._base = time.perf_counter(), self._start
 
     def now(self) -> Moment:
         """This moment on the device's clock."""
+        return self._stamp() if self.enabled else time.perf_counter()
+
+    def _stamp(self) -> Moment:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    @property
+    def element(self) -> str:
+        """What runs at the moment; only where `detailed`, else ""."""
+        return self._element
+
+    @property
+    def part(self) -> str:
+        """The part of the step that runs."""
+        return self._part
 
     def span(self, part: str) -> _Part:
         """A context that is one interval of a part."""
@@ -73,20 +106,36 @@ class Recorder:
 
     def exchanged(self, op: str, num_bytes: int, start: Moment) -> None:
         """An exchange with the branch group, from `start` to now, inside the part that runs."""
-        self._running.append((self._part, self._element, op, num_bytes, start, self.now()))
+        if self.enabled:
+            self._running.append((self._part, self._element, op, num_bytes, start, self.now()))
+
+    def reduced(self, op: str, num_bytes: int, sent: Moment, start: Moment) -> None:
+        """A bucket of gradients, given at `sent` and waited for from `start` to now; only where `detailed`."""
+        self._running.append(("sent", "", op, num_bytes, sent, sent))
+        self._running.append(("reduction", "", op, num_bytes, start, self.now()))
 
     def at(self, element: str) -> None:
         """The element that ran ends here, another one begins ("": none); only where `detailed`."""
         now = self.now()
+        if self._cuda:
+            self._name_range(element)
         if self._element:
             self._running.append((self._part, self._element, "", 0, self._since, now))
         self._element, self._since = element, now
 
+    def _name_range(self, element: str) -> None:
+        """The element's NVTX range; of the process: the backward runs in a thread of its own."""
+        if self._nvtx is not None:
+            torch.cuda.nvtx.range_end(self._nvtx)
+        self._nvtx = torch.cuda.nvtx.range_start(f"{self._part} {element}") if element else None
+
     def end_step(self) -> None:
         """The step ends here (its optimizer is done); the next one begins."""
-        end = self.now()
+        end = self._stamp()
         self._last, self._running = self._running, []
         self._ended, self._start = (self._start, end), end
+        if self._kept is not None:
+            self._kept.append((self._last, *self._ended))
 
     def times(self) -> list[float]:
         """Seconds by PARTS of the last step that ended; zeros before there is one."""
@@ -96,6 +145,8 @@ class Recorder:
             self._ended[1].synchronize()  # the step before: long done
         seconds = dict.fromkeys(PARTS, 0.0)
         for part, element, op, _, start, end in self._last:
+            if part in ("sent", "reduction") and op:
+                continue  # inside "reduction", as all of it is exposed
             if op:  # it lies inside its part
                 length = self._between(start, end)
                 seconds["exchange"] += length
@@ -108,6 +159,20 @@ class Recorder:
     def spans(self) -> list[Span]:
         """Every interval of the last step that ended, in seconds of time.perf_counter."""
         return [Span(*names, self._at(start), self._at(end)) for *names, start, end in self._last]
+
+    def keep(self) -> None:
+        """Every step that ends from now on is kept until `kept` takes them."""
+        self._kept = []
+
+    def kept(self) -> list[tuple[list[Span], float, float]]:
+        """The steps since `keep`: spans, start and end, in seconds of time.perf_counter. Waits for the device."""
+        steps, self._kept = self._kept or [], None
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        return [
+            ([Span(*names, self._at(a), self._at(b)) for *names, a, b in spans], self._at(start), self._at(end))
+            for spans, start, end in steps
+        ]
 
     def _at(self, moment: Moment) -> float:
         base, begun = self._base
@@ -139,9 +204,10 @@ class _Part:
 
     def __exit__(self, *error: object) -> None:
         recorder = self._recorder
-        if recorder.detailed:
-            recorder.at("")
-        recorder._running.append((self._part, "", "", 0, self._start, recorder.now()))
+        if recorder.enabled:
+            if recorder.detailed:
+                recorder.at("")
+            recorder._running.append((self._part, "", "", 0, self._start, recorder.now()))
         recorder._part = self._before
 
 

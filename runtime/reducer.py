@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,7 @@ class _Bucket:
     pending: set[int] = field(default_factory=set)  # ids of parameters whose gradient is not ready
     unused: list[int] = field(default_factory=list)  # indices of parameters that this rank did not use
     work: dist.Work | None = None
+    sent: Any = None  # when, where the recorder is detailed
 
     @property
     def flags(self) -> Tensor:
@@ -70,6 +72,7 @@ class GradientReducer:
         self._buckets = list(self._make_buckets(list(reversed(parameters)), bucket_bytes))
         self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.parameters)}
         self._next, self._armed = 0, False
+        self.overlap = True  # False: nothing leaves before `finish`, for measuring
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._on_ready)
@@ -129,7 +132,7 @@ class GradientReducer:
         for bucket in self._buckets:
             bucket.pending = {id(p) for p in bucket.parameters}
             bucket.work = None
-        self._next, self._armed = 0, True
+        self._next, self._armed = 0, self.overlap
 
     def _on_ready(self, parameter: nn.Parameter) -> None:
         if not self._armed:
@@ -155,6 +158,8 @@ class GradientReducer:
         for parameter in bucket.parameters:
             parameter.grad = None
         bucket.unused = [i for i, u in enumerate(used) if not u]
+        if self.network.recorder.detailed:
+            bucket.sent = self.network.recorder.now()
         bucket.work = dist.all_reduce(bucket.buffer, group=bucket.group, async_op=True)
 
     def finish(self) -> None:
@@ -166,20 +171,28 @@ class GradientReducer:
         for bucket in self._buckets[self._next :]:
             self._send(bucket)
         self._next = len(self._buckets)
-        works = []
+        works, recorder = [], self.network.recorder
         for over, statistics in self._statistics.items():
             if over == "world" and self._share is not None:
                 statistics.rows.mul_(self._share)
             if self._groups[over].size() > 1 and statistics.buffer.numel():
-                works.append(dist.all_reduce(statistics.buffer, group=self._groups[over], async_op=True))
+                sent = recorder.now() if recorder.detailed else None
+                work = dist.all_reduce(statistics.buffer, group=self._groups[over], async_op=True)
+                works.append((f"{over}_bucket", statistics.buffer.nbytes, sent, work))
         for bucket in self._buckets:
             assert bucket.work is not None
+            start = recorder.now() if recorder.detailed else None
             bucket.work.wait()
+            if recorder.detailed:
+                recorder.reduced(f"{bucket.over}_bucket", bucket.buffer.nbytes, bucket.sent, start)
             unused = {i for i in bucket.unused if not bool(bucket.flags[i] > 0)}
             for index, (parameter, view) in enumerate(zip(bucket.parameters, bucket.views, strict=True)):
                 parameter.grad = None if index in unused else view
-        for work in works:
+        for op, num_bytes, sent, work in works:
+            start = recorder.now() if recorder.detailed else None
             work.wait()
+            if recorder.detailed:
+                recorder.reduced(op, num_bytes, sent, start)
 
     def commit_statistics(self) -> None:
         """Applies the step's statistics to the running ones on every rank that holds them."""

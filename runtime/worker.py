@@ -16,20 +16,31 @@ from torch import Tensor
 
 from anabranch.blocks.convert import prepare
 from anabranch.cluster import WorkerContext
-from anabranch.runtime.assemble import make_data, make_loss, make_network, make_penalty, make_plan, settle
+from anabranch.runtime.assemble import (
+    auto_partial,
+    make_data,
+    make_loss,
+    make_network,
+    make_penalty,
+    make_plan,
+    provisional_plan,
+    settle,
+)
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.config import Config
+from anabranch.runtime.config_rules import mesh_axes
 from anabranch.runtime.data.augment import normalise
 from anabranch.runtime.data.batches import epoch_order
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.job import Job
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.plan_step import StepSetting
 from anabranch.runtime.process_group import broadcast_json, gather_json, process_group
 from anabranch.runtime.run_folder import RunFolder
 from anabranch.runtime.trainer import Trainer
 from anabranch.runtime.verify import Trial, verify_plan
-from anabranch.schedulers import Cluster, Device, Plan, PlanError
+from anabranch.schedulers import Cluster, Device, Plan, PlanError, parse_plan
 
 
 def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
@@ -37,6 +48,10 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
     context.publish(phase="loading")
     with _started(job, context) as (data, plan):
         config = settle(job.config, plan)
+        if job.plan is None and auto_partial(config)[0]:
+            outcome = _automatic(job, config, data, plan, context)
+            plan = parse_plan(outcome["plan"]).resolve(spec_of(prepare(make_network(config, data))))
+            config = settle(config, plan)
         run_dir = _run_dir(job, config, plan, context)
         checkpoint = Checkpoint.open(Path(job.checkpoint)) if job.checkpoint else None
         trainer = Trainer(
@@ -67,6 +82,44 @@ def _run_dir(job: Job, config: Config, plan: Plan, context: WorkerContext) -> Pa
             run_dir = str(RunFolder.create(config, plan).path)
         run_dir = broadcast_json(run_dir, context.device)
     return Path(run_dir)
+
+
+def plan_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
+    """Measures, plans and times plans; what `automatic_plan` returns."""
+    context.publish(phase="loading")
+    with _started(job, context) as (data, plan):
+        return _automatic(job, settle(job.config, plan), data, plan, context)
+
+
+def _automatic(
+    job: Job, config: Config, data: DataBundle, plan: Plan, context: WorkerContext
+) -> dict[str, Any]:
+    """`automatic_plan` on the job's own first samples; `plan`: any on these ranks, whose devices count."""
+    from anabranch.runtime.audit import automatic_plan
+
+    train = config.train
+    ids = epoch_order(len(data.train), train.seed, 0)[: train.batch_size]
+    x, target = data.train.fetch(ids, 0)
+    network = prepare(make_network(config, data)).to(context.device)
+    dtype = next(network.parameters()).dtype
+    setting = StepSetting(_images(x, data, dtype), target, config, make_loss(config), make_penalty(config))
+    devices = [name for row in plan.devices or () for name in row]
+    cluster = job.cluster or Cluster(tuple(_device_of(name, context) for name in devices))
+    _, partial = auto_partial(config)
+    shape = mesh_axes(job.config.mesh.shape)
+
+    def on_stage(stage: str, done: int, total: int) -> None:
+        context.publish(phase=stage, step=done, num_steps=total)
+
+    return automatic_plan(
+        network, setting, cluster, devices, mesh=shape, partial=partial, budget_s=config.mesh.plan_budget_s,
+        costs_file=config.mesh.costs, remeasure=config.mesh.remeasure, audit=config.mesh.audit, on_stage=on_stage,
+    )  # fmt: skip
+
+
+def _device_of(name: str, context: WorkerContext) -> Device:
+    host, _, index = name.rpartition(":")
+    return Device(host, int(index), "cuda" if context.device.startswith("cuda") else "cpu")
 
 
 def eval_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
@@ -136,7 +189,9 @@ def _agreed_plan(config: Config, data: DataBundle, context: WorkerContext) -> Pl
     hosts = gather_json([socket.gethostname(), context.local_rank], context.device)
     kind = "cuda" if context.device.startswith("cuda") else "cpu"
     cluster = Cluster(tuple(Device(host, index, kind) for host, index in hosts))
-    plan = make_plan(config, spec_of(prepare(make_network(config, data))), cluster)
+    spec = spec_of(prepare(make_network(config, data)))
+    make = provisional_plan if auto_partial(config)[0] else make_plan
+    plan = make(config, spec, cluster)
     if plan.world_size != context.world_size:
         raise PlanError(
             f"the plan is for {plan.world_size} ranks ({plan.data}x{plan.branch}), {context.world_size} were started: "

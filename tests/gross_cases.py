@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -143,12 +145,12 @@ def dense_of(r: Tensor, channels: int) -> Tensor:
 
 QUICK = GrossConfig(
     reconstruct_epochs=1,
-    reconstruct_lr=0.01,
+    reconstruct_lr=0.005,
     reconstruct_milestones=(),
     tune_epochs=2,
     tune_lr=0.01,
     tune_milestones=(1,),
-    fixed_reconstruct_lr=0.01,
+    fixed_reconstruct_lr=0.005,
     fixed_tune_epochs=1,
     fixed_tune_lr=0.01,
     fixed_tune_milestones=(),
@@ -159,12 +161,12 @@ QUICK = GrossConfig(
 
 
 def quick_config(*layers: dict[str, Any]) -> Config:
-    """On the digits, in float64, 12 steps an epoch."""
+    """On the digits, in float64, 6 steps an epoch."""
     defaults = {
         "data": {"name": "digits"},
         "optimizer": {"name": "adamw", "lr": 0.02, "weight_decay": 0.0},
         "lr_schedule": {"name": "constant", "warmup_epochs": 0.0},
-        "train": {"epochs": 6, "batch_size": 100, "eval_every_epochs": 0, "precision": "fp64"},
+        "train": {"epochs": 8, "batch_size": 200, "eval_every_epochs": 0, "precision": "fp64"},
         "checkpoint": {"every_epochs": 1.0},
     }
     return Config.from_dict(defaults, *layers)
@@ -205,6 +207,16 @@ def search(
         context.stop_at = stop_at
     result = run_gross(network, data, config, plan=plan, context=context, run_dir=Path(folder))
     return {**result, "status": context.status(), "phases": context.phases}
+
+
+def killed(rank: int, world_size: int, folder: str, stop_at: str) -> dict[str, Any]:
+    """`search`, whose last rank is killed where it would be asked to stop."""
+
+    def kill(self: StoppedContext, reason: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(StoppedContext, "request_stop", kill):
+        return search(rank, world_size, folder, QUICK, stop_at)
 
 
 def searched() -> nn.Module:

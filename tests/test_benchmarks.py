@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from anabranch.benchmarks.gross_rank import spearman
-from anabranch.benchmarks.record import median_interval, write_record
+from anabranch.benchmarks.record import write_record
+from anabranch.runtime.intervals import median_interval
 
 
 def test_rank_correlation() -> None:

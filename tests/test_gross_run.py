@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -28,8 +29,8 @@ from anabranch.runtime.checkpoint import Checkpoints
 from anabranch.runtime.data.augment import normalise
 from anabranch.runtime.data.batches import epoch_order
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.gross import chosen
 from anabranch.runtime.gross_report import rows
+from anabranch.runtime.gross_space import chosen
 from anabranch.runtime.group_evaluation import outputs
 from anabranch.runtime.held_out import keep_out
 
@@ -116,12 +117,12 @@ def test_reconstruction_minimises_the_response_error(undisturbed: Result) -> Non
     for name, layer in series_layers(fixed).items():
         layer.load([layers_of(folder, name, 2)])
     data, _ = keep_out(make_data(quick_config()), 0.2, 0)
-    x, _ = data.train.fetch(epoch_order(len(data.train), 0, 0)[:100], 0)
+    x, _ = data.train.fetch(epoch_order(len(data.train), 0, 0)[:200], 0)
     x = normalise(x, data.normalisation, torch.float64)
     metrics = (folder / "stages" / "alone-2-2-0-reconstruct" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in metrics if json.loads(line)["kind"] == "step"]
     assert losses[0] == pytest.approx(float(response_loss(fixed, full, x).detach().mean()), rel=1e-9)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_all_sizes_are_trained_and_nothing_else(tmp_path: Path) -> None:
@@ -160,8 +161,8 @@ def test_the_report(undisturbed: Result) -> None:
     table = Path(undisturbed["table"]).read_text()
     assert all("|" + "|".join(row) + "|" in table for row in cells)
     assert "12 configurations evaluated on 287 validation samples, 360 test samples" in table
-    plot = Path(undisturbed["plot"]).read_text()
-    assert "</svg>" in plot
+    plot = Path(undisturbed["plot"]).read_bytes()
+    assert plot.startswith(b"\x89PNG")
     stored = json.loads((Path(undisturbed["run_dir"]) / "result.json").read_text())
     assert stored["configurations"][0]["sizes"] == [1, 1]
 
@@ -169,7 +170,7 @@ def test_the_report(undisturbed: Result) -> None:
 def test_the_progress_spans_all_stages(undisturbed: Result) -> None:
     """Steps of the full network, the series and three configurations; every phase names its stage."""
     assert (
-        undisturbed["status"]["step"] == undisturbed["status"]["num_steps"] == 12 * (6 + 1 + 2 + 3 * (1 + 1))
+        undisturbed["status"]["step"] == undisturbed["status"]["num_steps"] == 6 * (8 + 1 + 2 + 3 * (1 + 1))
     )
     phases = undisturbed["phases"]
     named = ["full, training", "block terms 7/7", "series-reconstruct, training", "series-tune, training",
@@ -191,7 +192,7 @@ def test_stopped_again_and_again_it_ends_alike(undisturbed: Result, tmp_path: Pa
     while True:
         world_size = 1 + stops % 2
         layer = {"mesh": {"shape": f"1x{world_size}"}}
-        result = run_ranks(world_size, gross_cases.search, str(tmp_path), QUICK, 40, layer)[0]
+        result = run_ranks(world_size, gross_cases.search, str(tmp_path), QUICK, 25, layer)[0]
         if result["stopped"] is None:
             break
         assert set(result) == {"stopped", "run_dir", "status", "phases"}
@@ -256,34 +257,55 @@ def test_samples_are_kept_out_of_training() -> None:
 
 COMMAND = [
     sys.executable, "-m", "anabranch.runtime", "gross", "--launcher", "none", "--json",
-    "--model.options.channels", "[4, 8, 16]", "--model.options.width", "32", "--epochs", "6",
-    "--gross.tune-epochs", "3", "--gross.tune-milestones", "2", "--gross.reconstruct-epochs", "1",
+    "--model.options.channels", "[4, 4, 8]", "--model.options.width", "32", "--epochs", "2",
+    "--train.batch-size", "200", "--gross.tune-epochs", "3", "--gross.tune-milestones", "2",
+    "--gross.reconstruct-epochs", "1",
     "--gross.reconstruct-milestones", "1", "--gross.fixed-tune-epochs", "1", "--gross.fixed-tune-milestones", "1",
-    "--gross.baselines", "2",
+    "--gross.baselines", "2", "--gross.winners", "1",
 ]  # fmt: skip
 
 
 def test_the_command_goes_on_after_a_kill(tmp_path: Path) -> None:
-    """Killed while the series is trained, it ends as a run that nobody disturbed."""
-    whole = subprocess.run([*COMMAND, "--run-dir", str(tmp_path / "whole")], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    killed = subprocess.Popen(
-        [*COMMAND, "--run-dir", str(tmp_path / "killed")],
+    """Killed while the series is trained, it is resumed by its folder alone, and says what it found."""
+    run = tmp_path / "run"
+    first = subprocess.Popen(
+        [*COMMAND, "--run-dir", str(run)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        preexec_fn=_one_core,
     )
-    metrics = tmp_path / "killed" / "stages" / "series-tune" / "metrics.jsonl"
-    while not metrics.exists() and killed.poll() is None:
+    metrics = run / "stages" / "series-tune" / "metrics.jsonl"
+    while not metrics.exists() and first.poll() is None:
         time.sleep(0.02)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    assert not (tmp_path / "killed" / "result.json").exists()
-    again = [*COMMAND[:4], "--resume", str(tmp_path / "killed"), "--launcher", "none", "--json"]
-    done = subprocess.run(again, capture_output=True, text=True)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (run / "result.json").exists()
+    full = (run / "stages" / "full" / "done.json").stat().st_mtime_ns
+    again = [*COMMAND[:4], "--resume", str(run), "--launcher", "none", "--json"]
+    done = subprocess.run(again, capture_output=True, text=True, check=False, preexec_fn=_one_core)
     assert done.returncode == 0, done.stderr
-    results = [json.loads(run.stdout.splitlines()[-1]) for run in (whole, done)]
-    assert found(results[0]) == found(results[1])
-    assert "against the fixed one" in whole.stderr.replace("\n", " ") or "fixed" in whole.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["configurations"]) == 3 * 3
+    assert [len(limit["winners"]) for limit in result["limits"]] == [1]
+    assert Path(result["plot"]) == run / "accuracy.png"
+    assert "2 2 (fixed)" in done.stderr
+    assert " s left" in done.stderr
+    assert (run / "stages" / "full" / "done.json").stat().st_mtime_ns == full, "it was not trained again"
+
+
+def _one_core() -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_at_every_stage_it_ends_alike(world_size: int, undisturbed: Result, tmp_path: Path) -> None:
+    """By SIGKILL on the last rank, before a checkpoint, between them, among the fits, the configurations' pieces."""
+    stages = ["full, evaluating", "block terms 4/", "series-tune, saving", "alone-2-2-0-tune, training"]
+    for stage in stages[world_size - 1 :: 2]:
+        with pytest.raises(AssertionError, match="died"):
+            run_ranks(world_size, gross_cases.killed, str(tmp_path), stage)
+    result = run_ranks(3 - world_size, gross_cases.search, str(tmp_path))[0]
+    assert found(result) == found(undisturbed)
 
 
 def test_a_network_without_convolutions_to_decompose_is_told_before_workers_start(tmp_path: Path) -> None:

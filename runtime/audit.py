@@ -1,0 +1,238 @@
+"""The plan chosen automatically: predicted, then timed against plain data parallelism on the workers themselves.
+
+    costs ──► search ──► candidates ─┐
+                  plain data parallelism ─┴─► interleaved rounds of real steps ──► the plan
+
+A candidate is taken only where the 95 % interval of its paired step-time ratio to data parallelism lies below 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from anabranch.runtime.durable import write_bytes
+from anabranch.runtime.intervals import median_interval
+from anabranch.runtime.measure import cost_key, measure_costs
+from anabranch.runtime.mesh import make_mesh
+from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.plan_step import PlanStep, StepSetting
+from anabranch.runtime.process_group import gather_json
+from anabranch.schedulers import Cluster, Plan, PlanError, PlanFile, format_plan
+from anabranch.schedulers.cost_file import read_costs, write_costs
+from anabranch.schedulers.costs import Batch, Costs
+from anabranch.schedulers.predict import Predictor
+from anabranch.schedulers.registry import make_request, schedule
+from anabranch.schedulers.search import Search
+
+OnStage = Callable[[str, int, int], None]
+DATA = "data"
+_CANDIDATES, _ROUNDS, _LEAST_ROUNDS, _AUDIT_S = 3, 24, 8, 30.0
+
+
+def automatic_plan(
+    network: nn.Module,
+    setting: StepSetting,
+    cluster: Cluster,
+    devices: Sequence[str],
+    *,
+    mesh: tuple[int, int] | None = None,
+    partial: PlanFile | None = None,
+    budget_s: float = 60.0,
+    costs_file: str = "",
+    remeasure: bool = False,
+    audit: bool = True,
+    on_stage: OnStage = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """The best plan for a one-device network (prepared, kept as it is) on the ranks that stand. Collective.
+
+    devices: by rank. mesh, partial: what the user settled. costs_file: to read; "" looks in the cache, then measures.
+    Returns plain data, the same on all ranks: plan (TOML), chosen, search_s, gap, notes, costs (path), and plans: of
+    each candidate name, plan, predicted_step_s, memory_bytes by rank, measured_step_s, samples_s, ratio and interval_95
+    against data parallelism, error (predicted ÷ measured - 1).
+
+    Raises PlanError where no plan is possible, or the cost file is another network's or hardware's.
+    """
+    config, spec = setting.config, spec_of(network)
+    key = cost_key(network, config, len(devices))
+    costs, path = _costs(network, setting, cluster, devices, key, costs_file, remeasure, budget_s, on_stage)
+    train = config.train
+    batch = Batch(len(setting.x), train.bn_batch_size, train.accumulation)
+    request = make_request(spec, cluster, mesh=mesh, partial=partial, costs=costs, batch=batch)
+    search = Search(request)
+    found = search.run(leave_out=False)
+    predictor = Predictor(spec, cluster, costs, batch)
+    plain = replace(
+        schedule(DATA, spec, cluster, mesh=(len(devices), 1)), devices=tuple((name,) for name in devices)
+    )
+    candidates = _candidates(search, plain, devices)
+    samples: dict[str, list[float]] = {}
+    if audit and len(candidates) > 1:
+        samples = time_plans(
+            network, candidates, setting, on_round=lambda i, n: on_stage("timing plans", i, n)
+        )
+    chosen = (
+        _chosen(samples, settled=mesh is not None or partial is not None)
+        if samples
+        else next(iter(candidates))
+    )
+    rows = [_row(name, plan, predictor(plan), samples) for name, plan in candidates.items()]
+    return {
+        "plan": format_plan(replace(candidates[chosen], scheduler=None)),
+        "chosen": chosen,
+        "search_s": found.seconds,
+        "gap": found.gap,
+        "notes": list(found.notes),
+        "label": costs.label,
+        "costs": path,
+        "plans": rows,
+    }
+
+
+def time_plans(
+    network: nn.Module,
+    plans: Mapping[str, Plan],
+    setting: StepSetting,
+    *,
+    rounds: int = _ROUNDS,
+    budget_s: float = _AUDIT_S,
+    on_round: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[float]]:
+    """Seconds a step of each plan, one figure a round, the slowest rank's; all plans run in every round. Collective.
+
+    Fewer rounds where they do not fit the budget, but at least eight.
+    """
+    world = next(iter(plans.values())).world_size
+    device_type = next(network.parameters()).device.type
+    meshes = {
+        plan.branch: make_mesh(world // plan.branch, plan.branch, device_type) for plan in plans.values()
+    }
+    steps = {
+        name: PlanStep(copy.deepcopy(network), plan, meshes[plan.branch], setting)
+        for name, plan in plans.items()
+    }
+    for step in steps.values():
+        step()
+        step()
+    samples: dict[str, list[float]] = {name: [] for name in plans}
+    device, started = next(network.parameters()).device, time.perf_counter()
+    for index in range(rounds):
+        on_round(index, rounds)
+        names = list(steps) if index % 2 == 0 else list(reversed(steps))
+        mine = []
+        for name in names:
+            dist.barrier()
+            begun = time.perf_counter()
+            steps[name]()
+            mine.append(time.perf_counter() - begun)
+        everyone = gather_json([mine, time.perf_counter() - started], device)
+        for place, name in enumerate(names):
+            samples[name].append(max(of_rank[0][place] for of_rank in everyone))
+        if index + 1 >= _LEAST_ROUNDS and everyone[0][1] > budget_s:
+            break
+    return samples
+
+
+def _chosen(samples: Mapping[str, Sequence[float]], *, settled: bool) -> str:
+    """The fastest whose interval against data parallelism lies below 1, else that; a settled request has no choice."""
+    rivals = [name for name in samples if name != DATA]
+    if settled:
+        return min(rivals, key=lambda name: median(samples[name])) if rivals else DATA
+    faster = [name for name in rivals if _ratio(samples, name)[2] < 1.0]
+    return min(faster, key=lambda name: _ratio(samples, name)[0]) if faster else DATA
+
+
+def _ratio(samples: Mapping[str, Sequence[float]], name: str) -> tuple[float, float, float]:
+    return median_interval([a / b for a, b in zip(samples[name], samples[DATA], strict=True)])
+
+
+def _candidates(search: Search, plain: Plan, devices: Sequence[str]) -> dict[str, Plan]:
+    """The best plans found that run on these ranks as they stand, and plain data parallelism."""
+    found: dict[str, Plan] = {}
+    for _, plan in sorted(search.found, key=lambda pair: pair[0]):
+        placed = [name for row in plan.devices or () for name in row]
+        is_plain = plan.branch == 1 or all(p.split == "sample" for p in plan.blocks.values())
+        if placed == list(devices) and not is_plain and len(found) < _CANDIDATES:
+            found[f"{plan.data}x{plan.branch}"] = plan
+    return {**found, DATA: plain}
+
+
+def _row(name: str, plan: Plan, prediction: Any, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": name,
+        "plan": format_plan(replace(plan, scheduler=None)),
+        "predicted_step_s": prediction.total_s,
+        "exposed_s": prediction.exposed_s,
+        "memory_bytes": list(prediction.memory_bytes),
+    }
+    if name in samples:
+        measured = median(samples[name])
+        ratio, low, high = _ratio(samples, name)
+        row |= {
+            "measured_step_s": measured,
+            "error": prediction.total_s / measured - 1,
+            "ratio": ratio,
+            "interval_95": [low, high],
+            "samples_s": list(samples[name]),
+        }
+    return row
+
+
+def _costs(
+    network: nn.Module,
+    setting: StepSetting,
+    cluster: Cluster,
+    devices: Sequence[str],
+    key: Mapping[str, str],
+    costs_file: str,
+    remeasure: bool,
+    budget_s: float,
+    on_stage: OnStage,
+) -> tuple[Costs, str]:
+    """The costs and the file that holds them: the user's, the cache's, or newly measured. Agreed on by all ranks."""
+    device = next(network.parameters()).device
+    if costs_file:
+        costs = read_costs(costs_file)
+        costs.check_key(key, costs_file)
+        return costs, costs_file
+    hosts = sorted({cluster.by_name[name].host for name in devices})
+    digest = sha256(repr((sorted(key.items()), len(hosts))).encode()).hexdigest()[:16]
+    path = cache_folder() / f"costs-{digest}.json"
+    kept = None
+    if not remeasure and dist.get_rank() == 0 and path.exists():
+        try:
+            read_costs(path)
+            kept = path.read_text(encoding="utf-8")
+        except PlanError:
+            kept = None
+    kept = gather_json(kept, device)[0]
+    if kept is None:
+        costs = measure_costs(
+            network, setting, cluster, devices, budget_s=budget_s,
+            on_trial=lambda done, total: on_stage("measuring", done, total),
+        )  # fmt: skip
+        if dist.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_costs(costs, path)
+        return costs, str(path)
+    mine = path.with_name(f"{path.stem}-rank{dist.get_rank()}.json")
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(mine, kept.encode())
+    costs = read_costs(mine)
+    mine.unlink()
+    return costs, str(path)
+
+
+def cache_folder() -> Path:
+    """Where measured costs are kept: $XDG_CACHE_HOME/anabranch, else ~/.cache/anabranch."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anabranch"

@@ -1,0 +1,114 @@
+"""Measures what collectives cost between the workers, and what an overlapped one takes from compute."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from anabranch.runtime.mesh import Mesh
+from anabranch.runtime.plan_step import PlanStep
+from anabranch.runtime.process_group import gather_json
+from anabranch.schedulers.costs import Collective, Curve, GroupCost
+from anabranch.schedulers.layout import group_kinds
+
+_SIZES = tuple(4**i * 1024 for i in range(8))  # bytes: 1 KiB … 16 MiB
+_ROUNDS, _SLOW_S = 5, 0.25  # larger messages than one that takes so long are drawn out
+
+_RUN: dict[Collective, Callable[[torch.Tensor, dist.ProcessGroup], object]] = {
+    "all_reduce": lambda x, group: dist.all_reduce(x, group=group),
+    "all_gather": lambda x, group: _all_gather(x, group),
+}
+
+
+def link_costs(
+    meshes: Mapping[int, Mesh],
+    hosts: Sequence[str],
+    in_steps: Mapping[int, Mapping[int, float]],
+    occupancy: float,
+    device: torch.device,
+) -> tuple[GroupCost, ...]:
+    """Costs of collectives over branch groups, data groups and all ranks, of every size that the meshes have.
+
+    meshes: by branch size. hosts: by rank. in_steps: seconds of branch all-reduces seen in real steps, by group size
+    and bytes: they count where there are any. Collective.
+    """
+    found: dict[tuple[str, int, bool], GroupCost] = {}
+    for branch, mesh in meshes.items():
+        rows = [hosts[d * branch : (d + 1) * branch] for d in range(mesh.data)]
+        kinds = group_kinds(rows)
+        groups = (mesh.branch_group, mesh.data_group, mesh.world_group)
+        for kind, group in zip(kinds, groups, strict=True):
+            for collective in _RUN:
+                key = (collective, kind.size, kind.across)
+                if kind.size == 1 or key in found:
+                    continue
+                points = _measured(collective, group, mesh.world_group, device)
+                seen = in_steps.get(kind.size, {}) if collective == "all_reduce" else {}
+                if seen:
+                    low, high = min(seen), max(seen)
+                    points = {n: s for n, s in points.items() if not low <= n <= high} | dict(seen)
+                found[key] = GroupCost(
+                    collective, kind.size, kind.across, Curve(tuple(sorted(points.items()))),
+                    occupancy if collective == "all_reduce" else 0.0,
+                )  # fmt: skip
+    return tuple(found.values())
+
+
+def _measured(
+    collective: Collective, group: dist.ProcessGroup, world: dist.ProcessGroup, device: torch.device
+) -> dict[int, float]:
+    """Seconds by bytes, all groups at once; of a round the shortest of a group's ranks, which waited for none."""
+    points: dict[int, float] = {}
+    for num_bytes in _SIZES:
+        x = torch.ones(num_bytes // 4, device=device)
+        seconds = []
+        for _ in range(_ROUNDS):
+            dist.barrier(world)
+            begun = time.perf_counter()
+            _RUN[collective](x, group)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        rounds = zip(*gather_json(seconds, device, group), strict=True)
+        here = statistics.median(map(min, rounds))
+        points[num_bytes] = max(gather_json(here, device, world))  # the slowest group's
+        if points[num_bytes] > _SLOW_S:
+            break
+    return points
+
+
+def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> None:
+    from anabranch.runtime.collectives import gathered_rows
+
+    each = len(x) // group.size()
+    gathered_rows(x[:each], [each] * group.size(), group)
+
+
+def occupancy(step: PlanStep, rounds: int = 5) -> float:
+    """The part of gradient transfers that overlapping them with the backward does not hide, in [0, 1]. Collective.
+
+    From steps that reduce during the backward, and after it, in turn.
+    """
+    reducer, recorder = step.train.reducer, step.train.network.recorder
+    step()
+    hidden, exposed, transfers = [], [], []
+    for _ in range(rounds):
+        for overlap, samples in ((True, hidden), (False, exposed)):
+            reducer.overlap = overlap
+            dist.barrier()
+            begun = time.perf_counter()
+            step()
+            samples.append(time.perf_counter() - begun)
+            if not overlap:
+                transfers.append(recorder.times()[4])
+    mine = [statistics.median(values) for values in (hidden, exposed, transfers)]
+    device = step.batches[0].x.device
+    together = [statistics.median(values) for values in zip(*gather_json(mine, device), strict=True)]
+    with_overlap, without, transfer = together
+    if transfer <= 0.01 * without:  # too small to tell
+        return 0.0 if device.type == "cuda" else 1.0
+    return min(max(1.0 - (without - with_overlap) / transfer, 0.0), 1.0)

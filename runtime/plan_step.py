@@ -1,0 +1,59 @@
+"""Steps of a plan on one fixed batch: what measuring and timing plans repeat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.runtime.config import Config
+from anabranch.runtime.deal import deal_step
+from anabranch.runtime.loss import LossFunction
+from anabranch.runtime.mesh import Mesh
+from anabranch.runtime.optimizer import make_optimizer
+from anabranch.runtime.parallel_network import parallelize
+from anabranch.runtime.regularizer import OrthogonalityPenalty
+from anabranch.runtime.step import MicroBatch, TrainStep
+from anabranch.schedulers import Plan
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """What all plans have in common: x (n, C, H, W) and target (n,), the step's samples, and how they are trained."""
+
+    x: Tensor
+    target: Tensor
+    config: Config
+    loss: LossFunction
+    penalty: OrthogonalityPenalty | None = None
+
+
+class PlanStep:
+    """A plan's training step, to be called again and again. `network` is consumed."""
+
+    def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh, setting: StepSetting) -> None:
+        config, device = setting.config, torch.device(mesh.device_mesh.device_type)
+        parallel = parallelize(network, plan, mesh, execution=config.mesh.execution).to(device)
+        self.train = TrainStep(
+            parallel, make_optimizer(config.optimizer, parallel.parameters()), setting.loss,
+            precision=config.train.precision, clip_norm=config.optimizer.clip_norm, penalty=setting.penalty,
+        )  # fmt: skip
+        num = len(setting.x)
+        deals = deal_step(
+            num, bn_batch_size=min(config.train.bn_batch_size, num), data=mesh.data, branch=mesh.branch,
+            samples=plan.samples, accumulation=config.train.accumulation,
+        )  # fmt: skip
+        ids = torch.arange(num)
+        self.batches = []
+        for deal in deals:
+            rows = parallel.rank_batch(deal, num)
+            taken = rows.range_of(parallel.input_rows)
+            part = slice(taken.start, taken.stop)
+            own, group = (ids[r.start : r.stop].to(device) for r in (rows.own_range, rows.group_range))
+            x, target = setting.x[part].to(device), setting.target[part].to(device)
+            self.batches.append(MicroBatch(x, target, rows.with_samples(own, group, 0)))
+
+    def __call__(self) -> None:
+        self.train.gradients(self.batches)
+        self.train.apply(self.train.optimizer.param_groups[0]["lr"])

@@ -1,0 +1,63 @@
+"""profile.json: made of all ranks' steps, written, read.
+
+All times in seconds, sizes in bytes. {"p50", "p95"}: over steps; {"min", "median", "max"}: over ranks, of p50.
+
+    schema        1; another number is another format
+    mesh          [data, branch]
+    steps         measured, regular (those that recorded the same: of them are all figures), warm_up, step_s {p50, p95}
+    ranks         by rank: host, device, kind, memory_bytes, peak_flops_per_s (of a large matrix product), clock_error_s,
+                  step_s, parts {part: {p50, p95}}, unattributed (share of the step that no part accounts for)
+    elements      stem, blocks, head, in order: name, split, over {figure: {min, median, max}}, ranks by rank: held
+                  (branches), forward_s, backward_s {p50, p95} without exchanges, transfer_s, wait_s {p50, p95}, bytes,
+                  flops [forward, backward], flops_per_s, utilisation, kernels, gap_s (of one traced step: how many
+                  kernels, on a CPU operators, and the time between them)
+    exchanges     by op, element, part: op, bytes, calls a step, transfer_s, wait_s [of each rank], bytes_per_s
+                  (bytes ÷ the group's shortest transfer)
+    stragglers    who was waited for, most first: rank, host, device, part, element, branches, wait_s (p50 of the rank
+                  that waited longest), waiting (that rank), share (of the step)
+    suggestion    null, or: text, moves [{block, branch, source, target}], predicted_s, now_s, change
+    prediction    null, or: source, total_s, elements {name: [forward_s, backward_s]}, timeline as below
+    timeline      one step, that of median length: step_s, spans [rank, part, element, op, start, seconds, wait]
+    overhead      record_s, records {light, detailed}, share {light, detailed} (records × their cost ÷ step),
+                  measured {light, detailed}: [low, middle, high] of the ratio to steps that record nothing, 95 %
+    by_step       step_s [rank][step]: at most 2000 steps
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from anabranch.runtime.durable import write_text
+from anabranch.runtime.errors import ConfigError
+
+SCHEMA = 1
+
+
+def write_profile(profile: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(_rounded(profile), separators=(",", ":")) + "\n")
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """Raises ConfigError where it is torn, no profile, or of another schema."""
+    try:
+        profile = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a profile (no valid JSON: {error}): run `anabranch profile` again") from None
+    schema = profile.get("schema") if isinstance(profile, dict) else None
+    if schema != SCHEMA:
+        raise ConfigError(
+            f"{path}: a profile of schema {schema}, this version reads schema {SCHEMA}: "
+            "use the version that wrote it, or run `anabranch profile` again"
+        )
+    return dict(profile)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

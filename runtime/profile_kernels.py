@@ -1,0 +1,66 @@
+"""One step under torch.profiler: kernels on a GPU, operators on a CPU, on the recorder's clock."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from anabranch.runtime.recorder import Recorder, Span
+
+MOST_EVENTS = 20_000  # kept of a rank's step: the longest; the trace stays small enough to open
+_CLOCK = "anabranch.clock"
+_KINDS = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "copy", "cpu_op": "op"}
+
+
+def traced(
+    step: Callable[[], object], recorder: Recorder, device: torch.device
+) -> tuple[list[list[Any]], list[tuple[list[Span], float, float]]]:
+    """([name, kind, thread, start, seconds] of a step's events, the recorder's steps).
+
+    kind: kernel, copy (both on a GPU) or op (what the CPU ran). The recorder must keep.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    moments = []
+    step()  # under a profiler the first step's start-up would show: this one has nothing to show
+    with profile(activities=activities) as profiler:
+        for _ in range(3):  # the profiler's clock is its own: these tie it to ours
+            begun = time.perf_counter()
+            with record_function(_CLOCK):
+                pass
+            moments.append((begun + time.perf_counter()) / 2)
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    kept = recorder.kept()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        found = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    marks = sorted(e["ts"] + e["dur"] / 2 for e in found if e.get("name") == _CLOCK and e.get("ph") == "X")
+    offset = sorted(ours - mark / 1e6 for ours, mark in zip(moments, marks, strict=False))[len(marks) // 2]
+    events = [
+        [e["name"], _KINDS[e["cat"]], str(e["tid"]), e["ts"] / 1e6 + offset, e["dur"] / 1e6]
+        for e in found
+        if e.get("ph") == "X" and e.get("cat") in _KINDS
+    ]
+    longest = sorted(events, key=lambda event: -event[4])[:MOST_EVENTS]
+    return sorted(longest, key=lambda event: (event[3], -event[4])), kept
+
+
+def busy(events: list[list[Any]], start: float, end: float) -> tuple[int, float]:
+    """(how many, seconds that at least one ran) of the kernels (else operators) in an interval."""
+    on_device = [e for e in events if e[1] != "op"] or events
+    inside = sorted((max(e[3], start), min(e[3] + e[4], end)) for e in on_device if e[3] < end and e[3] + e[4] > start)
+    seconds, until, number = 0.0, start, 0
+    for begin, stop in inside:
+        number += begin >= until  # a nested operator is part of the one that called it
+        seconds += max(stop - max(begin, until), 0.0)
+        until = max(until, stop)
+    return number, seconds
