@@ -13,7 +13,7 @@ from torch import nn
 from anabranch.blocks import build, families, models
 from anabranch.blocks.random import fold
 from anabranch.runtime.config import Config
-from anabranch.runtime.config_rules import mesh_axes
+from anabranch.runtime.config_rules import IMAGE_FOLDERS, mesh_axes
 from anabranch.runtime.data.load import load_data
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.data.user import import_object, user_code
@@ -28,6 +28,13 @@ AUTO = "auto"  # `mesh.plan`, or a plan file's scheduler: measured and timed on 
 def make_data(config: Config) -> DataBundle:
     """The dataset of `[data]`. Raises DataError."""
     data = config.data
+    if data.name in IMAGE_FOLDERS:
+        from anabranch.runtime.data.image_folder import load_image_folder
+
+        return load_image_folder(
+            data.name, data.path, data.options, seed=config.train.seed, loader_workers=data.loader_workers,
+            augment=data.augment, on_bad=data.on_bad_image, margin=data.eval_crops > 1,
+        )  # fmt: skip
     return load_data(data.name, data.path, data.options, config.train.seed, data.loader_workers)
 
 

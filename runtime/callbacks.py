@@ -38,6 +38,9 @@ class Callback:
     def on_end(self, result: Mapping[str, Any]) -> None:
         """Once, when the run ends without an error."""
 
+    def close(self) -> None:
+        """Last of all, after an error too: end what is open."""
+
 
 class MetricsFile(Callback):
     """Writes RUN/metrics.jsonl: one JSON object a line, {"kind": "step" | "evaluation" | "checkpoint", "step": …, …}.
@@ -67,7 +70,7 @@ class MetricsFile(Callback):
         self._write("checkpoint", {"step": self._step, "path": str(path)})
         self._file.flush()
 
-    def on_end(self, result: Mapping[str, Any]) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:

@@ -79,6 +79,7 @@ Json = Annotated[
     bool,
     Parameter(help="Print the result as one JSON object on the last line of standard output.", negative=()),
 ]
+Png = Annotated[bool, Parameter(help="Also write the pictures as PNG (matplotlib).", negative=())]
 Quiet = Annotated[bool, Parameter(help="Print nothing but the result and errors.", negative=())]
 
 
@@ -138,6 +139,48 @@ def verify(
 
 
 @app.command
+@with_config_flags
+def profile(
+    config: ConfigName = "",
+    /,
+    *,
+    steps: int = 20,
+    json: Json = False,
+    quiet: Quiet = False,
+    **given: Any,
+) -> Call:
+    """Measure what each step spends, per block and rank: tables, and profile.json, trace.json.gz (Perfetto) and
+    report.html in the run's folder.
+
+    JSON: step_s, stragglers, suggestion, unattributed, overhead, run_dir, profile, trace, report.
+
+    Parameters
+    ----------
+    steps
+        Training steps to measure, after some to warm up.
+    """
+    return Call("profile", {"config": config_from_flags(config, given), "steps": steps}, json, quiet)
+
+
+@app.command
+def report(
+    *runs: RunFolder, output: Path | None = None, png: Png = False, json: Json = False, quiet: Quiet = False
+) -> Call:
+    """Make one self-contained HTML page of a run's metrics and profile, or compare several runs.
+
+    JSON: output, runs, notes, pictures.
+
+    Parameters
+    ----------
+    output
+        File to write; default report.html in the first RUN.
+    """
+    if not runs:
+        raise ConfigError("report needs a run's folder: anabranch report RUN [RUN …]")
+    return Call("report", {"runs": [*runs], "output": output, "png": png}, json, quiet)
+
+
+@app.command
 @with_gross_flags
 def gross(config: ConfigName = "", /, *, json: Json = False, quiet: Quiet = False, **given: Any) -> Call:
     """Train a network (or take a run's: --gross.full RUN), decompose it, train all group sizes at once, evaluate every
@@ -161,13 +204,25 @@ def gross(config: ConfigName = "", /, *, json: Json = False, quiet: Quiet = Fals
 
 @app.command(name="eval")
 def evaluate(
-    run: RunFolder, /, *, checkpoint: Checkpoint = "", json: Json = False, quiet: Quiet = False
+    run: RunFolder,
+    /,
+    *,
+    checkpoint: Checkpoint = "",
+    crops: int = 0,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> Call:
     """Measure the accuracy of a run's checkpoint on its test samples.
 
-    JSON: test_accuracy, test_loss, checkpoint.
+    JSON: test_accuracy, test_loss, checkpoint, crops.
+
+    Parameters
+    ----------
+    crops
+        Crops of each sample whose predictions are averaged, 1 or 10; 0: as the run was configured.
     """
-    return Call("evaluate", {"run": run, "checkpoint": checkpoint}, json, quiet)
+    arguments = {"run": run, "checkpoint": checkpoint, "crops": crops}
+    return Call("evaluate", arguments, json, quiet)
 
 
 @app.command

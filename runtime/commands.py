@@ -66,13 +66,18 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     return result
 
 
-def evaluate(run: Path, checkpoint: str, console: Console) -> dict[str, Any] | None:
-    """Accuracy of a run's checkpoint on the test samples: test_accuracy, test_loss, checkpoint."""
+def evaluate(run: Path, checkpoint: str, crops: int, console: Console) -> dict[str, Any] | None:
+    """Accuracy of a run's checkpoint on the test samples: test_accuracy, test_loss, checkpoint, crops.
+
+    crops: of each sample, 1 or 10; 0: as the run was configured.
+    """
     from anabranch.runtime.run_folder import RunFolder
 
     folder = RunFolder.open(run)
     found = folder.checkpoint(checkpoint, partial(_warn, console))
     config = folder.config()
+    config = replace(config, data=replace(config.data, eval_crops=crops or config.data.eval_crops))
+    config.check()
     if choose_launcher() != "env":  # one process is enough, whatever the run had
         config = replace(
             config,
@@ -84,7 +89,7 @@ def evaluate(run: Path, checkpoint: str, console: Console) -> dict[str, Any] | N
     if result is None:
         return None
     console.print(f"test accuracy {100 * result['test_accuracy']:.2f} %, test loss {result['test_loss']:.4f}")
-    return {**result, "checkpoint": str(found.path)}
+    return {**result, "checkpoint": str(found.path), "crops": config.data.eval_crops}
 
 
 def verify(
@@ -109,6 +114,37 @@ def verify(
         soft_wrap=True,
     )
     return {**result, "tolerance": tolerance, "passed": passed}
+
+
+def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | None:
+    """Profiles a run's first steps: step_s, stragglers, suggestion, unattributed, overhead, files, run_dir."""
+    if steps < 1:
+        raise ConfigError(f"--steps is {steps}: profile at least 1")
+    with Driver(config, console) as driver:
+        from anabranch.runtime.profile_command import print_result
+        from anabranch.runtime.run_folder import RunFolder
+
+        audit = driver.find_plan() if driver.is_auto else None
+        if driver.plan is not None:
+            folder = RunFolder.create(driver.config, driver.plan)
+            mesh = replace(driver.config.mesh, costs=audit["costs"] if audit else driver.config.mesh.costs)
+            launch = replace(driver.config.launch, run_dir=str(folder.path))
+            driver.config = replace(driver.config, launch=launch, mesh=mesh)
+            print_placement(console, driver.plan, driver.model)
+        result = driver.run("profile", "profiling", steps=steps)
+    return None if result is None else print_result(console, result)
+
+
+def report(runs: list[Path], output: Path | None, png: bool, console: Console) -> dict[str, Any]:
+    """Makes report.html of runs' files: output, runs, notes, pictures."""
+    from anabranch.runtime.report import write_report
+
+    result = write_report(runs, output, png=png)
+    for note in result["notes"]:
+        _warn(console, note)
+    for path in (result["output"], *result["pictures"]):
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    return result
 
 
 def gross(config: Config, console: Console) -> dict[str, Any] | None:

@@ -32,12 +32,19 @@ class DataConfig:
     """`[data]`: what is learned."""
 
     name: str = "digits"
-    """digits (built in, 8x8 grey), cifar10, cifar100, synthetic, or your own factory "package.module:make_dataset"."""
+    """digits (built in, 8x8 grey), cifar10, cifar100, imagenet, places365, image_folder (train/ and val/ with a folder
+    a class), synthetic, or your own factory "package.module:make_dataset"."""
     path: str = ""
-    """Folder of the dataset's files (cifar10, cifar100); empty: the dataset needs none."""
-    augment: Literal["none", "crop", "flip_crop", "affine"] = "none"
+    """Folder of the dataset's files (cifar10, cifar100, image folders); empty: the dataset needs none."""
+    augment: Literal["none", "crop", "flip_crop", "affine", "area_crop", "area_crop_hsl"] = "none"
     """crop: pad training samples by crop_padding and crop them at random; flip_crop: mirror half of them besides;
-    affine: turn, scale, shear and shift them at random."""
+    affine: turn, scale, shear and shift them at random. Of image folders: area_crop: crops by area (8 to 100 %) and
+    aspect (3/4 to 4/3), half of them mirrored; area_crop_hsl: noise on hue, saturation and lightness besides."""
+    eval_crops: int = 1
+    """Crops of each test sample whose predictions are averaged: 1, or 10 (four corners and the centre, mirrored too; of
+    images without a margin, of images padded by crop_padding)."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """Of image folders, where a file cannot be read: stop, or say so and take the next one."""
     crop_padding: int = 4
     """Pixels of padding on each side, which is the largest shift of a crop; of affine: the largest shift."""
     affine_degrees: float = 12.0
@@ -78,12 +85,17 @@ class OptimizerConfig:
 class LrScheduleConfig:
     """`[lr_schedule]`: the learning rate over the run."""
 
-    name: Literal["step", "cosine", "constant"] = "cosine"
-    """step: times factor at each milestone; cosine: half a cosine from lr to lr x final_factor; constant: lr."""
+    name: Literal["step", "cosine", "constant", "plateau"] = "cosine"
+    """step: times factor at each milestone; cosine: half a cosine from lr to lr x final_factor; constant: lr; plateau:
+    times factor when the test accuracy has not risen for `patience` tests in a row."""
     milestones: tuple[int, ...] = ()
     """Of step: the epochs, counted from 0 and ascending, at whose start lr is multiplied by factor."""
     factor: float = 0.1
-    """Of step: what lr is multiplied by at a milestone."""
+    """Of step and plateau: what lr is multiplied by."""
+    patience: int = 3
+    """Of plateau: tests in a row without a better accuracy, after which lr falls."""
+    min_factor: float = 1e-3
+    """Of plateau: the smallest fraction of lr."""
     warmup_epochs: float = 1.0
     """Epochs (parts of one too) over which lr first rises linearly; 0: none."""
     final_factor: float = 0.0

@@ -12,10 +12,12 @@ from anabranch.runtime.schema import FieldError, suggest
 if TYPE_CHECKING:
     from anabranch.runtime.config import Config
 
-DATASETS = ("digits", "cifar10", "cifar100", "synthetic")
+IMAGE_FOLDERS = ("imagenet", "places365", "image_folder")
+DATASETS = ("digits", "cifar10", "cifar100", *IMAGE_FOLDERS, "synthetic")
 
 RANGES: dict[str, str] = {
     "data.crop_padding": "[0, inf)",
+    "data.eval_crops": "[1, 10]",
     "data.affine_degrees": "[0, 180]",
     "data.affine_scale": "[0, inf)",
     "data.affine_shear": "[0, inf)",
@@ -28,6 +30,8 @@ RANGES: dict[str, str] = {
     "optimizer.clip_norm": "[0, inf)",
     "lr_schedule.milestones": "[1, inf)",
     "lr_schedule.factor": "(0, inf)",
+    "lr_schedule.patience": "[1, inf)",
+    "lr_schedule.min_factor": "[0, 1]",
     "lr_schedule.warmup_epochs": "[0, inf)",
     "lr_schedule.final_factor": "[0, 1]",
     "train.epochs": "[1, inf)",
@@ -110,6 +114,12 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
             "optimizer.nesterov",
             "is true, and optimizer.momentum is 0: give a momentum, or set nesterov to false",
         )
+    if data.eval_crops not in (1, 10):
+        yield "data.eval_crops", f"is {data.eval_crops}: it must be 1 or 10"
+    if data.augment.startswith("area_crop") and ":" not in data.name and data.name not in IMAGE_FOLDERS:
+        yield "data.augment", f"is {data.augment}, which is for {', '.join(IMAGE_FOLDERS)}, not {data.name}"
+    if schedule.name == "plateau" and not train.eval_every_epochs:
+        yield "lr_schedule.name", "is plateau, and train.eval_every_epochs is 0: it needs tests to follow"
     if ":" not in data.name and data.name not in DATASETS:
         known = f'{", ".join(DATASETS)}, or your own "package.module:make_dataset"'
         yield "data.name", f'is "{data.name}": it must be {known}{suggest(data.name, DATASETS)}'

@@ -9,7 +9,7 @@ from anabranch.cluster import WorkerContext
 from anabranch.runtime.config import Config
 from anabranch.schedulers import Cluster, Plan
 
-Kind = Literal["train", "eval", "verify", "gross", "plan"]
+Kind = Literal["train", "eval", "verify", "gross", "plan", "profile"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Job:
 
     kind: which target. plan: None where the launcher has placed the ranks already (torchrun, srun): they make it
     together. run_dir: "" where rank 0 is to choose it. checkpoint: to start from; "" for none. folder: the
-    user's working directory, importable on every worker. steps: of verify.
+    user's working directory, importable on every worker. steps: of verify, profile.
     cluster: what a plan is made for; None where the ranks tell each other where they are.
     """
 
@@ -40,5 +40,6 @@ class Job:
             "verify": worker.verify_worker,
             "gross": worker.gross_worker,
             "plan": worker.plan_worker,
+            "profile": worker.profile_worker,
         }
         return targets[self.kind](self, context)

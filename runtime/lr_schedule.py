@@ -3,8 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from anabranch.runtime.config import LrScheduleConfig
+
+
+class Plateau:
+    """What lr is multiplied by under the schedule "plateau": × factor after `patience` tests without a better one.
+
+    follows: whether the schedule is "plateau"; else `scale` stays 1. All ranks see the same accuracies, and the state
+    goes into checkpoints, so that any mesh and any resume follow the same rates.
+    """
+
+    def __init__(self, schedule: LrScheduleConfig) -> None:
+        self.schedule, self.follows = schedule, schedule.name == "plateau"
+        self.scale, self.best, self.waited = 1.0, -math.inf, 0
+
+    def observe(self, accuracy: float) -> None:
+        """After a test."""
+        if not self.follows:
+            return
+        if accuracy > self.best:
+            self.best, self.waited = accuracy, 0
+            return
+        self.waited += 1
+        if self.waited >= self.schedule.patience:
+            self.scale = max(self.scale * self.schedule.factor, self.schedule.min_factor)
+            self.waited = 0
+
+    def state(self) -> dict[str, float]:
+        """Plain data for `load`."""
+        return {"scale": self.scale, "best": self.best, "waited": self.waited}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Goes on from a state; an empty one starts anew."""
+        if state:
+            self.scale, self.best, self.waited = state["scale"], state["best"], int(state["waited"])
 
 
 def learning_rate(

@@ -170,7 +170,11 @@ class Recorder:
         if self._cuda:
             torch.cuda.synchronize(self._device)
         return [
-            ([Span(*names, self._at(a), self._at(b)) for *names, a, b in spans], self._at(start), self._at(end))
+            (
+                [Span(*names, self._at(a), self._at(b)) for *names, a, b in spans],
+                self._at(start),
+                self._at(end),
+            )
             for spans, start, end in steps
         ]
 

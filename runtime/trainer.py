@@ -8,6 +8,7 @@ Under torchrun each process does the same; with a plan over several ranks it tak
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -27,14 +28,14 @@ from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
 from anabranch.runtime.checksum import check_replicas
 from anabranch.runtime.config import Config
-from anabranch.runtime.data.augment import augment_keys, augmented, normalise
+from anabranch.runtime.data.augment import augment_keys, augmented, normalise, ten_crops
 from anabranch.runtime.data.batches import batches, epoch_order
 from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import BatchSource, DataBundle
 from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.launch import alone, choose_launcher, from_environment
 from anabranch.runtime.loss import LossFunction, step_share
-from anabranch.runtime.lr_schedule import learning_rate
+from anabranch.runtime.lr_schedule import Plateau, learning_rate
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
@@ -90,7 +91,11 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end (or until asked to stop); plain data: test_accuracy, train_seconds, median_step_s, …"""
         with process_group(self.context, self.config.launch.timeout_s):
-            return self._fit()
+            try:
+                return self._fit()
+            finally:
+                for callback in self._callbacks:
+                    callback.close()
 
     def evaluate(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Accuracy and loss of a checkpoint on the test samples, each counted once."""
@@ -121,10 +126,11 @@ class Trainer:
         publish, config = self.context.publish, self.config
         publish(phase="building", num_steps=self.last_step, num_epochs=config.train.epochs)
         self._set_up()
-        done = 0
+        done, plateau = 0, Plateau(config.lr_schedule)
         if self.resume is not None:
             self.resume.load_into(self.network, self.optimizer)
             done = int(self.resume.position["step"])
+            plateau.load(self.resume.position.get("plateau", {}))
         checkpoints = Checkpoints(self.run_dir, config.checkpoint.num_to_keep) if self.run_dir else None
         if self.run_dir and self.context.rank == 0:
             path = self.run_dir / "metrics.jsonl"
@@ -149,7 +155,7 @@ class Trainer:
             outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
             for callback in self._callbacks:
                 callback.on_gradients(step, self.network)
-            lr = learning_rate(
+            lr = plateau.scale * learning_rate(
                 config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps
             )
             self.step.apply(lr)
@@ -174,14 +180,15 @@ class Trainer:
                     break
                 if eval_every and done % eval_every == 0:
                     result, tested_at = self._evaluate(done), done
+                    plateau.observe(result["test_accuracy"])
                 if checkpoints and config.checkpoint.every_epochs and done % save_every == 0:
-                    self._save(checkpoints, done)
+                    self._save(checkpoints, done, plateau)
                     saved_at = done
         if not stopped and tested_at != done:
             result = self._evaluate(done)
         train_seconds = time.perf_counter() - started
         if checkpoints and saved_at != done:
-            self._save(checkpoints, done)
+            self._save(checkpoints, done, plateau)
         if not stopped:
             for callback in self._callbacks:
                 callback.on_trained(self.network)
@@ -240,7 +247,7 @@ class Trainer:
     ) -> MicroBatch:
         own, group = (ids[r.start : r.stop].to(self.device) for r in (rows.own_range, rows.group_range))
         x = normalise(x, self.data.normalisation, self.dtype)
-        if self.config.data.augment != "none":
+        if self.config.data.augment in ("crop", "flip_crop", "affine"):
             mine = own if self.network.input_rows == "own" else group
             keys = augment_keys(self.config.train.seed, epoch, mine)
             x = augmented(x, keys, self.config.data)
@@ -257,7 +264,7 @@ class Trainer:
         fetched = self._fetch(self.data.test, steps, rows, 0)
         for (x, target), (part,) in zip(fetched, rows, strict=True):
             with autocast(self.config.train.precision, self.device):
-                output = self.network(normalise(x, self.data.normalisation, self.dtype), part)
+                output = self._predicted(normalise(x, self.data.normalisation, self.dtype), part)
                 target = self.network.to_output_rows(target, part)
                 sums[0] += step_share(self.loss, output, target, num)
             sums[1] += num_correct(output, target)
@@ -269,14 +276,25 @@ class Trainer:
         self._tell("on_evaluation", {"step": step, "epoch": step / self.steps_per_epoch, **metrics})
         return metrics
 
-    def _save(self, checkpoints: Checkpoints, step: int) -> None:
+    def _predicted(self, x: Tensor, rows: RankBatch) -> Tensor:
+        """The network's outputs; of several crops the logarithm of their classes' mean probabilities."""
+        data = self.config.data
+        if data.eval_crops == 1:
+            return self.network(x, rows)  # type: ignore[no-any-return]
+        crops = ten_crops(x, self.data.image_size, data.crop_padding)
+        logs = torch.stack([self.network(crop, rows).float().log_softmax(1) for crop in crops])
+        return logs.logsumexp(0) - math.log(len(crops))
+
+    def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau) -> None:
         self.context.publish(phase="saving")
         check_replicas(self.network)
-        position = {
+        position: dict[str, Any] = {
             "step": step,
             "epoch": step // self.steps_per_epoch,
             "step_in_epoch": step % self.steps_per_epoch,
         }
+        if plateau.follows:
+            position["plateau"] = plateau.state()
         path = checkpoints.save(
             self.network, self.optimizer, position=position, config_toml=self.config.to_toml(),
             plan_toml=format_plan(self.plan),

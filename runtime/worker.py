@@ -122,6 +122,20 @@ def _device_of(name: str, context: WorkerContext) -> Device:
     return Device(host, int(index), "cuda" if context.device.startswith("cuda") else "cpu")
 
 
+def profile_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
+    """Profiles the job's first steps; on rank 0 the profile and the folder that it lies in."""
+    from anabranch.runtime.profile_command import profile_rank
+
+    context.publish(phase="loading")
+    with _started(job, context) as (data, plan):
+        config = settle(job.config, plan)
+        network = prepare(make_network(config, data))
+        model = spec_of(network)
+        trainer = Trainer(network, data, config, plan=plan, context=context, loss=make_loss(config))
+        run_dir = _run_dir(job, config, plan, context)
+        return profile_rank(trainer, model, config, job.steps, config.mesh.costs, run_dir, context)
+
+
 def eval_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
     """Accuracy and loss of the job's checkpoint on the test samples."""
     with _started(job, context) as (data, plan):

@@ -244,7 +244,7 @@ def test_a_wrong_environment(
 
 def test_verbs() -> None:
     assert parse(["eval", "runs/a", "--json"]) == Call(
-        "evaluate", {"run": Path("runs/a"), "checkpoint": ""}, json=True
+        "evaluate", {"run": Path("runs/a"), "checkpoint": "", "crops": 0}, json=True
     )
     assert parse(["models", "--quiet"]) == Call("models", {}, quiet=True)
     exported = {"run": Path("r"), "output": Path("r/model.safetensors"), "checkpoint": ""}

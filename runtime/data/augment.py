@@ -79,6 +79,20 @@ def flip_crop(x_NCHW: Tensor, keys: Tensor, padding: int = 4, *, flip: bool = Tr
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
+def ten_crops(x_NCHW: Tensor, size: tuple[int, int], padding: int) -> list[Tensor]:
+    """Four corners and the centre of each image, size (height, width), and their mirror images: 10 × (N, C, H, W).
+
+    Images without a margin are padded by `padding` zeros first.
+    """
+    height, width = size
+    if tuple(x_NCHW.shape[2:]) == size:
+        x_NCHW = F.pad(x_NCHW, (padding,) * 4)
+    down, right = x_NCHW.shape[2] - height, x_NCHW.shape[3] - width
+    corners = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
+    crops = [x_NCHW[:, :, top : top + height, left : left + width] for top, left in corners]
+    return [*crops, *(crop.flip(3) for crop in crops)]
+
+
 def affine(
     x_NCHW: Tensor, keys: Tensor, *, degrees: float, scale: float, shear: float, shift: float
 ) -> Tensor:
