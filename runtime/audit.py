@@ -31,9 +31,9 @@ from anabranch.runtime.process_group import gather_json
 from anabranch.schedulers import Cluster, Plan, PlanError, PlanFile, format_plan
 from anabranch.schedulers.cost_file import read_costs, write_costs
 from anabranch.schedulers.costs import Batch, Costs
-from anabranch.schedulers.predict import Predictor
-from anabranch.schedulers.registry import make_request, schedule
-from anabranch.schedulers.search import Search
+from anabranch.schedulers.optimal import Candidate, candidates
+from anabranch.schedulers.registry import make_request
+from anabranch.schedulers.search import search
 
 OnStage = Callable[[str, int, int], None]
 DATA = "data"
@@ -69,26 +69,16 @@ def automatic_plan(
     train = config.train
     batch = Batch(len(setting.x), train.bn_batch_size, train.accumulation)
     request = make_request(spec, cluster, mesh=mesh, partial=partial, costs=costs, batch=batch)
-    search = Search(request)
-    found = search.run(leave_out=False)
-    predictor = Predictor(spec, cluster, costs, batch)
-    plain = replace(
-        schedule(DATA, spec, cluster, mesh=(len(devices), 1)), devices=tuple((name,) for name in devices)
-    )
-    candidates = _candidates(search, plain, devices)
+    found = search(request)
+    rivals = _rivals(candidates(request, _CANDIDATES + 1), devices)
     samples: dict[str, list[float]] = {}
-    if audit and len(candidates) > 1:
-        samples = time_plans(
-            network, candidates, setting, on_round=lambda i, n: on_stage("timing plans", i, n)
-        )
-    chosen = (
-        _chosen(samples, settled=mesh is not None or partial is not None)
-        if samples
-        else next(iter(candidates))
-    )
-    rows = [_row(name, plan, predictor(plan), samples) for name, plan in candidates.items()]
+    if audit and len(rivals) > 1:
+        plans = {name: candidate.plan for name, candidate in rivals.items()}
+        samples = time_plans(network, plans, setting, on_round=lambda i, n: on_stage("timing plans", i, n))
+    chosen = _chosen(samples, rivals) if samples else next(n for n, c in rivals.items() if c.keeps_request)
+    rows = [_row(name, c.plan, c.prediction, samples) for name, c in rivals.items()]
     return {
-        "plan": format_plan(replace(candidates[chosen], scheduler=None)),
+        "plan": format_plan(replace(rivals[chosen].plan, scheduler=None)),
         "chosen": chosen,
         "search_s": found.seconds,
         "gap": found.gap,
@@ -143,28 +133,39 @@ def time_plans(
     return samples
 
 
-def _chosen(samples: Mapping[str, Sequence[float]], *, settled: bool) -> str:
-    """The fastest whose interval against data parallelism lies below 1, else that; a settled request has no choice."""
-    rivals = [name for name in samples if name != DATA]
-    if settled:
-        return min(rivals, key=lambda name: median(samples[name])) if rivals else DATA
-    faster = [name for name in rivals if _ratio(samples, name)[2] < 1.0]
-    return min(faster, key=lambda name: _ratio(samples, name)[0]) if faster else DATA
+def _chosen(samples: Mapping[str, Sequence[float]], rivals: Mapping[str, Candidate]) -> str:
+    """The fastest whose interval against data parallelism lies below 1, else that.
+
+    Where the request (pins, a mesh, memory) leaves no data parallelism, the fastest that keeps it.
+    """
+    others = [name for name, candidate in rivals.items() if name != DATA and candidate.keeps_request]
+    if DATA in rivals and rivals[DATA].keeps_request:
+        others = [name for name in others if _ratio(samples, name)[2] < 1.0]
+    return min(others, key=lambda name: median(samples[name])) if others else DATA
 
 
 def _ratio(samples: Mapping[str, Sequence[float]], name: str) -> tuple[float, float, float]:
     return median_interval([a / b for a, b in zip(samples[name], samples[DATA], strict=True)])
 
 
-def _candidates(search: Search, plain: Plan, devices: Sequence[str]) -> dict[str, Plan]:
-    """The best plans found that run on these ranks as they stand, and plain data parallelism."""
-    found: dict[str, Plan] = {}
-    for _, plan in sorted(search.found, key=lambda pair: pair[0]):
-        placed = [name for row in plan.devices or () for name in row]
-        is_plain = plan.branch == 1 or all(p.split == "sample" for p in plan.blocks.values())
-        if placed == list(devices) and not is_plain and len(found) < _CANDIDATES:
-            found[f"{plan.data}x{plan.branch}"] = plan
-    return {**found, DATA: plain}
+def _rivals(found: Sequence[Candidate], devices: Sequence[str]) -> dict[str, Candidate]:
+    """Candidates that run on these ranks as they stand, by name, best first; data parallelism is "data"."""
+    rivals: dict[str, Candidate] = {}
+    for candidate in found:
+        plan = candidate.plan
+        if [name for row in plan.devices or () for name in row] != list(devices):
+            continue
+        mesh = f"{plan.data}x{plan.branch}"
+        same = sum(name.partition(" ")[0] == mesh for name in rivals)
+        name = DATA if plan.branch == 1 else mesh + (f" #{same + 1}" if same else "")
+        if name == DATA and not candidate.keeps_request and len(found) > 1:
+            continue  # too large, or not what was asked for: not even timed
+        rivals.setdefault(name, candidate)
+    if not any(candidate.keeps_request for candidate in rivals.values()):
+        raise PlanError(
+            "every plan found needs the devices in another order than the workers stand in: give it with devices"
+        )
+    return rivals
 
 
 def _row(name: str, plan: Plan, prediction: Any, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -177,14 +178,14 @@ def _row(name: str, plan: Plan, prediction: Any, samples: Mapping[str, Sequence[
     }
     if name in samples:
         measured = median(samples[name])
-        ratio, low, high = _ratio(samples, name)
         row |= {
             "measured_step_s": measured,
             "error": prediction.total_s / measured - 1,
-            "ratio": ratio,
-            "interval_95": [low, high],
             "samples_s": list(samples[name]),
         }
+        if DATA in samples:
+            ratio, low, high = _ratio(samples, name)
+            row |= {"ratio": ratio, "interval_95": [low, high]}
     return row
 
 

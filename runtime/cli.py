@@ -74,6 +74,7 @@ ConfigName = Annotated[
 RunFolder = Annotated[Path, Parameter(name="RUN", help="The run's folder.")]
 Checkpoint = Annotated[str, Parameter(help="Name of a checkpoint in RUN/checkpoints; empty: the newest.")]
 ListConfigs = Annotated[bool, Parameter(help="Show the shipped configurations and end.", negative=())]
+Explain = Annotated[bool, Parameter(help="Say for each stage when which split pays.", negative=())]
 Float64 = Annotated[bool, Parameter(help="Compute in float64.", negative=())]
 Json = Annotated[
     bool,
@@ -200,6 +201,51 @@ def gross(config: ConfigName = "", /, *, json: Json = False, quiet: Quiet = Fals
         json,
         quiet,
     )
+
+
+@app.command
+@with_config_flags
+def plan(
+    config: ConfigName = "",
+    /,
+    *,
+    devices: str = "",
+    interconnect: str = "",
+    cluster: str = "",
+    explain: Explain = False,
+    output: Path = Path("plan.toml"),
+    json: Json = False,
+    quiet: Quiet = False,
+    **given: Any,
+) -> Call:
+    """Find the best placement of the network's branches: measured on this cluster, or predicted for another one.
+
+    Without --devices or --cluster the workers are started, blocks and links measured (once: costs are kept), and the
+    best plans timed against plain data parallelism. `train --plan auto` does that before training.
+
+    JSON: plan (TOML), predicted_step_s, measured_step_s, data_parallel_step_s, search_s, memory_bytes (by rank), label,
+    gap, plans (each with its prediction and measurement), traffic, explain.
+
+    Parameters
+    ----------
+    devices
+        Plan for hosts x devices x kind, as in 4x8xH200 (or 8xA100: one host); from data sheets.
+    interconnect
+        Bandwidth out of a host, as in 200Gbit/s.
+    cluster
+        TOML file of hosts and links to plan for.
+    output
+        Plan file to write.
+    """
+    arguments = {
+        "config": config_from_flags(config, given),
+        "devices": devices,
+        "interconnect": interconnect,
+        "cluster": cluster,
+        "explain": explain,
+        "output": output,
+    }
+    return Call("plan", arguments, json, quiet)
 
 
 @app.command(name="eval")

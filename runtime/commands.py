@@ -188,6 +188,27 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     return result
 
 
+def plan(
+    config: Config,
+    devices: str,
+    interconnect: str,
+    cluster: str,
+    explain: bool,
+    output: Path,
+    console: Console,
+) -> dict[str, Any] | None:
+    """Plans, for the cluster that stands or for machines that are not here; see `plan_command`."""
+    from anabranch.runtime.plan_command import plan_elsewhere, plan_here
+
+    if devices and cluster:
+        raise ConfigError("--devices and --cluster both name machines: give one of them")
+    if interconnect and not devices:
+        raise ConfigError("--interconnect is for --devices: give both, or [links] in the cluster file")
+    if devices or cluster:
+        return plan_elsewhere(config, devices, interconnect, cluster, explain, output, console)
+    return plan_here(config, explain, output, console)
+
+
 def models(console: Console) -> dict[str, Any]:
     """The ready networks: models, a list of name, params, macs, num_branches, log2_paths."""
     import torch

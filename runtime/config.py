@@ -154,6 +154,8 @@ class MeshConfig:
     """Of auto: a cost file to plan from; empty: measured once, then kept in ~/.cache/anabranch."""
     remeasure: bool = False
     """Of auto: measure again, whatever is kept."""
+    memory_gb: float = 0.0
+    """Of auto: most bytes (in 1e9) of live tensors that a worker may have; 0: what its device has, where known."""
     audit: bool = True
     """Of auto: time the best plans against data parallelism, which is left only where that is surely slower."""
     execution: Literal["fused", "looped"] = "fused"

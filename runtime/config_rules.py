@@ -46,6 +46,7 @@ RANGES: dict[str, str] = {
     "train.eval_batch_size": "[1, inf)",
     "mesh.num_workers": "[0, inf)",
     "mesh.plan_budget_s": "(0, inf)",
+    "mesh.memory_gb": "[0, inf)",
     "checkpoint.every_epochs": "[0, inf)",
     "checkpoint.num_to_keep": "[1, inf)",
     "launch.port": "[0, 65535]",

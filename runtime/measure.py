@@ -25,23 +25,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from anabranch.blocks.branch_sum import branch_sums
-from anabranch.blocks.multi_residual import MultiResidual
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime.config import Config
 from anabranch.runtime.measure_links import link_costs, occupancy
 from anabranch.runtime.mesh import Mesh, make_mesh
+from anabranch.runtime.model_shape import parameter_bytes, shared_bytes, traffic, unequal_blocks
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.plan_step import PlanStep, StepSetting
 from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.recorder import PARTS, Span
 from anabranch.schedulers import BlockSpec, BranchPlacement, Cluster, ModelSpec, Plan
-from anabranch.schedulers.costs import Costs, Curve, ElementCost, ModelCosts, ParameterBytes, Work
+from anabranch.schedulers.costs import Costs, Curve, ElementCost, ModelCosts, Work
 from anabranch.schedulers.plan import SAMPLE
 
 _WARM_UP, _LEAST, _MOST = 2, 3, 10  # steps of a trial: before measuring, fewest and most measured
@@ -84,22 +83,24 @@ def measure_costs(
     spec, alike = spec_of(network), _alike(network, setting.x[:2])
     reduced = _reduced(network, alike)
     meshes = {m: make_mesh(world // m, m, _device_type()) for m in range(1, world + 1) if world % m == 0}
-    trials = list(_trials(spec_of(reduced), _unequal(reduced), world))
+    trials = list(_trials(spec_of(reduced), unequal_blocks(reduced), world))
     setting, label = _within(reduced, trials[0], meshes, setting, budget_s / 2, len(trials))
-    seen: list[_Seen] = []
+    running = [_Trial(copy.deepcopy(reduced), plan, meshes[plan.branch], setting) for plan in trials]
+    rounds, once = _MOST, _agreed_max(sum(trial.once_s for trial in running), meshes[1])
+    left = budget_s / 2 - (time.perf_counter() - started)
+    rounds = min(max(int(_agreed_min(left, meshes[1]) / max(once, 1e-9)), _LEAST), _MOST)
+    for number in range(rounds):  # all trials in every round: whatever drifts on the machine hits all of them
+        on_trial(number, rounds + 1)
+        for trial in running:
+            trial.run()
+    on_trial(rounds, rounds + 1)
+    seen = [one for trial in running for one in trial.seen()]
     exchanges: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    rest, per_byte = [], []
-    for number, plan in enumerate(trials):
-        on_trial(number, len(trials) + 1)
-        mesh = meshes[plan.branch]
-        left = budget_s - (time.perf_counter() - started)
-        found = _Trial(copy.deepcopy(reduced), plan, mesh, setting, left / (2 * (len(trials) - number + 1)))
-        seen += found.seen()
-        rest.append(found.rest_s)
-        per_byte.append(found.optimizer_s_per_byte)
-        for num_bytes, seconds in found.exchanges():
-            exchanges[plan.branch][num_bytes].append(seconds)
-    on_trial(len(trials), len(trials) + 1)
+    for trial in running:
+        for num_bytes, seconds in trial.exchanges():
+            exchanges[trial.plan.branch][num_bytes].append(seconds)
+    rest = [statistics.median(trial.rest) for trial in running]
+    per_byte = [statistics.median(trial.optimizer) / trial.num_bytes for trial in running]
     in_steps = {
         size: {num_bytes: statistics.median(s) for num_bytes, s in found.items()}
         for size, found in exchanges.items()
@@ -117,7 +118,7 @@ def measure_costs(
             ModelCosts(
                 kind,
                 elements,
-                _shared(network, spec),
+                shared_bytes(network, spec),
                 _agreed(rest, network),
                 _agreed(per_byte, network),
                 _copies(setting.config),
@@ -147,11 +148,9 @@ def cost_key(network: nn.Module, config: Config, world_size: int) -> dict[str, s
 
 
 class _Trial:
-    """Some steps of one plan on this rank, detailed, gradients reduced after the backward."""
+    """Steps of one plan on this rank, detailed, gradients reduced after the backward. Collective."""
 
-    def __init__(
-        self, network: nn.Module, plan: Plan, mesh: Mesh, setting: StepSetting, seconds: float
-    ) -> None:
+    def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh, setting: StepSetting) -> None:
         self.plan, self.mesh = plan, mesh
         self.step = PlanStep(network, plan, mesh, setting)
         self.parallel = self.step.train.network
@@ -159,23 +158,26 @@ class _Trial:
         for _ in range(_WARM_UP):
             begun = time.perf_counter()
             self.step()
-            once = time.perf_counter() - begun
-        steps = min(max(int(_agreed_max(seconds / max(once, 1e-9), mesh)), _LEAST), _MOST)
+            self.once_s = time.perf_counter() - begun
         self.saved = _saved_bytes(self.step)
+        self.num_bytes = sum(p.numel() * p.element_size() for p in self.parallel.parameters()) or 1
+        self.spans: list[list[Span]] = []
+        self.rest: list[float] = []
+        self.optimizer: list[float] = []
+
+    def run(self) -> None:
+        """One step more."""
         recorder = self.parallel.recorder
         recorder.detailed = True
-        self.spans: list[list[Span]] = []
-        rest, optimizer = [], []
-        for _ in range(steps):
-            self.step()
-            self.spans.append(recorder.spans())
-            times = dict(zip(PARTS, recorder.times(), strict=True))
-            inside = sum(span.end - span.start for span in self.spans[-1] if span.element and not span.op)
-            rest.append(times["step"] - inside - times["reduction"] - times["optimizer"])
-            optimizer.append(times["optimizer"])
-        self.rest_s = max(statistics.median(rest), 0.0)
-        num_bytes = sum(p.numel() * p.element_size() for p in self.parallel.parameters())
-        self.optimizer_s_per_byte = statistics.median(optimizer) / max(num_bytes, 1)
+        dist.barrier(self.mesh.world_group)
+        recorder.end_step()
+        self.step()
+        recorder.detailed = False
+        self.spans.append(recorder.spans())
+        times = dict(zip(PARTS, recorder.times(), strict=True))
+        inside = sum(span.end - span.start for span in self.spans[-1] if span.element and not span.op)
+        self.rest.append(max(times["step"] - inside - times["reduction"] - times["optimizer"], 0.0))
+        self.optimizer.append(times["optimizer"])
 
     def seen(self) -> Iterator[_Seen]:
         """What each element took on this rank: medians over the steps, without exchanges."""
@@ -321,29 +323,20 @@ def _reduced(network: nn.Module, alike: dict[str, str]) -> nn.Module:
     return reduced
 
 
-def _unequal(network: nn.Module) -> frozenset[str]:
-    """Blocks whose branches are modules of their own, each with its own cost."""
-    return frozenset(
-        name
-        for name, block in named_blocks(network)
-        if any(isinstance(one, MultiResidual) for _, one in branch_sums(block))
-    )
-
-
 def _elements(
     network: nn.Module, spec: ModelSpec, alike: dict[str, str], seen: Sequence[_Seen]
 ) -> dict[str, ElementCost]:
     by_element: dict[str, list[_Seen]] = defaultdict(list)
     for one in seen:
         by_element[one.element].append(one)
-    traffic = _traffic(network)
-    unequal = _unequal(network)
-    parameters = _parameters(network, spec)
+    moved = traffic(network)
+    unequal = unequal_blocks(network)
+    parameters = parameter_bytes(network, spec)
     made: dict[str, ElementCost] = {}
     for name in ("stem", "head"):
         made[name] = ElementCost(
             _work(by_element[name]),
-            input_bytes=traffic[name][2],
+            input_bytes=moved[name][2],
             parameters=parameters[name],
         )
     for block in spec.blocks:
@@ -353,7 +346,7 @@ def _elements(
         is_unequal = alike[block.name] in unequal
         work = _unequal_work if is_unequal else _block_work
         replicated, branches = work(seen_alike, block.num_branches)
-        sums, hidden, inputs = traffic[block.name]
+        sums, hidden, inputs = moved[block.name]
         made[block.name] = ElementCost(
             replicated, branches, is_unequal, sums, hidden, inputs, parameters[block.name]
         )
@@ -483,81 +476,6 @@ def _saved_bytes(step: PlanStep) -> dict[str, tuple[float, float]]:
     return {name: (total / len(step.batches), largest) for name, (total, largest) in found.items()}
 
 
-def _traffic(network: nn.Module) -> dict[str, tuple[float, float, float]]:
-    """Of each element, bytes a sample: its partial sums, gradients of what its branches read, its input."""
-    network = copy.deepcopy(network).eval()
-    like = next(network.parameters())
-    found: dict[str, list[float]] = {}
-    x = torch.zeros(2, *network.input_shape, dtype=like.dtype, device=like.device)  # type: ignore[misc]
-
-    def exchange(name: str) -> Callable[..., Tensor]:
-        def one(partial_sum: Callable[[Any], Tensor], h: Any) -> Tensor:
-            s = partial_sum(h)
-            parts = [h] if isinstance(h, Tensor) else list(h)
-            found[name][0] += s.numel() / 2 * like.element_size()
-            found[name][1] += sum(p.numel() / 2 * like.element_size() for p in parts if p.is_floating_point())
-            return s
-
-        return one
-
-    with torch.no_grad():
-        for name, module in [("stem", network.stem), *named_blocks(network), ("head", network.head)]:
-            found[name] = [0.0, 0.0, x.numel() / 2 * like.element_size()]
-            for _, block_sum in branch_sums(module):  # type: ignore[arg-type]
-                block_sum.exchange = exchange(name)
-            x = module(x)  # type: ignore[operator]
-    return {name: (a, b, c) for name, (a, b, c) in found.items()}
-
-
-def _parameters(network: nn.Module, spec: ModelSpec) -> dict[str, ParameterBytes]:
-    """Of each element, without parameters that several elements share."""
-    shared = {id(network.get_parameter(name)) for name in spec.users}
-    found = {}
-    for name, module in [("stem", network.stem), *named_blocks(network), ("head", network.head)]:
-        sizes = _sizes(module, lambda p: id(p) not in shared)  # type: ignore[arg-type]
-        num_branches = spec.by_name[name].num_branches if name in spec.by_name else 0
-        found[name] = _added(sizes, num_branches)
-    return found
-
-
-def _shared(network: nn.Module, spec: ModelSpec) -> dict[str, ParameterBytes]:
-    found = {}
-    elements = {"stem": network.stem, **dict(named_blocks(network)), "head": network.head}
-    for name, users in spec.users.items():
-        wanted = network.get_parameter(name)
-        sizes = _sizes(elements[users[0]], lambda p, wanted=wanted: p is wanted)  # type: ignore[arg-type,misc]
-        num_branches = spec.by_name[users[0]].num_branches if users[0] in spec.by_name else 0
-        found[name] = _added(sizes, num_branches)
-    return found
-
-
-def _sizes(module: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> list[tuple[int | None, int]]:
-    """(branch or None for all, bytes) of a module's parameters, each once."""
-    owners = {
-        f"{path}.{name}".lstrip("."): owner
-        for path, block_sum in branch_sums(module)
-        for name, owner in block_sum.branch_tensors().items()
-    }
-    found: list[tuple[int | None, int]] = []
-    for name, parameter in module.named_parameters():
-        if not wanted(parameter):
-            continue
-        if name in owners:
-            found += [
-                (branch, part.numel() * part.element_size())
-                for branch, part in owners[name].slices(parameter)
-            ]
-        else:
-            found.append((None, parameter.numel() * parameter.element_size()))
-    return found
-
-
-def _added(sizes: Sequence[tuple[int | None, int]], num_branches: int) -> ParameterBytes:
-    replicated = sum(size for branch, size in sizes if branch is None)
-    branches = tuple(sum(size for b, size in sizes if b == branch) for branch in range(num_branches))
-    return ParameterBytes(replicated, branches)
-
-
 def _copies(config: Config) -> float:
     """Live bytes for a parameter's: itself, its gradient, its place in a bucket, the optimizer's state."""
     optimizer = config.optimizer
@@ -571,6 +489,10 @@ def _agreed(values: Sequence[float], network: nn.Module) -> float:
 
 def _agreed_max(value: float, mesh: Mesh) -> float:
     return max(gather_json(value, mesh.device_mesh.device_type, mesh.world_group))
+
+
+def _agreed_min(value: float, mesh: Mesh) -> float:
+    return min(gather_json(value, mesh.device_mesh.device_type, mesh.world_group))
 
 
 def _device(network: nn.Module) -> torch.device:

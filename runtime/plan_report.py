@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from anabranch.schedulers import ModelSpec, Plan
+from anabranch.schedulers.costs import Batch
+from anabranch.schedulers.explain import StageRow
 
 _MIB = 2**20
 
@@ -21,9 +25,10 @@ def print_candidates(console: Console, outcome: Mapping[str, Any]) -> None:
     for row in outcome["plans"]:
         measured, ratio, error = "", "", ""
         if "measured_step_s" in row:
-            low, high = row["interval_95"]
             measured = _ms(row["measured_step_s"])
-            ratio = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+            if "ratio" in row:
+                low, high = row["interval_95"]
+                ratio = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
             error = f"{100 * row['error']:+.0f} %"
         mark = " ◄" if row["name"] == outcome["chosen"] else ""
         table.add_row(
@@ -54,6 +59,55 @@ def print_traffic(console: Console, traffic: list[Mapping[str, Any]]) -> None:
             f"{row['axis']} {row['collective']} {where}: {row['num_bytes'] / _MIB:,.1f} MiB a step",
             highlight=False,
         )
+
+
+def print_picture(console: Console, plan: Plan, model: ModelSpec) -> None:
+    """Blocks × branch ranks: ░ a part of the samples, else how many of the block's branches the rank holds."""
+    most = max(block.num_branches for block in model.blocks)
+    width = len(str(most))
+    console.print(
+        f"\nblocks → ({len(model.blocks)}); one line a branch rank, the same in {plan.data} replicas"
+    )
+    for rank in range(plan.branch):
+        cells = []
+        for block in model.blocks:
+            placed = plan.blocks[block.name].branches
+            cells.append("░" * width if placed is None else str(len(placed[rank]) or "·").rjust(width))
+        console.print(f"{rank:>4}  " + " ".join(cells), highlight=False, soft_wrap=True)
+    console.print("      ░ samples split   n branches held   · none\n", highlight=False)
+
+
+def print_explanation(console: Console, stages: Sequence[StageRow], batch: Batch) -> None:
+    """When which split pays, by stage."""
+    if not stages:
+        console.print("nothing to explain: every branch group is one rank", highlight=False)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in (
+        "stage",
+        "split",
+        "samples split",
+        "branches split",
+        "samples pay from batch",
+        "branches pay from",
+    ):
+        table.add_column(column)
+    for stage in stages:
+        even = stage.break_even_batch
+        needed = stage.needed_bytes_per_s
+        table.add_row(
+            stage.stage,
+            stage.split,
+            _ms(stage.sample_s),
+            _ms(stage.branch_s),
+            "never seen" if even is None else "any" if even == 0 else str(even),
+            "no bandwidth" if needed is None else "any" if needed == 0 else f"{8e-9 * needed:,.2f} Gbit/s",
+        )
+    console.print(table)
+    console.print(
+        f"step times with that stage split so, all else as planned; batch {batch.num_samples}",
+        highlight=False,
+    )
 
 
 def _ms(seconds: float) -> str:

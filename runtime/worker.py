@@ -105,6 +105,8 @@ def _automatic(
     setting = StepSetting(_images(x, data, dtype), target, config, make_loss(config), make_penalty(config))
     devices = [name for row in plan.devices or () for name in row]
     cluster = job.cluster or Cluster(tuple(_device_of(name, context) for name in devices))
+    if limit := int(config.mesh.memory_gb * 1e9):
+        cluster = replace(cluster, devices=tuple(replace(d, memory_bytes=limit) for d in cluster.devices))
     _, partial = auto_partial(config)
     shape = mesh_axes(job.config.mesh.shape)
 

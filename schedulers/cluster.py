@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.plan import Devices, mesh_name
@@ -30,10 +31,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """Measured: seconds until the first byte arrives, bytes a second after it."""
+    """Seconds until the first byte arrives, bytes a second after it (inside a host: of one device; across: of
+    one host). occupancy: the part of an overlapped transfer's time that is taken from compute.
+    """
 
     latency_s: float
     bandwidth_bytes_per_s: float
+    occupancy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Cluster:
     def names(self) -> list[str]:
         """Every device as "host:index"."""
         return [str(device) for device in self.devices]
+
+    @cached_property
+    def by_name(self) -> dict[str, Device]:
+        """The devices by "host:index"."""
+        return {str(device): device for device in self.devices}
 
     def place(self, data: int, branch: int) -> Devices:
         """Devices for a mesh, [data][branch], each branch group on one host where it fits.

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from anabranch.schedulers.errors import PlanError
@@ -37,8 +38,8 @@ class BranchPlacement:
     @classmethod
     def from_counts(cls, counts: Sequence[int]) -> BranchPlacement:
         """Split "branch" in which branch rank r has the next counts[r] branches."""
-        starts = [sum(counts[:rank]) for rank in range(len(counts))]
-        return cls("branch", tuple(tuple(range(s, s + c)) for s, c in zip(starts, counts, strict=True)))
+        ends = accumulate(counts)
+        return cls("branch", tuple(tuple(range(e - c, e)) for e, c in zip(ends, counts, strict=True)))
 
     @classmethod
     def even(cls, num_branches: int, num_ranks: int) -> BranchPlacement:

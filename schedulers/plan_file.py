@@ -9,8 +9,10 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from anabranch.schedulers.cluster import Cluster
+from anabranch.schedulers.costs import Batch, Costs
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.model_spec import EDGES, BlockSpec, ModelSpec
+from anabranch.schedulers.pins import check_pin_rules, check_pins
 from anabranch.schedulers.plan import (
     SAMPLE,
     BranchPlacement,
@@ -23,6 +25,7 @@ from anabranch.schedulers.plan import (
     neighbour_split,
 )
 from anabranch.schedulers.registry import schedule
+from anabranch.schedulers.request import Pin, Request
 from anabranch.schedulers.wording import did_you_mean, first_few, quote
 
 
@@ -86,6 +89,16 @@ class BlockRule:
 
 
 @dataclass(frozen=True)
+class PinRule:
+    """One [[pins]] table: a branch rank on the host holds that branch of the blocks."""
+
+    match: str
+    branch: int
+    host: str
+    line: int = 0
+
+
+@dataclass(frozen=True)
 class PlanFile:
     """A plan file's content; `source` is its path, for messages."""
 
@@ -96,6 +109,7 @@ class PlanFile:
     samples: tuple[int, ...] | None = None
     scheduler: str | None = None
     source: str = "plan"
+    pins: tuple[PinRule, ...] = ()
 
     @property
     def mesh(self) -> tuple[int, int]:
@@ -147,7 +161,13 @@ class PlanFile:
         return blocks, edges
 
     def resolve(
-        self, model: ModelSpec, cluster: Cluster | None = None, *, mesh: tuple[int, int] | None = None
+        self,
+        model: ModelSpec,
+        cluster: Cluster | None = None,
+        *,
+        mesh: tuple[int, int] | None = None,
+        costs: Costs | None = None,
+        batch: Batch | None = None,
     ) -> Plan:
         """The plan for a network; with a cluster, its devices are checked or filled in.
 
@@ -174,7 +194,7 @@ class PlanFile:
                     f"{self.source}: {first_few(missing)} are left to the scheduler {quote(self.scheduler)}, "
                     "which needs a cluster: give one, or match every block"
                 )
-            return schedule(self.scheduler, model, cluster, partial=self)
+            return schedule(self.scheduler, model, cluster, partial=self, costs=costs, batch=batch)
         first, last = model.blocks[0].name, model.blocks[-1].name
         plan = Plan(
             self.data,
@@ -188,9 +208,27 @@ class PlanFile:
         )
         with located(self.source):
             plan.check(model)
+        if cluster is not None and self.pins:
+            check_pins(plan, Request(model, cluster, pins=self.pinned(model, cluster)))
         return plan
 
-    def _at(self, rule: BlockRule) -> str:
+    def pinned(self, model: ModelSpec, cluster: Cluster) -> tuple[Pin, ...]:
+        """The pins, block by block. Raises PlanError, with file and line, where they cannot hold together."""
+        found: list[Pin] = []
+        for rule in self.pins:
+            names = [name for name in model.by_name if fnmatchcase(name, rule.match)]
+            if not names:
+                raise PlanError(
+                    f"{self._at(rule)}: the pin's match = {quote(rule.match)} is for no block"
+                    f"{did_you_mean(rule.match, [*model.by_name, *globs([*model.by_name])])}"
+                )
+            found += [Pin(name, rule.branch, rule.host, self._at(rule)) for name in names]
+        check_pin_rules(
+            found, model, cluster, self.data, self.branch, self.devices, self.placements(model)[0]
+        )
+        return tuple(found)
+
+    def _at(self, rule: BlockRule | PinRule) -> str:
         return f"{self.source}:{rule.line}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.plan import check_devices, check_samples
-from anabranch.schedulers.plan_file import BlockRule, PlanFile, located
+from anabranch.schedulers.plan_file import BlockRule, PinRule, PlanFile, located
 from anabranch.schedulers.wording import did_you_mean, quote
 
 
@@ -33,6 +33,7 @@ _Keys = Mapping[str, tuple[Callable[[Any], bool], str]]
 _TOP: _Keys = {
     "mesh": (lambda v: isinstance(v, dict), "a table, [mesh]"),
     "blocks": (lambda v: _is_list(v, lambda rule: isinstance(rule, dict)), "tables, [[blocks]]"),
+    "pins": (lambda v: _is_list(v, lambda pin: isinstance(pin, dict)), "tables, [[pins]]"),
 }
 _MESH: _Keys = {
     "data": (lambda v: _is_int(v, 1), "a positive integer, as in data = 2"),
@@ -62,6 +63,11 @@ _RULE: _Keys = {
         "a number of branches for each branch rank, as in counts = [3, 2]",
     ),
 }
+_PIN: _Keys = {
+    "match": (_is_name, 'a block\'s name or a glob, as in match = "stage3.*"'),
+    "branch": (lambda v: _is_int(v, 0), "the number of a branch, as in branch = 0"),
+    "host": (_is_name, 'a host\'s name, as in host = "node-a"'),
+}
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,13 @@ class _Text:
         opens = re.compile(rf"\s*\[*\s*[\"']?{re.escape(key)}[\"']?\s*[]=.]")
         return next((n for n, line in enumerate(self.lines, 1) if n >= start and opens.match(line)), start)
 
-    def rule_lines(self, num: int) -> list[int]:
-        """The lines of the [[blocks]] headers."""
-        header = re.compile(r"\s*\[\[\s*[\"']?blocks[\"']?\s*\]\]")
+    def table_lines(self, name: str, num: int) -> list[int]:
+        """The lines of the [[name]] headers."""
+        header = re.compile(rf"\s*\[\[\s*[\"']?{name}[\"']?\s*\]\]")
         found = [number for number, line in enumerate(self.lines, 1) if header.match(line)]
         if len(found) > num:  # some stand in a multi-line string, where the text before them is not whole
             found = [number for number in found if self._is_whole(number - 1)]
-        return found if len(found) == num else [self.find("blocks")] * num  # blocks = [{…}, …]
+        return found if len(found) == num else [self.find(name)] * num  # blocks = [{…}, …]
 
     def _is_whole(self, num_lines: int) -> bool:
         try:
@@ -118,13 +124,18 @@ def read_plan(path: str | Path) -> PlanFile:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise PlanError(f"{path}:{line}: the plan file is not UTF-8 text: write it as UTF-8") from None
+    return parse_plan(text, str(path))
+
+
+def parse_plan(text: str, path: str = "plan") -> PlanFile:
+    """A plan file's text. path: for messages. Raises PlanError as `read_plan`."""
     lines = text.split("\n")
     try:
         content = tomllib.loads(text)
     except ValueError as error:  # TOMLDecodeError, or a number too long for int
         found = re.search(r"at line (\d+)", str(error))
         raise PlanError(f"{path}:{found[1] if found else len(lines)}: not valid TOML: {error}") from None
-    return _plan_file(content, _Text(str(path), lines))
+    return _plan_file(content, _Text(path, lines))
 
 
 def _plan_file(content: dict[str, Any], text: _Text) -> PlanFile:
@@ -137,18 +148,28 @@ def _plan_file(content: dict[str, Any], text: _Text) -> PlanFile:
     if "samples" in mesh:
         with located(f"{text.path}:{text.find('samples', mesh_line)}"):
             check_samples(mesh["samples"], mesh["data"])
-    tables = content.get("blocks", [])
+    tables, pins = content.get("blocks", []), content.get("pins", [])
     return PlanFile(
         mesh["data"],
         mesh["branch"],
         rules=tuple(
-            _rule(table, text, line) for table, line in zip(tables, text.rule_lines(len(tables)), strict=True)
+            _rule(table, text, line)
+            for table, line in zip(tables, text.table_lines("blocks", len(tables)), strict=True)
         ),
         devices=tuple(map(tuple, mesh["devices"])) if "devices" in mesh else None,
         samples=tuple(mesh["samples"]) if "samples" in mesh else None,
         scheduler=mesh.get("scheduler"),
         source=text.path,
+        pins=tuple(
+            _pin(table, text, line)
+            for table, line in zip(pins, text.table_lines("pins", len(pins)), strict=True)
+        ),
     )
+
+
+def _pin(table: dict[str, Any], text: _Text, line: int) -> PinRule:
+    text.check(table, _PIN, ("match", "branch", "host"), "[[pins]]", line)
+    return PinRule(table["match"], table["branch"], table["host"], line)
 
 
 def _rule(table: dict[str, Any], text: _Text, line: int) -> BlockRule:

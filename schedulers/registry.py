@@ -8,9 +8,10 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from anabranch.schedulers.cluster import Cluster
-from anabranch.schedulers.costs import ModelCosts
+from anabranch.schedulers.costs import Batch, Costs
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.model_spec import ModelSpec
+from anabranch.schedulers.pins import check_pins
 from anabranch.schedulers.plan import Plan, check_mesh, mesh_name
 from anabranch.schedulers.request import Request
 from anabranch.schedulers.wording import did_you_mean, quote
@@ -48,32 +49,18 @@ def schedule(
     *,
     mesh: tuple[int, int] | None = None,
     partial: PlanFile | None = None,
-    costs: tuple[ModelCosts, ...] = (),
+    costs: Costs | None = None,
+    batch: Batch | None = None,
 ) -> Plan:
     """The plan of a scheduler, checked.
 
     mesh: (data, branch); None: the plan file's, else the scheduler's choice. partial: a plan file whose
-    rules, devices and samples the scheduler must keep. Raises PlanError when the name is unknown, the cluster
-    too small, or the scheduler's plan breaks a rule (the message names the scheduler).
+    rules, devices, samples and pins the scheduler must keep. costs, batch: for those that predict.
+    Raises PlanError when the name is unknown, the cluster too small, or the scheduler's plan breaks a rule
+    (the message names the scheduler).
     """
     scheduler = _find(name)
-    request = Request(model, cluster, mesh, costs=costs)
-    if partial is not None:
-        partial.check_mesh(mesh)
-        fixed, edges = partial.placements(model)
-        request = replace(
-            request,
-            mesh=partial.mesh,
-            fixed=fixed,
-            edges=edges,
-            devices=partial.devices,
-            samples=partial.samples,
-        )
-    if request.devices is not None:
-        cluster.check(request.devices)
-    elif request.mesh is not None:
-        check_mesh(*request.mesh)
-        cluster.place(*request.mesh)
+    request = make_request(model, cluster, mesh=mesh, partial=partial, costs=costs, batch=batch)
     plan = scheduler(request)
     try:
         if not isinstance(plan, Plan):
@@ -85,7 +72,39 @@ def schedule(
         cluster.check(plan.devices or ())
     except PlanError as error:
         raise PlanError(f"the scheduler {quote(name)} returned a wrong plan: {error}") from None
+    check_pins(plan, request)
     return replace(plan, scheduler=name)
+
+
+def make_request(
+    model: ModelSpec,
+    cluster: Cluster,
+    *,
+    mesh: tuple[int, int] | None = None,
+    partial: PlanFile | None = None,
+    costs: Costs | None = None,
+    batch: Batch | None = None,
+) -> Request:
+    """What `schedule` asks a scheduler. Raises PlanError when the cluster is too small or has not its devices."""
+    request = Request(model, cluster, mesh, costs=costs, batch=batch)
+    if partial is not None:
+        partial.check_mesh(mesh)
+        fixed, edges = partial.placements(model)
+        request = replace(
+            request,
+            mesh=partial.mesh,
+            fixed=fixed,
+            edges=edges,
+            devices=partial.devices,
+            samples=partial.samples,
+            pins=partial.pinned(model, cluster),
+        )
+    if request.devices is not None:
+        cluster.check(request.devices)
+    elif request.mesh is not None:
+        check_mesh(*request.mesh)
+        cluster.place(*request.mesh)
+    return request
 
 
 def _check_answer(plan: Plan, request: Request) -> None:

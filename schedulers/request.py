@@ -6,9 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from anabranch.schedulers.cluster import Cluster
-from anabranch.schedulers.costs import ModelCosts
+from anabranch.schedulers.costs import Batch, Costs
 from anabranch.schedulers.model_spec import EDGES, BlockSpec, ModelSpec
 from anabranch.schedulers.plan import SAMPLE, BranchPlacement, Devices, EdgeSplit, Plan, neighbour_split
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A branch of a block that a branch rank on a host must hold. where: the place in the plan file."""
+
+    block: str
+    branch: int
+    host: str
+    where: str = "a pin"
 
 
 @dataclass(frozen=True)
@@ -16,7 +26,8 @@ class Request:
     """A network, a cluster, and what a plan file has settled.
 
     mesh: (data, branch); None: the scheduler's choice. fixed, edges: blocks, and stem and head, as placed.
-    devices, samples: the plan's; None: open. costs: what was measured, one entry for each kind of device.
+    devices, samples: the plan's; None: open. costs: what was measured. batch: a step's samples.
+    pins: branches that hosts must hold.
     """
 
     model: ModelSpec
@@ -26,7 +37,9 @@ class Request:
     edges: Mapping[str, EdgeSplit] = field(default_factory=dict)
     devices: Devices | None = None
     samples: tuple[int, ...] | None = None
-    costs: tuple[ModelCosts, ...] = ()
+    costs: Costs | None = None
+    batch: Batch | None = None
+    pins: tuple[Pin, ...] = ()
 
     def complete(self, data: int, branch: int, place: Callable[[BlockSpec], BranchPlacement]) -> Plan:
         """The plan on a mesh in which `place` decides for the blocks that are not fixed.

@@ -260,7 +260,7 @@ def test_register() -> None:
     def mine(request: Request) -> Plan:
         return replace(request.complete(1, 2, lambda block: SAMPLE), devices=None)
 
-    assert schedulers() == ["data", "even", "mine"]
+    assert schedulers() == ["data", "even", "greedy", "manual", "mine", "optimal"]
     plan = schedule("mine", MODEL, cluster(a=1, b=2))
     assert (plan.scheduler, plan.devices) == ("mine", (("b:0", "b:1"),))
     with pytest.raises(PlanError, match='a scheduler "even" is registered already'):
@@ -297,7 +297,7 @@ def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "broken = theirs_for_test:nothing\nabsent = not_there_for_test:place\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert schedulers() == ["absent", "broken", "data", "even", "theirs"]
+    assert schedulers() == ["absent", "broken", "data", "even", "greedy", "manual", "optimal", "theirs"]
     assert "theirs_for_test" not in sys.modules
     assert schedule("theirs", MODEL, cluster(a=2), mesh=(1, 2)).scheduler == "theirs"
     with pytest.raises(

@@ -1,0 +1,202 @@
+"""`anabranch plan`: the plan for a network on the cluster that stands, or on machines that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from anabranch.runtime.config import Config
+from anabranch.runtime.driver import Driver
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.plan_report import print_candidates, print_explanation, print_picture, print_traffic
+from anabranch.runtime.progress import print_placement
+from anabranch.schedulers import Cluster, ModelSpec, Plan, format_plan, parse_plan, read_plan
+from anabranch.schedulers.cluster_file import parse_devices, read_cluster
+from anabranch.schedulers.cost_file import read_costs
+from anabranch.schedulers.costs import Batch, Costs
+from anabranch.schedulers.predict import Prediction, predict
+from anabranch.schedulers.registry import make_request, schedule
+
+
+def plan_here(config: Config, explained: bool, output: Path, console: Console) -> dict[str, Any] | None:
+    """Measures on the workers of the cluster (or takes kept costs), searches, times the best plans."""
+    if not _is_file(config.mesh.plan):
+        config = replace(config, mesh=replace(config.mesh, plan="auto"))
+    with Driver(config, console) as driver:
+        if driver.plan is None:
+            raise ConfigError(
+                "plan measures through Ray: without it (torchrun, srun) use `train --plan auto`"
+            )
+        outcome = driver.find_plan() if driver.is_auto else None
+        if outcome is None:
+            print_placement(console, driver.plan, driver.model)
+            console.print("one worker, or a complete plan file: there is nothing to choose", highlight=False)
+            _write(output, driver.plan, console)
+            return {"plan": format_plan(driver.plan), "predicted_step_s": None, "measured_step_s": None,
+                    "data_parallel_step_s": None, "search_s": 0.0, "memory_bytes": None}  # fmt: skip
+        assert driver.cluster is not None, "with a plan"
+        costs = read_costs(outcome["costs"])
+        train = driver.config.train
+        batch = Batch(train.batch_size, train.bn_batch_size, train.accumulation)
+        rows = {row["name"]: row for row in outcome["plans"]}
+        rows |= _references(rows, driver.model, driver.cluster, costs, batch)
+        outcome["plans"] = list(rows.values())
+        print_candidates(console, outcome)
+        chosen = predict(driver.plan, driver.model, driver.cluster, costs, batch)
+        result = _shown(console, driver.plan, driver.model, driver.cluster, costs, batch, chosen, explained)
+        _write(output, driver.plan, console)
+        mine, data = rows[outcome["chosen"]], rows["data"]
+        return {
+            "plan": outcome["plan"],
+            "predicted_step_s": mine["predicted_step_s"],
+            "measured_step_s": mine.get("measured_step_s"),
+            "data_parallel_step_s": data.get("measured_step_s", data["predicted_step_s"]),
+            "search_s": outcome["search_s"],
+            "memory_bytes": mine["memory_bytes"],
+            "label": outcome["label"],
+            "gap": outcome["gap"],
+            "costs": outcome["costs"],
+            "plans": outcome["plans"],
+            **result,
+        }
+
+
+def plan_elsewhere(
+    config: Config,
+    devices: str,
+    interconnect: str,
+    cluster_file: str,
+    explained: bool,
+    output: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Searches for machines that are not here: from a cost file, else from data sheets (labelled so). No Ray."""
+    from anabranch.blocks.convert import prepare
+    from anabranch.runtime.assemble import auto_partial, make_data, make_network, mesh_axes
+    from anabranch.runtime.model_shape import model_shape, shared_bytes
+    from anabranch.runtime.model_spec import spec_of
+    from anabranch.schedulers.analytic import analytic_costs
+    from anabranch.schedulers.search import search
+
+    cluster = read_cluster(cluster_file) if cluster_file else parse_devices(devices, interconnect)
+    data = make_data(config)
+    network = prepare(make_network(config, data))
+    data.close()
+    spec = spec_of(network)
+    kinds = tuple(sorted({device.kind for device in cluster.devices}))
+    if config.mesh.costs:
+        costs = read_costs(config.mesh.costs)
+        costs.check(spec, frozenset(kinds), config.mesh.costs)
+    else:
+        precision = "half" if config.train.precision == "bf16" else "fp32"
+        costs = analytic_costs(
+            model_shape(network, spec), kinds, shared=shared_bytes(network, spec), precision=precision,
+            fused=config.mesh.execution == "fused",
+        )  # fmt: skip
+    train = config.train
+    group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // len(cluster.devices))
+    batch = Batch(train.batch_size, group, train.accumulation)
+    partial = read_plan(Path(config.mesh.plan)) if _is_file(config.mesh.plan) else auto_partial(config)[1]
+    request = make_request(
+        spec, cluster, mesh=mesh_axes(config.mesh.shape), partial=partial, costs=costs, batch=batch
+    )
+    found = search(request)
+    rows: dict[str, dict[str, Any]] = {"best": row("best", found.plan, found.prediction)}
+    rows |= _references(rows, spec, cluster, costs, batch)
+    outcome = {"label": costs.label, "chosen": "best", "plans": list(rows.values()), "gap": found.gap,
+               "search_s": found.seconds, "notes": list(found.notes)}  # fmt: skip
+    print_candidates(console, outcome)
+    shown = _shown(console, found.plan, spec, cluster, costs, batch, found.prediction, explained)
+    _write(output, found.plan, console)
+    return {
+        "plan": format_plan(replace(found.plan, scheduler=None)),
+        "predicted_step_s": found.prediction.total_s,
+        "measured_step_s": None,
+        "data_parallel_step_s": rows["data"]["predicted_step_s"] if "data" in rows else None,
+        "search_s": found.seconds,
+        "memory_bytes": list(found.prediction.memory_bytes),
+        "label": costs.label,
+        "gap": found.gap,
+        "plans": list(rows.values()),
+        **shown,
+    }
+
+
+def row(name: str, plan: Plan, prediction: Prediction) -> dict[str, Any]:
+    """A plan with its prediction, as `plan --json` lists it."""
+    return {
+        "name": name,
+        "plan": format_plan(replace(plan, scheduler=None)),
+        "predicted_step_s": prediction.total_s,
+        "exposed_s": prediction.exposed_s,
+        "wait_s": max(prediction.wait_s),
+        "memory_bytes": list(prediction.memory_bytes),
+    }
+
+
+def _references(
+    rows: dict[str, dict[str, Any]], spec: ModelSpec, cluster: Cluster, costs: Costs, batch: Batch
+) -> dict[str, dict[str, Any]]:
+    """All samples split, all branches split in one group, and the paper's even split of two by two."""
+    num = len(cluster.devices)
+    wanted = {"data": ("data", (num, 1)), "all-branch": ("even", (1, num))}
+    if num % 2 == 0 and num > 2:
+        wanted["even"] = ("even", (num // 2, 2))
+    found = {}
+    for name, (scheduler, mesh) in wanted.items():
+        if name not in rows:
+            plan = schedule(scheduler, spec, cluster, mesh=mesh)
+            found[name] = row(name, plan, predict(plan, spec, cluster, costs, batch))
+    return found
+
+
+def _shown(
+    console: Console,
+    plan: Plan,
+    spec: ModelSpec,
+    cluster: Cluster,
+    costs: Costs,
+    batch: Batch,
+    prediction: Prediction,
+    explained: bool,
+) -> dict[str, Any]:
+    from anabranch.schedulers.explain import explain
+
+    if plan.world_size <= 16:
+        print_placement(console, plan, spec)
+    print_picture(console, plan, spec)
+    console.print(
+        f"predicted ({prediction.label}): compute {_ms(max(prediction.compute_s))}, exposed communication "
+        f"{_ms(prediction.exposed_s)}, longest wait {_ms(max(prediction.wait_s))}, hidden {_ms(prediction.hidden_s)}",
+        highlight=False,
+    )
+    traffic = [dict(one._asdict()) for one in prediction.traffic]
+    print_traffic(console, traffic)
+    stages: Sequence[Any] = []
+    if explained:
+        stages = explain(plan, make_request(spec, cluster, costs=costs, batch=batch))
+        print_explanation(console, stages, batch)
+    return {"traffic": traffic, "explain": [asdict(stage) for stage in stages]}
+
+
+def _write(output: Path, plan: Plan, console: Console) -> None:
+    """The plan file, which must read back."""
+    text = format_plan(replace(plan, scheduler=None))
+    parse_plan(text)
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}; give another --output") from error
+    console.print(f"written: {output}", highlight=False, soft_wrap=True)
+
+
+def _is_file(named: str) -> bool:
+    return named.endswith(".toml") or "/" in named
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f} ms"
