@@ -23,7 +23,7 @@ from torch import nn
 
 from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.intervals import median_interval
-from anabranch.runtime.measure import cost_key, measure_costs
+from anabranch.runtime.measure import cost_key, measure_costs, with_speeds
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.plan_step import PlanStep, StepSetting
@@ -66,6 +66,7 @@ def automatic_plan(
     config, spec = setting.config, spec_of(network)
     key = cost_key(network, config, len(devices))
     costs, path = _costs(network, setting, cluster, devices, key, costs_file, remeasure, budget_s, on_stage)
+    cluster = with_speeds(cluster, devices, costs)
     train = config.train
     batch = Batch(len(setting.x), train.bn_batch_size, train.accumulation)
     request = make_request(spec, cluster, mesh=mesh, partial=partial, costs=costs, batch=batch)

@@ -97,7 +97,7 @@ def train(
 ) -> Call:
     """Train a network; without CONFIG, a Multi-ResNet on the built-in digits with two local workers.
 
-    JSON: test_accuracy, train_seconds, median_step_s, run_dir.
+    JSON: test_accuracy, train_seconds, median_step_s, run_dir, unreadable.
     """
     if list:
         return Call("list_configs", {}, json, quiet)
@@ -260,7 +260,7 @@ def evaluate(
 ) -> Call:
     """Measure the accuracy of a run's checkpoint on its test samples.
 
-    JSON: test_accuracy, test_loss, checkpoint, crops.
+    JSON: test_accuracy, test_loss, checkpoint, crops, unreadable.
 
     Parameters
     ----------

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 def train(config: Config, console: Console) -> dict[str, Any] | None:
-    """Trains; test_accuracy, test_loss, train_seconds, median_step_s, start_to_first_step_s, steps, run_dir.
+    """Trains; test_accuracy, test_loss, train_seconds, median_step_s, start_to_first_step_s, steps, run_dir,
+    unreadable (file: why).
 
     Raises Interrupted or Terminated when told to stop, after the checkpoint.
     """
@@ -66,8 +67,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     return result
 
 
-def evaluate(run: Path, checkpoint: str, crops: int, console: Console) -> dict[str, Any] | None:
-    """Accuracy of a run's checkpoint on the test samples: test_accuracy, test_loss, checkpoint, crops.
+def evaluate(run: Path, checkpoint: str, console: Console, *, crops: int = 0) -> dict[str, Any] | None:
+    """Accuracy of a run's checkpoint on the test samples: test_accuracy, test_loss, checkpoint, crops, unreadable.
 
     crops: of each sample, 1 or 10; 0: as the run was configured.
     """
@@ -89,6 +90,7 @@ def evaluate(run: Path, checkpoint: str, crops: int, console: Console) -> dict[s
     if result is None:
         return None
     console.print(f"test accuracy {100 * result['test_accuracy']:.2f} %, test loss {result['test_loss']:.4f}")
+    _warn_unreadable(console, result["unreadable"])
     return {**result, "checkpoint": str(found.path), "crops": config.data.eval_crops}
 
 
@@ -307,6 +309,14 @@ def _print_result(console: Console, result: dict[str, Any]) -> None:
             highlight=False,
         )
     console.print(f"run folder: {result['run_dir']}", highlight=False, soft_wrap=True)
+    _warn_unreadable(console, result["unreadable"])
+
+
+def _warn_unreadable(console: Console, files: dict[str, str]) -> None:
+    if files:
+        first = "".join(f"\n  {file}: {why}" for file, why in sorted(files.items())[:10])
+        more = "\n  …" if len(files) > 10 else ""
+        _warn(console, f"{len(files)} images could not be read and were skipped:{first}{more}")
 
 
 def _warn(console: Console, message: str) -> None:

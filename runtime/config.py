@@ -87,13 +87,15 @@ class LrScheduleConfig:
 
     name: Literal["step", "cosine", "constant", "plateau"] = "cosine"
     """step: times factor at each milestone; cosine: half a cosine from lr to lr x final_factor; constant: lr; plateau:
-    times factor when the test accuracy has not risen for `patience` tests in a row."""
+    times factor when the test accuracy (or loss) has not improved for `patience` tests in a row."""
     milestones: tuple[int, ...] = ()
     """Of step: the epochs, counted from 0 and ascending, at whose start lr is multiplied by factor."""
     factor: float = 0.1
     """Of step and plateau: what lr is multiplied by."""
     patience: int = 3
-    """Of plateau: tests in a row without a better accuracy, after which lr falls."""
+    """Of plateau: tests in a row without a better one, after which lr falls."""
+    plateau_of: Literal["accuracy", "loss"] = "accuracy"
+    """Of plateau: which of a test's results must improve."""
     min_factor: float = 1e-3
     """Of plateau: the smallest fraction of lr."""
     warmup_epochs: float = 1.0

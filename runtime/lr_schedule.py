@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from anabranch.runtime.config import LrScheduleConfig
 
@@ -11,31 +12,34 @@ from anabranch.runtime.config import LrScheduleConfig
 class Plateau:
     """What lr is multiplied by under the schedule "plateau": × factor after `patience` tests without a better one.
 
-    follows: whether the schedule is "plateau"; else `scale` stays 1. All ranks see the same accuracies, and the state
-    goes into checkpoints, so that any mesh and any resume follow the same rates.
+    follows: whether the schedule is "plateau"; else `scale` stays 1. All ranks see the same tests, and the state
+    goes into checkpoints, so that any mesh and any resume follow the same rates. A test that is not a number is no
+    better one.
     """
 
     def __init__(self, schedule: LrScheduleConfig) -> None:
         self.schedule, self.follows = schedule, schedule.name == "plateau"
-        self.scale, self.best, self.waited = 1.0, -math.inf, 0
+        self.scale, self.waited = 1.0, 0
+        self.best: float | None = None  # accuracy, or minus the loss; None before the first test
 
-    def observe(self, accuracy: float) -> None:
+    def observe(self, test_accuracy: float, test_loss: float) -> None:
         """After a test."""
         if not self.follows:
             return
-        if accuracy > self.best:
-            self.best, self.waited = accuracy, 0
+        score = test_accuracy if self.schedule.plateau_of == "accuracy" else -test_loss
+        if math.isfinite(score) and (self.best is None or score > self.best):
+            self.best, self.waited = score, 0
             return
         self.waited += 1
         if self.waited >= self.schedule.patience:
             self.scale = max(self.scale * self.schedule.factor, self.schedule.min_factor)
             self.waited = 0
 
-    def state(self) -> dict[str, float]:
-        """Plain data for `load`."""
+    def state(self) -> dict[str, float | None]:
+        """Plain data for `load`, as JSON has it."""
         return {"scale": self.scale, "best": self.best, "waited": self.waited}
 
-    def load(self, state: Mapping[str, float]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; an empty one starts anew."""
         if state:
             self.scale, self.best, self.waited = state["scale"], state["best"], int(state["waited"])

@@ -46,6 +46,7 @@ from anabranch.schedulers.plan import SAMPLE
 _WARM_UP, _LEAST, _MOST = 2, 3, 10  # steps of a trial: before measuring, fewest and most measured
 _MAX_COUNTS = 8  # numbers of branches measured one by one; of more, a spread
 
+SPEEDS = "speeds"  # the key's entry for the workers' relative speeds
 OnTrial = Callable[[int, int], None]
 Times = dict[
     str, tuple[float, float, float, float]
@@ -63,6 +64,9 @@ class _Seen:
     backward_s: float
     saved_bytes: float
     largest_bytes: float
+
+    def at_speed_1(self, speed: float) -> _Seen:
+        return replace(self, forward_s=self.forward_s * speed, backward_s=self.backward_s * speed)
 
 
 def measure_costs(
@@ -109,10 +113,13 @@ def measure_costs(
     taken = occupancy(PlanStep(copy.deepcopy(reduced), trials[0], meshes[1], setting))
     groups = link_costs(meshes, hosts, in_steps, taken, _device(network))
     everything = gather_json([[*vars(one).values()] for one in seen], _device(network))
+    of_rank = [[_Seen(*row) for row in rows] for rows in everything]
+    speeds = _speeds(of_rank, kinds)
+    key = {**cost_key(network, setting.config, world), SPEEDS: " ".join(map(str, speeds))}
     models = []
     for kind in dict.fromkeys(kinds):
         ranks = [rank for rank in range(world) if kinds[rank] == kind]
-        of_kind = [_Seen(*row) for r in ranks for row in everything[r]]
+        of_kind = [one.at_speed_1(speeds[r]) for r in ranks for one in of_rank[r]]
         elements = _elements(network, spec, alike, of_kind)
         models.append(
             ModelCosts(
@@ -124,10 +131,30 @@ def measure_costs(
                 _copies(setting.config),
                 (len(setting.x),),
                 label,
-                cost_key(network, setting.config, world),
+                key,
             )
         )
     return Costs(tuple(models), groups)
+
+
+def with_speeds(cluster: Cluster, devices: Sequence[str], costs: Costs) -> Cluster:
+    """The cluster with the workers' relative speeds as they were measured. devices: by rank."""
+    speeds = dict(zip(devices, map(float, costs.models[0].key.get(SPEEDS, "").split()), strict=False))
+    changed = (replace(d, speed=speeds.get(str(d), d.speed)) for d in cluster.devices)
+    return replace(cluster, devices=tuple(changed))
+
+
+def _speeds(of_rank: Sequence[Sequence[_Seen]], kinds: Sequence[str]) -> list[float]:
+    """Each rank's speed relative to the fastest of its kind, where all do the same (all branches, own samples).
+
+    In steps of a twentieth, and 1 within a tenth of the fastest: that is noise.
+    """
+    seconds = [
+        sum(one.forward_s + one.backward_s for one in seen if one.held is None) or 1.0 for seen in of_rank
+    ]
+    fastest = {kind: min(s for s, k in zip(seconds, kinds, strict=True) if k == kind) for kind in kinds}
+    ratios = [fastest[kind] / s for s, kind in zip(seconds, kinds, strict=True)]
+    return [1.0 if ratio > 0.9 else max(round(ratio * 20), 1) / 20 for ratio in ratios]
 
 
 def cost_key(network: nn.Module, config: Config, world_size: int) -> dict[str, str]:

@@ -24,6 +24,8 @@ from anabranch.schedulers.registry import make_request, schedule
 
 def plan_here(config: Config, explained: bool, output: Path, console: Console) -> dict[str, Any] | None:
     """Measures on the workers of the cluster (or takes kept costs), searches, times the best plans."""
+    from anabranch.runtime.measure import with_speeds
+
     if not _is_file(config.mesh.plan):
         config = replace(config, mesh=replace(config.mesh, plan="auto"))
     with Driver(config, console) as driver:
@@ -40,14 +42,15 @@ def plan_here(config: Config, explained: bool, output: Path, console: Console) -
                     "data_parallel_step_s": None, "search_s": 0.0, "memory_bytes": None}  # fmt: skip
         assert driver.cluster is not None, "with a plan"
         costs = read_costs(outcome["costs"])
+        cluster = with_speeds(driver.cluster, [str(device) for device in driver.cluster.devices], costs)
         train = driver.config.train
         batch = Batch(train.batch_size, train.bn_batch_size, train.accumulation)
         rows = {row["name"]: row for row in outcome["plans"]}
-        rows |= _references(rows, driver.model, driver.cluster, costs, batch)
+        rows |= _references(rows, driver.model, cluster, costs, batch)
         outcome["plans"] = list(rows.values())
         print_candidates(console, outcome)
-        chosen = predict(driver.plan, driver.model, driver.cluster, costs, batch)
-        result = _shown(console, driver.plan, driver.model, driver.cluster, costs, batch, chosen, explained)
+        chosen = predict(driver.plan, driver.model, cluster, costs, batch)
+        result = _shown(console, driver.plan, driver.model, cluster, costs, batch, chosen, explained)
         _write(output, driver.plan, console)
         mine, data = rows[outcome["chosen"]], rows["data"]
         return {

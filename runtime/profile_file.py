@@ -4,12 +4,13 @@ All times in seconds, sizes in bytes. {"p50", "p95"}: over steps; {"min", "media
 
     schema        1; another number is another format
     mesh          [data, branch]
-    steps         measured, regular (those that recorded the same: of them are all figures), warm_up, step_s {p50, p95}
-    ranks         by rank: host, device, kind, memory_bytes, peak_flops_per_s (of a large matrix product), clock_error_s,
+    steps         measured, regular (they recorded the same; all figures are of them), warm_up, step_s {p50, p95}
+    ranks         by rank: host, device, kind, memory_bytes, peak_flops_per_s (a large matrix product), clock_error_s,
                   step_s, parts {part: {p50, p95}}, unattributed (share of the step that no part accounts for)
     elements      stem, blocks, head, in order: name, split, over {figure: {min, median, max}}, ranks by rank: held
                   (branches), forward_s, backward_s {p50, p95} without exchanges, transfer_s, wait_s {p50, p95}, bytes,
-                  flops [forward, backward], flops_per_s, utilisation, kernels, gap_s (of one traced step: how many
+                  flops [forward, backward], flops_per_s, utilisation (of the best alike rank's
+                  peak_flops_per_s), kernels, gap_s (of one traced step: how many
                   kernels, on a CPU operators, and the time between them)
     exchanges     by op, element, part: op, bytes, calls a step, transfer_s, wait_s [of each rank], bytes_per_s
                   (bytes ÷ the group's shortest transfer)
@@ -29,7 +30,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anabranch.runtime.durable import write_text
+from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import ConfigError
 
 SCHEMA = 1
@@ -37,7 +38,7 @@ SCHEMA = 1
 
 def write_profile(profile: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
-    write_text(path, json.dumps(_rounded(profile), separators=(",", ":")) + "\n")
+    write_bytes(path, (json.dumps(_rounded(profile), separators=(",", ":")) + "\n").encode())
 
 
 def read_profile(path: Path) -> dict[str, Any]:
@@ -45,7 +46,9 @@ def read_profile(path: Path) -> dict[str, Any]:
     try:
         profile = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path}: not a profile (no valid JSON: {error}): run `anabranch profile` again") from None
+        raise ConfigError(
+            f"{path}: not a profile (no valid JSON: {error}): run `anabranch profile` again"
+        ) from None
     schema = profile.get("schema") if isinstance(profile, dict) else None
     if schema != SCHEMA:
         raise ConfigError(

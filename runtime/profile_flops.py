@@ -27,7 +27,7 @@ class ElementFlops(TorchDispatchMode):
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
         self.flops: dict[tuple[str, str], int] = defaultdict(int)
         self.num_ops: dict[tuple[str, str], int] = defaultdict(int)
@@ -58,7 +58,8 @@ def _forward(args: Any, out: Any) -> int:
 
 def _backward(args: Any, out: Any) -> int:
     grad, x, w = args[0], args[1], args[2]
-    wanted = sum(map(bool, args[10][:2]))  # with respect to the input, the filters: each as much as the forward
+    # with respect to the input, the filters: each as much as the forward
+    wanted = sum(map(bool, args[10][:2]))
     return wanted * _convolution(x.shape, w.shape, grad.shape, bool(args[7]))
 
 

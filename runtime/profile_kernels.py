@@ -57,7 +57,9 @@ def traced(
 def busy(events: list[list[Any]], start: float, end: float) -> tuple[int, float]:
     """(how many, seconds that at least one ran) of the kernels (else operators) in an interval."""
     on_device = [e for e in events if e[1] != "op"] or events
-    inside = sorted((max(e[3], start), min(e[3] + e[4], end)) for e in on_device if e[3] < end and e[3] + e[4] > start)
+    inside = sorted(
+        (max(e[3], start), min(e[3] + e[4], end)) for e in on_device if e[3] < end and e[3] + e[4] > start
+    )
     seconds, until, number = 0.0, start, 0
     for begin, stop in inside:
         number += begin >= until  # a nested operator is part of the one that called it

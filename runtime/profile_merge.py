@@ -67,13 +67,16 @@ class Merged:
         self.blame = self._blame()
 
     def step_s(self, rank: int) -> Array:
-        return self.step[rank][1] - self.step[rank][0]
+        start, end = self.step[rank]
+        return np.asarray(end - start)
 
     def parts(self, rank: int) -> dict[str, Array]:
         """Seconds by part and step, as `Recorder.times`, and what none accounts for."""
         zero = np.zeros(len(self.regular))
         found = {part: zero.copy() for part in PARTS}
-        for (part, element, op, _), length in zip(self.spans[rank], self.end[rank] - self.start[rank], strict=True):
+        for (part, element, op, _), length in zip(
+            self.spans[rank], self.end[rank] - self.start[rank], strict=True
+        ):
             if part == "sent" or (part == "reduction" and op):
                 continue
             if op:
@@ -86,7 +89,9 @@ class Merged:
     def compute(self, rank: int) -> dict[tuple[str, str], Array]:
         """Seconds of (part, element) without exchanges."""
         found: dict[tuple[str, str], Array] = defaultdict(lambda: np.zeros(len(self.regular)))
-        for (part, element, op, _), length in zip(self.spans[rank], self.end[rank] - self.start[rank], strict=True):
+        for (part, element, op, _), length in zip(
+            self.spans[rank], self.end[rank] - self.start[rank], strict=True
+        ):
             if element:
                 found[part, element] += -length if op else length
         return found
@@ -162,7 +167,9 @@ class Merged:
             if not keys:
                 continue
             zero = np.zeros(shape[1])
-            table = np.stack([[of_rank.get(key, zero) for key in keys] for of_rank in work])  # ranks, keys, steps
+            table = np.stack(
+                [[of_rank.get(key, zero) for key in keys] for of_rank in work]
+            )  # ranks, keys, steps
             steps = np.arange(shape[1])
             own = table[late, :, steps]  # steps, keys
             others = (table.sum(0).T - own) / (len(work) - 1)
@@ -185,7 +192,9 @@ def over_ranks(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
 
 
-def summed(exchanges: Sequence[Exchange], rank: int, what: Callable[[Exchange], Array], num_steps: int) -> Array:
+def summed(
+    exchanges: Sequence[Exchange], rank: int, what: Callable[[Exchange], Array], num_steps: int
+) -> Array:
     """A rank's seconds (steps,) over some exchanges."""
     total = np.zeros(num_steps)
     for exchange in exchanges:

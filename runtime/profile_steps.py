@@ -1,7 +1,7 @@
 """What `anabranch profile` does on every rank: real training steps, recorded in detail, gathered on rank 0.
 
-    warm-up │ clocks │ N detailed steps │ clocks │ off, light and detailed in turn │ one counted │ one traced
-            └──────────── these are the profile ┘   what recording costs             FLOPs         kernels
+warm-up │ clocks │ N detailed steps │ clocks │ off, light and detailed in turn │ one counted │ one traced
+        └──────────── these are the profile ┘   what recording costs             FLOPs         kernels
 """
 
 from __future__ import annotations
@@ -178,10 +178,10 @@ def _resident_bytes() -> int:
 def _matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product here: what utilisation is measured against."""
     dtype = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
-    n = 4096 if device.type == "cuda" else 384
+    n = 4096 if device.type == "cuda" else 512
     a = torch.ones((n, n), device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(6):
+    for _ in range(20):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begun = time.perf_counter()
@@ -235,6 +235,6 @@ def _split(
     rows: np.ndarray[Any, Any], keys: list[Signature]
 ) -> Iterator[tuple[tuple[Signature, ...], np.ndarray[Any, Any]]]:
     first = 0
-    for end in np.flatnonzero(rows[:, 0] < 0):
+    for end in np.flatnonzero(rows[:, 0] < 0).tolist():
         yield tuple(keys[int(number)] for number in rows[first:end, 0]), rows[first : end + 1, 1:]
         first = end + 1

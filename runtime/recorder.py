@@ -158,7 +158,7 @@ class Recorder:
 
     def spans(self) -> list[Span]:
         """Every interval of the last step that ended, in seconds of time.perf_counter."""
-        return [Span(*names, self._at(start), self._at(end)) for *names, start, end in self._last]
+        return [self._span(interval) for interval in self._last]
 
     def keep(self) -> None:
         """Every step that ends from now on is kept until `kept` takes them."""
@@ -170,20 +170,20 @@ class Recorder:
         if self._cuda:
             torch.cuda.synchronize(self._device)
         return [
-            (
-                [Span(*names, self._at(a), self._at(b)) for *names, a, b in spans],
-                self._at(start),
-                self._at(end),
-            )
+            ([self._span(interval) for interval in spans], self._at(start), self._at(end))
             for spans, start, end in steps
         ]
 
+    def _span(self, interval: _Interval) -> Span:
+        part, element, op, num_bytes, start, end = interval
+        return Span(part, element, op, num_bytes, self._at(start), self._at(end))
+
     def _at(self, moment: Moment) -> float:
         base, begun = self._base
-        return base + self._between(begun, moment) if self._cuda else moment
+        return base + self._between(begun, moment) if self._cuda else float(moment)
 
     def _between(self, start: Moment, end: Moment) -> float:
-        return start.elapsed_time(end) / 1e3 if self._cuda else end - start
+        return float(start.elapsed_time(end) / 1e3 if self._cuda else end - start)
 
 
 def by_part(times: Sequence[Sequence[float]]) -> dict[str, list[float]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.cluster import WorkerContext
+from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.assemble import in_precision, local_cluster, make_loss, make_penalty, make_plan, settle
 from anabranch.runtime.basis_record import BasisRecord
 from anabranch.runtime.callbacks import Callback, MetricsFile
@@ -102,7 +103,7 @@ class Trainer:
         with process_group(self.context, self.config.launch.timeout_s):
             self._set_up()
             checkpoint.load_into(self.network, None)
-            return self._evaluate()
+            return {**self._evaluate(), "unreadable": self._unreadable()}
 
     def _set_up(self) -> None:
         train = self.config.train
@@ -180,7 +181,7 @@ class Trainer:
                     break
                 if eval_every and done % eval_every == 0:
                     result, tested_at = self._evaluate(done), done
-                    plateau.observe(result["test_accuracy"])
+                    plateau.observe(**result)
                 if checkpoints and config.checkpoint.every_epochs and done % save_every == 0:
                     self._save(checkpoints, done, plateau)
                     saved_at = done
@@ -198,6 +199,7 @@ class Trainer:
             "first_step_at": first_step_at,
             "steps": done,
             "run_dir": str(self.run_dir or ""),
+            "unreadable": self._unreadable(),
             "stopped": (self.context.stop_requested or "by another rank") if stopped else None,
         }
         publish(phase="stopped" if stopped else "done")
@@ -276,13 +278,22 @@ class Trainer:
         self._tell("on_evaluation", {"step": step, "epoch": step / self.steps_per_epoch, **metrics})
         return metrics
 
+    def _unreadable(self) -> dict[str, str]:
+        """Files of the data that could not be read, on any rank, and why. Collective."""
+        found: dict[str, str] = {}
+        for told in on_all_ranks(self.mesh, self.device, self.data.unreadable, "count unreadable files"):
+            found |= told
+        return found
+
     def _predicted(self, x: Tensor, rows: RankBatch) -> Tensor:
         """The network's outputs; of several crops the logarithm of their classes' mean probabilities."""
         data = self.config.data
         if data.eval_crops == 1:
             return self.network(x, rows)  # type: ignore[no-any-return]
         crops = ten_crops(x, self.data.image_size, data.crop_padding)
-        logs = torch.stack([self.network(crop, rows).float().log_softmax(1) for crop in crops])
+        logits = [self.network(crop, rows) for crop in crops]
+        exact = torch.promote_types(logits[0].dtype, torch.float32)  # half precisions would lose the mean
+        logs = torch.stack([y.to(exact).log_softmax(1) for y in logits])
         return logs.logsumexp(0) - math.log(len(crops))
 
     def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau) -> None:

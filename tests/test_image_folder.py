@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import json
 import random
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from rich.console import Console
+from torch.nn import functional as F
 
-from anabranch.runtime import commands
+from anabranch.blocks import build
+from anabranch.runtime import Trainer, commands
+from anabranch.runtime.assemble import make_data
 from anabranch.runtime.config import Config
-from anabranch.runtime.data.augment import ten_crops
-from anabranch.runtime.data.image_folder import AreaCrop, CentreCrop, hsl_shifted, load_image_folder
+from anabranch.runtime.data.augment import normalise, ten_crops
+from anabranch.runtime.data.image_folder import (
+    _IMAGENET,
+    AreaCrop,
+    CentreCrop,
+    hsl_shifted,
+    load_image_folder,
+)
 from anabranch.runtime.errors import DataError
+from anabranch.runtime.launch import alone
 
 SIZES: dict[str, Any] = {"image_size": 24, "resize": 32}
 
@@ -132,16 +146,94 @@ def test_a_run_on_a_folder_with_an_unreadable_file(folder: Path, tmp_path: Path,
     result = commands.train(Config.from_dict(layers), Console(quiet=True))
     assert result is not None
     assert result["test_accuracy"] >= 0.5
-    said = [line for line in capfd.readouterr().err.splitlines() if "cannot be read as an image" in line]
+    assert [*result["unreadable"]] == [str(broken)]
+    said = [line for line in capfd.readouterr().err.splitlines() if "cannot be read" in line]
     assert len(said) == 1
-    assert "unreadable so far: 1 of 24" in said[0]
-    single = commands.evaluate(tmp_path / "second", "", 1, Console(quiet=True))
-    ten = commands.evaluate(tmp_path / "second", "", 10, Console(quiet=True))
+    assert "skipped, as 1 of 24 so far" in said[0]
+    single = commands.evaluate(tmp_path / "second", "", Console(quiet=True), crops=1)
+    ten = commands.evaluate(tmp_path / "second", "", Console(quiet=True), crops=10)
     assert single is not None
     assert ten is not None
     assert single["test_loss"] != ten["test_loss"]
     assert (single["crops"], ten["crops"]) == (1, 10)
     json.dumps(ten)
+
+
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_each_unreadable_file_counts_once(folder: Path, loader_workers: int) -> None:
+    """Wherever it was decoded. In training the next takes its place; a test sample's is grey, of its own class."""
+    bad = [folder / "train" / "bright" / "11.jpg"]
+    if not loader_workers:  # starting more of them is slow
+        bad += [folder / "val" / "bright" / "04.png", folder / "val" / "dark" / "00.png"]
+    for path in bad:
+        path.write_bytes(b"no image")
+    data = load(folder, on_bad="skip", loader_workers=loader_workers)
+    try:
+        for epoch in range(2):
+            x, labels = data.train.fetch(torch.tensor([11, 12, 3, 11]), epoch)
+            assert labels.tolist() == [1, 1, 0, 1]
+            assert torch.equal(x[0], x[1])
+        if not loader_workers:
+            x, labels = data.test.fetch(torch.arange(10), 0)
+            assert labels.tolist() == [0] * 5 + [1] * 5
+            assert x[4].flatten(1).unique(dim=1).flatten().tolist() == [124, 116, 104]
+        assert sorted(data.unreadable()) == sorted(map(str, bad))
+    finally:
+        data.close()
+
+
+def test_whatever_breaks_a_file_is_said_with_its_name(folder: Path) -> None:
+    """A size beyond Pillow's limit, pixels of 16 bits (which it would cut off), a file of another kind."""
+    path = folder / "train" / "bright" / "00.png"
+    huge = bytearray(path.read_bytes())
+    huge[16:24] = (40_000).to_bytes(4, "big") * 2
+    huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4, "big")
+    deep = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(deep, "PNG")
+    for content, why in (
+        (bytes(huge), "exceeds limit"),
+        (deep.getvalue(), "not 8 bits"),
+        (b"", "cannot identify"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"00\.png cannot be read as an image \(.*{why}"):
+            load(folder)
+        assert [
+            why in said
+            for said in load(folder, on_bad="skip").train.samples.dataset.take_unreadable().values()
+        ] == [True]
+
+
+def test_ten_crops_are_the_same_on_any_mesh(folder: Path) -> None:
+    """Each sample once, over ranks that share samples or branches; the number divides neither."""
+    (folder / "val" / "dark" / "04.png").unlink()
+    one = run_ranks(1, evaluated, str(folder), "1x1")[0]
+    x, labels = load(folder, margin=True).test.fetch(torch.arange(9), 0)
+    network, x = untrained().double().eval(), normalise(x, _IMAGENET, torch.float64)
+    mean = torch.stack([network(crop).detach().softmax(1) for crop in ten_crops(x, (24, 24), 4)]).mean(0)
+    assert one["test_loss"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-9)
+    for shape in ("1x2", "2x1"):
+        for result in run_ranks(2, evaluated, str(folder), shape):
+            assert result == pytest.approx(one, rel=1e-9)
+
+
+def untrained() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build("multi_resnet", depth=8, num_branches=2, num_classes=2)
+
+
+def evaluated(rank: int, world_size: int, folder: str, shape: str) -> dict[str, float]:
+    config = Config.from_dict(
+        {
+            "data": {"name": "image_folder", "path": folder, "options": SIZES, "eval_crops": 10},
+            "train": {"precision": "fp64", "batch_size": 8, "eval_batch_size": 4},
+            "mesh": {"shape": shape, "plan": "even"},
+        }
+    )
+    context = replace(alone(), rank=rank, world_size=world_size)
+    trainer = Trainer(untrained(), make_data(config), config, context=context)
+    trainer._set_up()
+    return trainer._evaluate()
 
 
 def test_what_is_said_of_wrong_folders(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def test_plateau_falls_after_so_many_tests_without_a_better_one() -> None:
     plateau = Plateau(LrScheduleConfig("plateau", factor=0.1, patience=2, min_factor=0.005))
     scales = []
     for accuracy in (0.5, 0.6, 0.6, 0.55, 0.7, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
-        plateau.observe(accuracy)
+        plateau.observe(accuracy, 1.0)
         scales.append(plateau.scale)
     assert scales == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.005, 0.005, 0.005])
 
@@ -29,17 +30,28 @@ def test_plateau_goes_on_from_its_state() -> None:
     whole, first, second = Plateau(schedule), Plateau(schedule), Plateau(schedule)
     accuracies = [0.5, 0.4, 0.3, 0.6, 0.5, 0.4]
     for accuracy in accuracies:
-        whole.observe(accuracy)
+        whole.observe(accuracy, 1.0)
     for accuracy in accuracies[:2]:
-        first.observe(accuracy)
+        first.observe(accuracy, 1.0)
     second.load(first.state())
     for accuracy in accuracies[2:]:
-        second.observe(accuracy)
+        second.observe(accuracy, 1.0)
     assert second.state() == whole.state()
     others = Plateau(LrScheduleConfig("cosine", patience=1))
-    others.observe(0.5)
-    others.observe(0.4)
+    others.observe(0.5, 1.0)
+    others.observe(0.4, 1.0)
     assert others.scale == 1
+
+
+def test_plateau_of_the_loss() -> None:
+    """A loss falls where it is better; one that is not a number never is, and leaves a state that JSON can hold."""
+    plateau = Plateau(LrScheduleConfig("plateau", patience=2, plateau_of="loss"))
+    scales = []
+    for loss in (float("nan"), 3.0, 2.0, 2.5, float("inf"), 1.0):
+        plateau.observe(0.5, loss)
+        scales.append(plateau.scale)
+        json.dumps(plateau.state(), allow_nan=False)
+    assert scales == pytest.approx([1, 1, 1, 1, 0.1, 0.1])
 
 
 def test_step_and_cosine() -> None:
@@ -59,12 +71,11 @@ def test_a_resumed_run_follows_the_same_plateau(tmp_path: Path) -> None:
         "lr_schedule": {"name": "plateau", "patience": 1, "warmup_epochs": 0.0},
         "optimizer": {"lr": 1e-9},  # nothing is learned: no test is better than the first
         "train": {"epochs": 4, "batch_size": 512, "max_steps": 11},
+        "checkpoint": {"every_epochs": 0.34},  # the first one before any test
         "launch": {"launcher": "none"},
     }
 
     def rates(name: str, *more: dict[str, Any]) -> list[float]:
-        import json
-
         folder = tmp_path / name
         given = {"launch": {"launcher": "none", "run_dir": str(folder)}}
         config = Config.from_dict(layers, given, *more)
@@ -82,8 +93,6 @@ def test_a_resumed_run_follows_the_same_plateau(tmp_path: Path) -> None:
         {"train": {"max_steps": 11}, "checkpoint": {"resume": str(folder)}, "launch": {"launcher": "none"}},
     )
     commands.train(resumed, Console(quiet=True))
-    import json
-
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines if line["kind"] == "step"] == whole
     assert RunFolder.open(folder).checkpoint().position["plateau"]["scale"] < 1

@@ -63,7 +63,11 @@ def test_the_numbers_of_the_papers() -> None:
         (150, 225),
     )
     assert recipe("cifar100-resnet-34").train.orthogonality == 0.0
-    assert recipe("cifar10-gross").gross.temperature == 4.0
+    assert (shared.optimizer.momentum, shared.optimizer.nesterov) == (0.9, False)
+    gross = recipe("cifar10-gross")
+    assert gross.gross.temperature == 4.0
+    assert (gross.optimizer.lr, gross.train.epochs, gross.lr_schedule.milestones) == (0.1, 100, (50, 75))
+    assert (gross.data.augment, gross.data.crop_padding) == ("flip_crop", 2)
 
 
 def test_every_ready_network_of_the_papers_has_a_recipe() -> None:

@@ -8,8 +8,8 @@ generator, which every sample finds seeded by (seed, epoch, index).
 from __future__ import annotations
 
 import math
+import os
 import random
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NUM_CLASSES = {"imagenet": 1000, "places365": 365, "image_folder": None}
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 _IMAGENET = Normalisation(255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_GREY = (124, 116, 104)  # the mean, of 255
 _HSL = (20, 40, 50)  # CRU-Net: the largest noise of hue (of 180), saturation and lightness (of 255)
 
 
@@ -57,29 +58,31 @@ class ImageOptions:
 class ImageFolder:
     """Map-style: (image uint8 (3, H, W), class). Classes are the folders' names in order.
 
-    on_bad: "stop" raises DataError for a file that cannot be decoded; "skip" says so, and the next one takes its place.
+    on_bad, for a file that cannot be decoded: "stop" raises DataError; "skip" keeps it for `take_unreadable`, and the
+    next file takes its place, with its own class. Where `is_test`, a grey image takes it instead, of the bad file's
+    class: so that every other sample counts once.
     """
 
     root: Path
     classes: list[str]
     transform: Callable[[Image], Image]
     on_bad: Literal["stop", "skip"] = "stop"
-    files: list[tuple[Path, int]] = field(init=False)
-    bad: set[Path] = field(init=False, default_factory=set)
+    is_test: bool = False
+    files: list[tuple[str, int]] = field(
+        init=False
+    )  # text: a million Paths are slow to send to loader workers
+    _unreadable: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.files = [
-            (path, label)
-            for label, name in enumerate(self.classes)
-            for path in sorted((self.root / name).rglob("*"))
-            if path.suffix.lower() in _SUFFIXES
+            (path, label) for label, name in enumerate(self.classes) for path in _images(self.root / name)
         ]
         empty = sorted({*range(len(self.classes))} - {label for _, label in self.files})
         if empty:
             names = ", ".join(self.classes[label] for label in empty[:3])
             raise DataError(
                 f"{self.root}: {len(empty)} of {len(self.classes)} classes have no image ({names}): "
-                f"images end in {', '.join(sorted(_SUFFIXES))}"
+                f"images end in {', '.join(_SUFFIXES)}"
             )
 
     def __len__(self) -> int:
@@ -88,33 +91,39 @@ class ImageFolder:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         for offset in range(len(self.files)):
             path, label = self.files[(index + offset) % len(self.files)]
-            try:
-                image = self.transform(_decoded(path))
-            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
-                self._found_bad(path, error)
-                continue
-            return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), label
+            image = self._decoded(path)
+            if image is not None:
+                return torch.from_numpy(np.asarray(self.transform(image)).transpose(2, 0, 1).copy()), label
         raise DataError(f"{self.root}: none of {len(self.files)} images can be read")
 
-    def _found_bad(self, path: Path, error: Exception) -> None:
-        if self.on_bad == "stop":
-            raise DataError(
-                f"{path} cannot be read as an image ({error}): replace it, or set data.on_bad_image to skip"
-            ) from error
-        if path not in self.bad:
-            self.bad.add(path)
-            print(
-                f"warning: {path} cannot be read as an image ({error}), the next one takes its place; "
-                f"unreadable so far: {len(self.bad)} of {len(self.files)}",
-                file=sys.stderr,
-            )
+    def take_unreadable(self) -> dict[str, str]:
+        """Files that could not be decoded, and why, since last asked."""
+        taken, self._unreadable = self._unreadable, {}
+        return taken
+
+    def _decoded(self, path: str) -> Image | None:
+        from PIL import Image as pil
+
+        try:
+            with pil.open(path) as image:
+                if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would cut off at 255
+                    raise ValueError(f"pixels are of mode {image.mode}, not 8 bits a channel")
+                return image.convert("RGB")
+        except Exception as error:  # Pillow's readers raise many kinds on broken files
+            if self.on_bad == "stop":
+                raise DataError(
+                    f"{path} cannot be read as an image ({error}): replace it, or set data.on_bad_image to skip"
+                ) from error
+            self._unreadable[path] = str(error)
+            return pil.new("RGB", (256, 256), _GREY) if self.is_test else None
 
 
 @dataclass(frozen=True)
 class AreaCrop:
     """A part of `min_area` to all of the image, of an aspect from 3/4 to 4/3, as size × size pixels, mirrored or not.
 
-    hsl: CRU-Net's noise on hue, saturation and lightness.
+    hsl: CRU-Net's noise on hue, saturation and lightness; the same for all of an image's pixels, hence after the
+    crop, where they are fewer.
     """
 
     size: int
@@ -214,7 +223,7 @@ def load_image_folder(
     train, test = (
         UserSet(
             Samples(
-                ImageFolder(root / part, classes[part], transforms[part], on_bad),
+                ImageFolder(root / part, classes[part], transforms[part], on_bad, is_test=part == "val"),
                 f"{name}, {part}",
                 seed,
                 len(classes[part]),
@@ -251,11 +260,13 @@ def hsl_shifted(pixels_HWC: np.ndarray, hue: float, saturation: float, lightness
     return np.clip(np.stack(shifted, -1) * 255.0 + 0.5, 0, 255).astype(np.uint8)
 
 
-def _decoded(path: Path) -> Image:
-    from PIL import Image as pil
-
-    with pil.open(path) as image:
-        return image.convert("RGB")
+def _images(folder: Path) -> list[str]:
+    return sorted(
+        f"{place}{os.sep}{name}"
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(_SUFFIXES)
+    )
 
 
 def _classes(folder: Path) -> list[str]:

@@ -70,6 +70,13 @@ class DataBundle:
         classes = "" if self.num_classes is None else f", {self.num_classes} classes"
         return f"{self.name}{made_up}: {len(self.train):,} + {len(self.test):,} images {shape}{classes}"
 
+    def unreadable(self) -> dict[str, str]:
+        """The files that could not be read so far, on this rank, and why."""
+        found: dict[str, str] = {}
+        for source in (self.train, self.test):
+            found |= getattr(source, "unreadable", {})
+        return found
+
     def close(self) -> None:
         """End the worker processes of both parts."""
         self.train.close()

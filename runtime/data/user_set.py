@@ -6,6 +6,7 @@ import multiprocessing as mp
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -81,8 +82,13 @@ class Samples:
             raise DataError(f"{where}: its label is {int(label)}: classes are {rule}")
         return image, label.long()
 
-    def make_batch(self, indices: list[int], epoch: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n, C, H, W) of the shape and type of `like` (C, H, W), and labels (n,); n may be 0."""
+    def make_batch(
+        self, indices: list[int], epoch: int, like: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, str]]:
+        """Images (n, C, H, W) of the shape and type of `like` (C, H, W), labels (n,), and what could not be read: why.
+
+        n may be 0.
+        """
         images = like.new_empty(len(indices), *like.shape)
         labels = torch.empty(len(indices), dtype=torch.int64)
         with kept_randomness():
@@ -94,15 +100,20 @@ class Samples:
                         f"the first sample {tuple(like.shape)} and {like.dtype}: make all alike"
                     )
                 images[place] = image
-        return images, labels
+        take = getattr(self.dataset, "take_unreadable", dict)
+        return images, labels, take()
 
 
 class UserSet:
-    """A map-style dataset; `num_workers` processes make its samples, or this one between the steps where it is 0."""
+    """A map-style dataset; `num_workers` processes make its samples, or this one between the steps where it is 0.
+
+    unreadable: the files that the dataset could not read so far, and why.
+    """
 
     def __init__(self, samples: Samples, num_workers: int = 0) -> None:
         self.samples = samples
         self.num_workers = num_workers
+        self.unreadable: dict[str, str] = {}
         self._pool: ProcessPoolExecutor | None = None
         with user_code(f"len({samples.title})", DataError):
             self._len = len(samples.dataset)
@@ -121,7 +132,9 @@ class UserSet:
     def fetch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         wanted = indices.tolist()
         if not self.num_workers or not wanted:
-            return self.samples.make_batch(wanted, epoch, self.like)
+            images, labels, unreadable = self.samples.make_batch(wanted, epoch, self.like)
+            self._found(unreadable)
+            return images, labels
         step = -(-len(wanted) // self.num_workers)
         shares = [wanted[start : start + step] for start in range(0, len(wanted), step)]
         title = self.samples.title
@@ -136,8 +149,18 @@ class UserSet:
                 f"{title} cannot be sent to loader workers: {error}: define its classes and functions at the top of a "
                 "module, or set data.loader_workers = 0"
             ) from error
-        images, labels = zip(*parts, strict=True)
-        return torch.cat(images), torch.cat(labels)
+        for _, _, unreadable in parts:
+            self._found(unreadable)
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _found(self, unreadable: dict[str, str]) -> None:
+        for file, why in unreadable.items():
+            if file not in self.unreadable:
+                self.unreadable[file] = why
+                print(
+                    f"warning: {file} cannot be read ({why}): skipped, as {len(self.unreadable)} of {len(self)} so far",
+                    file=sys.stderr,
+                )
 
     def close(self) -> None:
         if self._pool:
@@ -169,5 +192,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make_in_worker(indices: list[int], epoch: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _make_in_worker(indices: list[int], epoch: int, like: Tensor) -> tuple[Tensor, Tensor, dict[str, str]]:
     return _worker_samples.make_batch(indices, epoch, like)

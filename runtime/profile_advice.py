@@ -1,0 +1,221 @@
+"""What to change in the plan: moves of branches off the slow ranks, tried in the simulator on this profile's costs.
+
+The profile's own block times become costs, a kind of device for each rank: a rank's time in a block is taken to grow
+with the branches that it holds (so its replicated part counts as theirs), all else to stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from anabranch.schedulers import BranchPlacement, Cluster, Device, ModelSpec, Plan, PlanError
+from anabranch.schedulers.cluster import Link
+from anabranch.schedulers.costs import (
+    Batch,
+    Costs,
+    Curve,
+    ElementCost,
+    GroupCost,
+    ModelCosts,
+    ParameterBytes,
+    Work,
+)
+from anabranch.schedulers.layout import make_layout
+from anabranch.schedulers.predict import Prediction, predict
+
+_LEAST_GAIN = 0.01  # of the step, to be worth saying
+_LATENCY = Link(0.0, 1e12)  # of groups that the profile has no exchange of
+
+
+def suggestion(
+    profile: Mapping[str, Any], plan: Plan, model: ModelSpec, batch: Batch
+) -> dict[str, Any] | None:
+    """The moves that the simulator likes best among those off the ranks that others wait for; None: none helps."""
+    if plan.branch == 1 or not profile["stragglers"]:
+        return None
+    plan, cluster = _placed(plan)
+    costs = profile_costs(profile, plan, cluster, model, batch)
+    now = predict(plan, model, cluster, costs, batch).total_s
+    best: tuple[float, Plan, str, list[dict[str, Any]]] | None = None
+    for text, moves in _candidates(profile["stragglers"], plan):
+        try:
+            moved = _moved(plan, moves)
+            moved.check(model)
+            seconds = predict(moved, model, cluster, costs, batch).total_s
+        except PlanError:
+            continue  # blocks that share parameters must move together
+        if best is None or seconds < best[0] - 1e-9:
+            best = seconds, moved, text, moves
+    if best is None or best[0] > now * (1 - _LEAST_GAIN):
+        return None
+    change = best[0] / now - 1
+    text = f"{best[2]}: predicted {100 * change:+.0f} %".replace("-", "−")
+    return {"text": text, "moves": best[3], "predicted_s": best[0], "now_s": now, "change": change}
+
+
+def predicted(
+    profile: Mapping[str, Any], plan: Plan, model: ModelSpec, batch: Batch, costs: Costs, source: str = ""
+) -> dict[str, Any]:
+    """A step of the plan by other costs than the profile's own, to compare. Raises PlanError where they do not fit."""
+    kinds = {cost.kind for cost in costs.models}
+    devices = tuple(
+        Device(rank["host"], index, rank["kind"] if rank["kind"] in kinds else next(iter(kinds)))
+        for index, rank in enumerate(profile["ranks"])
+    )
+    names = tuple(map(str, devices))
+    rows = tuple(names[d * plan.branch : (d + 1) * plan.branch] for d in range(plan.data))
+    found = predict(replace(plan, devices=rows), model, Cluster(devices, _LATENCY, _LATENCY), costs, batch)
+    elements = {name: [0.0, 0.0] for name in ("stem", *model.by_name, "head")}
+    for phase in found.phases:
+        if phase.element and phase.phase in ("forward", "backward"):
+            elements[phase.element][phase.phase == "backward"] += max(phase.compute_s)
+    return {
+        "source": source or found.label,
+        "total_s": found.total_s,
+        "elements": elements,
+        "memory_bytes": list(found.memory_bytes),
+        "timeline": _timeline(found, plan.world_size),
+    }
+
+
+def profile_costs(
+    profile: Mapping[str, Any], plan: Plan, cluster: Cluster, model: ModelSpec, batch: Batch
+) -> Costs:
+    """What the profile measured, as costs: the same plan takes about what it took."""
+    assert plan.devices is not None, "placed"
+    layout = make_layout(plan.devices, cluster, batch, plan.samples)
+    most, times = max(layout.group_samples), batch.accumulation
+    by_name = {element["name"]: element for element in profile["elements"]}
+    points: dict[tuple[str, float], list[float]] = {}
+    moved: dict[tuple[str, str], float] = {}
+    for e in profile["exchanges"]:
+        if e["op"] in ("all_reduce", "all_gather") and e["calls"]:
+            points.setdefault((e["op"], float(e["bytes"])), []).append(e["transfer_s"])
+            if e["op"] == "all_reduce":
+                key = e["element"], e["part"]
+                moved[key] = moved.get(key, 0.0) + e["bytes"] * e["calls"] / times / most
+    shared = {name: ParameterBytes(0, ()) for name in model.users}
+    models = []
+    for rank, device in enumerate(cluster.devices):
+        elements = {}
+        for name, element in by_name.items():
+            block = model.by_name.get(name)
+            row = element["ranks"][rank]
+            forward, backward = (row[key]["p50"] / times for key in ("forward_s", "backward_s"))
+            whole = _work(forward, backward)
+            if block is None:
+                elements[name] = ElementCost(whole)
+                continue
+            num = len(row["held"])
+            if num == 0:  # its branches cost what the others' do
+                per = [
+                    (
+                        other["forward_s"]["p50"] / len(other["held"]),
+                        other["backward_s"]["p50"] / len(other["held"]),
+                    )
+                    for other in element["ranks"]
+                    if other["held"]
+                ]
+                forward, backward = (sum(p[i] for p in per) / len(per) / times for i in (0, 1))
+                num = 1
+            branches = tuple(
+                _work(forward * (j + 1) / num, backward * (j + 1) / num) for j in range(block.num_branches)
+            )
+            sums, hidden = (moved.get((name, part), 0.0) for part in ("forward", "backward"))
+            elements[name] = ElementCost(_work(0.0, 0.0), branches, False, sums, hidden)
+        parts = profile["ranks"][rank]["parts"]
+        rest = sum(parts[part]["p50"] for part in ("data", "optimizer", "idle", "reduction"))
+        models.append(ModelCosts(device.kind, elements, shared, rest))
+    groups = tuple(
+        GroupCost(op, plan.branch, across, Curve(tuple(_curve(points, op))))  # type: ignore[arg-type]
+        for op in dict.fromkeys(op for op, _ in points)
+        for across in (False, True)
+    )
+    return Costs(tuple(models), groups)
+
+
+def _curve(points: Mapping[tuple[str, float], list[float]], op: str) -> Iterator[tuple[float, float]]:
+    for (name, num_bytes), seconds in sorted(points.items()):
+        if name == op:
+            yield num_bytes, sorted(seconds)[len(seconds) // 2]
+
+
+def _work(forward_s: float, backward_s: float) -> Work:
+    return Work(Curve(((0.0, forward_s),)), Curve(((0.0, backward_s),)))
+
+
+def _placed(plan: Plan) -> tuple[Plan, Cluster]:
+    """The plan on a cluster in which every rank is a kind of device of its own."""
+    names = [f"{(plan.devices[r // plan.branch][r % plan.branch] if plan.devices else 'here:0').rpartition(':')[0]}"
+             for r in range(plan.world_size)]  # fmt: skip
+    devices = tuple(Device(host, rank, f"rank {rank}") for rank, host in enumerate(names))
+    rows = tuple(
+        tuple(str(d) for d in devices[i * plan.branch : (i + 1) * plan.branch]) for i in range(plan.data)
+    )
+    return replace(plan, devices=rows), Cluster(devices, _LATENCY, _LATENCY)
+
+
+def _candidates(
+    stragglers: Sequence[Mapping[str, Any]], plan: Plan
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(words, moves): a branch of one block, of a stage's blocks, of all blocks, off each rank waited for."""
+    seen = set()
+    for one in stragglers:
+        name, source = one["element"], one["rank"] % plan.branch
+        if name not in plan.blocks or plan.blocks[name].branches is None:
+            continue
+        stage = name.split(".")[0]
+        scopes = {
+            name: [name],
+            f"{stage}.*": [b for b in plan.blocks if b.startswith(f"{stage}.")],
+            "*": [*plan.blocks],
+        }
+        for target in range(plan.branch):
+            for scope, blocks in scopes.items():
+                key = scope, source, target
+                if target == source or key in seen:
+                    continue
+                seen.add(key)
+                for num in (1, 2):
+                    moves = []
+                    for block in blocks:
+                        held = plan.blocks[block].branches
+                        if held is not None and len(held[source]) >= num:
+                            moves += [
+                                {"block": block, "branch": b, "source": source, "target": target}
+                                for b in held[source][-num:]
+                            ]
+                    if moves:
+                        yield _words(moves, scope, num, len(blocks) > 1, plan), moves
+
+
+def _words(moves: Sequence[Mapping[str, Any]], scope: str, num: int, many: bool, plan: Plan) -> str:
+    branches = sorted({move["branch"] for move in moves})
+    ranks = "rank" if plan.data == 1 else "branch rank"
+    if many and len(branches) > num:
+        what = f"the last {'branch' if num == 1 else f'{num} branches'} of {scope}"
+    else:
+        what = f"branch{'es' if len(branches) > 1 else ''} {', '.join(map(str, branches))} of {scope}"
+    return f"move {what} from {ranks} {moves[0]['source']} to {ranks} {moves[0]['target']}"
+
+
+def _moved(plan: Plan, moves: Sequence[Mapping[str, Any]]) -> Plan:
+    blocks = dict(plan.blocks)
+    for move in moves:
+        placed = blocks[move["block"]].branches
+        assert placed is not None, "only split branch has moves"
+        held = [[b for b in of_rank if b != move["branch"]] for of_rank in placed]
+        held[move["target"]].append(move["branch"])
+        blocks[move["block"]] = BranchPlacement("branch", tuple(map(tuple, held)))
+    return replace(plan, blocks=blocks)
+
+
+def _timeline(found: Prediction, num_ranks: int) -> list[list[Any]]:
+    """[rank, phase, element, kind, start, seconds]."""
+    return [
+        [rank, span.phase, span.element, span.kind, span.start_s, span.end_s - span.start_s]
+        for rank in range(num_ranks)
+        for span in found.timeline(rank)
+    ]

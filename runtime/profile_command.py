@@ -1,0 +1,67 @@
+"""`anabranch profile`: on every rank, and what it prints and writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from anabranch.cluster import WorkerContext
+from anabranch.runtime.config import Config
+from anabranch.runtime.profile_build import build_profile
+from anabranch.runtime.profile_file import write_profile
+from anabranch.runtime.profile_steps import profile_steps
+from anabranch.runtime.profile_table import print_profile
+from anabranch.runtime.profile_trace import write_trace
+from anabranch.runtime.trainer import Trainer
+from anabranch.schedulers import ModelSpec
+from anabranch.schedulers.cost_file import read_costs
+from anabranch.schedulers.costs import Batch
+
+
+def profile_rank(
+    trainer: Trainer,
+    model: ModelSpec,
+    config: Config,
+    steps: int,
+    costs: str,
+    run_dir: Path,
+    context: WorkerContext,
+) -> dict[str, Any]:
+    """Profiles on this rank; rank 0 writes profile.json and trace.json.gz and returns {"profile", "run_dir"}."""
+    ranks = profile_steps(trainer, steps)
+    if context.rank != 0:
+        return {}
+    context.publish(phase="adding up")
+    train = config.train
+    batch = Batch(train.batch_size, train.bn_batch_size, train.accumulation)
+    known = read_costs(costs) if costs else None
+    profile = build_profile(ranks, trainer.plan, model, batch, known)
+    write_profile(profile, run_dir / "profile.json")
+    write_trace(ranks, run_dir / "trace.json.gz")
+    context.publish(phase="done")
+    return {"profile": profile, "run_dir": str(run_dir)}
+
+
+def print_result(console: Console, result: dict[str, Any]) -> dict[str, Any]:
+    """Tables and files for people; the plain data of `--json`."""
+    from anabranch.runtime.report import write_report
+
+    profile, folder = result["profile"], Path(result["run_dir"])
+    print_profile(console, profile)
+    report = write_report([folder], folder / "report.html")
+    files = {"profile": "profile.json", "trace": "trace.json.gz", "report": "report.html"}
+    for what, name in files.items():
+        hint = " (ui.perfetto.dev opens it)" if what == "trace" else ""
+        console.print(f"{what}: {folder / name}{hint}", highlight=False, soft_wrap=True)
+    return {
+        "step_s": profile["steps"]["step_s"],
+        "stragglers": profile["stragglers"],
+        "suggestion": profile["suggestion"],
+        "unattributed": [rank["unattributed"] for rank in profile["ranks"]],
+        "overhead": profile["overhead"],
+        "run_dir": str(folder),
+        **{what: str(folder / name) for what, name in files.items()},
+        "notes": report["notes"],
+    }

@@ -1,0 +1,143 @@
+"""A profile in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_MOST_ROWS = 40
+_SHORT = {"exchange": "exch.", "reduction": "reduce", "optimizer": "optim."}
+
+
+def print_profile(console: Console, profile: Mapping[str, Any]) -> None:
+    """Where the step goes by rank and by element, who is waited for, and what to do about it."""
+    steps = profile["steps"]
+    step_s = steps["step_s"]
+    console.print(
+        f"step {ms(step_s['p50'])} ms (95 % of steps: up to {ms(step_s['p95'])} ms), {steps['measured']} steps after "
+        f"{steps['warm_up']} to warm up{left_out(steps)}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(_ranks(profile["ranks"]))
+    console.print(_times(profile["elements"]))
+    console.print(_rates(profile["elements"]))
+    for line in lines(profile):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def lines(profile: Mapping[str, Any]) -> list[str]:
+    """What a table cannot say, a sentence each."""
+    said = [_straggler(one) for one in profile["stragglers"][:3] if one["share"] >= 0.01]
+    said = said or ["no rank is waited for more than 1 % of the step"]
+    if suggestion := profile["suggestion"]:
+        said.append(
+            f"suggestion: {suggestion['text']} ({ms(suggestion['now_s'])} → {ms(suggestion['predicted_s'])} ms)"
+        )
+    if prediction := profile["prediction"]:
+        measured, total = profile["steps"]["step_s"]["p50"], prediction["total_s"]
+        off = 100 * (total / measured - 1)
+        said.append(
+            f"predicted (costs {prediction['source']}) {ms(total)} ms, measured {ms(measured)} ms: {off:+.0f} %"
+        )
+    overhead = profile["overhead"]
+    for kind, what in (("light", "always on"), ("detailed", "this profile")):
+        low, _, high = (100 * (ratio - 1) for ratio in overhead["measured"][kind])
+        said.append(
+            f"recording, {what}: {overhead['records'][kind]} records x {1e6 * overhead['record_s']:.1f} µs = "
+            f"{100 * overhead['share'][kind]:.2f} % of the step (against steps without recording, 95 %: "
+            f"{low:+.1f} to {high:+.1f} %)"
+        )
+    worst = max(profile["ranks"], key=lambda rank: abs(rank["unattributed"]))
+    said.append(
+        f"unattributed: at most {100 * abs(worst['unattributed']):.2f} % of the step (rank {worst['rank']})"
+    )
+    return said
+
+
+def left_out(steps: Mapping[str, Any]) -> str:
+    """How many steps had other sizes than most, in words."""
+    odd = steps["measured"] - steps["regular"]
+    return f"; {odd} of another size left out" if odd else ""
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits or so."""
+    value = 1e3 * seconds
+    return (
+        "0"
+        if value < 0.0005
+        else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3}f}"
+    )
+
+
+def _straggler(one: Mapping[str, Any]) -> str:
+    branches = f", branches {', '.join(map(str, one['branches']))}" if one["branches"] else ""
+    where = f"{one['part']} of {one['element']}" if one["element"] else one["part"]
+    return (
+        f"rank {one['rank']} ({one['host']} {one['device']}) is waited for in {where}{branches}: rank {one['waiting']} "
+        f"waits {ms(one['wait_s'])} ms ({100 * one['share']:.1f} % of the step)"
+    )
+
+
+def _ranks(ranks: Sequence[Mapping[str, Any]]) -> Table:
+    parts = list(ranks[0]["parts"])
+    table = _table("ms a step", "rank", *(_SHORT.get(part, part) for part in parts), "rest", "step", "memory")
+    for rank in ranks:
+        table.add_row(
+            str(rank["rank"]),
+            *(ms(rank["parts"][part]["p50"]) for part in parts),
+            f"{100 * rank['unattributed']:.1f} %",
+            ms(rank["step_s"]["p50"]),
+            f"{rank['memory_bytes'] / 2**20:.0f} MiB",
+        )
+    return table
+
+
+def _times(elements: Sequence[Mapping[str, Any]]) -> Table:
+    names = ("forward", "backward", "transfer", "wait")
+    table = _table("ms a step, least–middle–most of the ranks", "block", *names)
+    for element in elements[:_MOST_ROWS]:
+        table.add_row(element["name"], *(span(element["over"][f"{what}_s"]) for what in names))
+    if len(elements) > _MOST_ROWS:
+        table.add_row(f"… {len(elements) - _MOST_ROWS} more in profile.json")
+    return table
+
+
+def _rates(elements: Sequence[Mapping[str, Any]]) -> Table:
+    title = "exchanged, rate, share of a matrix product's rate, kernels, ms between them"
+    table = _table(title, "block", "MB", "GFLOP/s", "used", "kernels", "gaps")
+    for element in elements[:_MOST_ROWS]:
+        rows = element["ranks"]
+        table.add_row(
+            element["name"],
+            f"{max(row['bytes'] for row in rows) / 1e6:.2f}",
+            _range([row["flops_per_s"] / 1e9 for row in rows], ".1f"),
+            _range([100 * row["utilisation"] for row in rows], ".0f") + " %",
+            _range([row["kernels"] for row in rows], "d"),
+            ms(max(row["gap_s"] for row in rows)),
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def span(values: Mapping[str, float]) -> str:
+    """least–middle–most in milliseconds; one number where they are alike."""
+    texts = [
+        ms(values[key]) if values[key] >= 1e-4 else f"{1e3 * values[key]:.2f}"
+        for key in ("min", "median", "max")
+    ]
+    return texts[0] if len({*texts}) == 1 else "–".join(texts)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low}–{high}"

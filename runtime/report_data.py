@@ -1,0 +1,82 @@
+"""What a report is made of: a run's folder, read as far as it goes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.profile_file import read_profile
+
+
+@dataclass(frozen=True)
+class RunData:
+    """steps, evaluations: lines of metrics.jsonl. profile, audit: None where the run has none. placements: see
+    `_placements`. notes: what was missing or torn, for people.
+    """
+
+    name: str
+    path: Path
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    profile: dict[str, Any] | None = None
+    placements: dict[str, Any] = field(default_factory=dict)
+    audit: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(path: Path) -> RunData:
+    """Raises ConfigError where the folder has neither metrics nor a profile, or a file that is not ours."""
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder: give a run's, which `anabranch train` prints at its end")
+    metrics, profile_path = path / "metrics.jsonl", path / "profile.json"
+    if not metrics.is_file() and not profile_path.is_file():
+        raise ConfigError(
+            f"{path} has neither metrics.jsonl nor profile.json: give the folder of a run that trained "
+            "(`anabranch train`) or was profiled (`anabranch profile`)"
+        )
+    notes: list[str] = []
+    lines = _lines(metrics, notes) if metrics.is_file() else []
+    if not lines:
+        notes.append("no metrics: there are no curves")
+    profile = read_profile(profile_path) if profile_path.is_file() else None
+    if profile is None:
+        notes.append("no profile: `anabranch profile` measures blocks and ranks")
+    audit_path = path / "audit.json"
+    audit = json.loads(audit_path.read_text(encoding="utf-8")) if audit_path.is_file() else None
+    placements = _placements(path / "plan.toml", profile)
+    steps, evaluations = (
+        [line for line in lines if line.get("kind") == kind] for kind in ("step", "evaluation")
+    )
+    return RunData(path.absolute().name, path, steps, evaluations, profile, placements, audit, notes)
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, up to the first that is not one."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            last = f", the last step is {found[-1].get('step')}" if found else ""
+            notes.append(f"{path.name} breaks off in line {number} (a killed run): used up to there{last}")
+            break
+        found.append(value)
+    return found
+
+
+def _placements(path: Path, profile: dict[str, Any] | None) -> dict[str, Any]:
+    """{"ranks": names, "rows": [name, split, [branches of each rank]]} of the profile, else {"text": the plan}."""
+    if profile is not None:
+        names = [f"rank {r['rank']} · {r['host']} {r['device']}" for r in profile["ranks"]]
+        rows = []
+        for element in profile["elements"]:
+            held = [list(row["held"]) for row in element["ranks"]]
+            rows.append([element["name"], element["split"], held])
+        return {"ranks": names, "rows": rows}
+    return {"text": path.read_text(encoding="utf-8")} if path.is_file() else {}

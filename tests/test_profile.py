@@ -1,0 +1,349 @@
+"""`anabranch profile`: that its figures are true, add up, and are written as documented."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from profile_ranks import SLOW_S, SMALL, profile_on_rank
+from ranks import run_ranks
+from rich.console import Console
+from torch import distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from anabranch.benchmarks.two_hosts import two_hosts, why_not
+from anabranch.blocks import build
+from anabranch.cluster import WorkerContext
+from anabranch.runtime.assemble import make_data, make_network
+from anabranch.runtime.cli import parse
+from anabranch.runtime.config import Config
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.profile_advice import predicted, profile_costs
+from anabranch.runtime.profile_build import build_profile
+from anabranch.runtime.profile_clock import ClockOffset, aligned, clock_offset
+from anabranch.runtime.profile_file import read_profile, write_profile
+from anabranch.runtime.profile_flops import ElementFlops
+from anabranch.runtime.profile_merge import Merged
+from anabranch.runtime.profile_steps import RankSteps, profile_steps
+from anabranch.runtime.profile_table import print_profile
+from anabranch.runtime.profile_trace import trace_events, write_trace
+from anabranch.runtime.recorder import Recorder
+from anabranch.runtime.trainer import Trainer
+from anabranch.schedulers import BlockSpec, BranchPlacement, Cluster, Device, ModelSpec, Plan
+from anabranch.schedulers.cluster import Link
+from anabranch.schedulers.costs import Batch
+from anabranch.schedulers.predict import predict
+
+SLOW = "stage2.block1"
+BATCH = Batch(32, 16)
+Profiled = tuple[list[RankSteps], Plan, ModelSpec, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def slowed() -> Profiled:
+    """Two branch ranks; the last sleeps 20 ms in one block's branches, and its clock is 5 s ahead."""
+    ranks, plan, model = run_ranks(2, profile_on_rank, (1, 2), 24, SLOW, 5.0)[0]
+    return ranks, plan, model, build_profile(ranks, plan, model, BATCH)
+
+
+def test_a_slow_rank_is_named_with_its_block_and_its_delay_is_the_others_wait(slowed: Profiled) -> None:
+    *_, profile = slowed
+    for again in range(3):  # another process on the machine delays a rank too: then once more
+        worst = profile["stragglers"][0]
+        assert (worst["rank"], worst["element"], worst["part"]) == (1, SLOW, "forward")
+        assert (worst["branches"], worst["waiting"]) == ([2, 3], 0)
+        (block,) = [e for e in profile["elements"] if e["name"] == SLOW]
+        wait_s = [row["wait_s"]["p50"] for row in block["ranks"]]
+        if again == 2 or (abs(wait_s[0] - SLOW_S) <= 0.002 and wait_s[1] <= 0.002):
+            break
+        ranks, plan, model = run_ranks(2, profile_on_rank, (1, 2), 24, SLOW)[0]
+        profile = build_profile(ranks, plan, model, BATCH)
+    assert abs(wait_s[0] - SLOW_S) <= 0.002
+    assert wait_s[1] <= 0.002
+
+
+def test_moving_branches_off_the_slow_rank_is_suggested(slowed: Profiled) -> None:
+    *_, profile = slowed
+    suggestion = profile["suggestion"]
+    assert {move["source"] for move in suggestion["moves"]} == {1}
+    assert SLOW in {move["block"] for move in suggestion["moves"]}
+    assert suggestion["predicted_s"] < suggestion["now_s"]
+    assert "from rank 1 to rank 0: predicted −" in suggestion["text"]
+
+
+def test_the_parts_of_a_step_add_up_on_every_rank(slowed: Profiled) -> None:
+    ranks, plan, _, profile = slowed
+    for rank in profile["ranks"]:
+        assert abs(rank["unattributed"]) <= 0.02
+    merged = Merged(ranks, plan.branch)
+    for rank in range(2):
+        parts = merged.parts(rank)
+        np.testing.assert_allclose(sum(parts.values()), merged.step_s(rank), rtol=1e-9)
+        transfer_and_wait = sum(
+            float((e.wait + e.transfer)[rank].sum()) for e in merged.exchanges if not e.reduction
+        )
+        assert transfer_and_wait == pytest.approx(float(parts["exchange"].sum()))
+        assert min(float(e.wait.min()) for e in merged.exchanges) >= 0
+
+
+def test_recording_costs_less_than_allowed(slowed: Profiled) -> None:
+    overhead = slowed[3]["overhead"]
+    assert 0 < overhead["records"]["light"] < overhead["records"]["detailed"]
+    assert overhead["share"]["light"] <= 0.01
+    assert overhead["share"]["detailed"] <= 0.10
+    for low, middle, high in overhead["measured"].values():
+        assert low <= middle <= high
+
+
+def test_one_clock_for_all_ranks(slowed: Profiled) -> None:
+    """Nobody leaves an exchange before its last rank arrived: to a millisecond, though a clock is 5 s ahead."""
+    ranks, plan, *_ = slowed
+    merged = Merged(ranks, plan.branch)
+    blocking = [e for e in merged.exchanges if not e.reduction]
+    assert blocking
+    for e in blocking:
+        start = np.stack([merged.start[r][c] for r, c in zip(e.ranks, e.columns, strict=True)])
+        end = np.stack([merged.end[r][c] for r, c in zip(e.ranks, e.columns, strict=True)])
+        assert float((start.max(0) - end.min(0)).max()) < 1e-3
+    assert all(rank.facts["clock_error_s"] < 1e-3 for rank in ranks)
+
+
+def test_the_trace_nests_and_has_all_ranks_on_one_clock(slowed: Profiled, tmp_path: Path) -> None:
+    ranks, *_ = slowed
+    write_trace(ranks, tmp_path / "trace.json.gz")
+    events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert events == list(trace_events(ranks))
+    spans = [e for e in events if e["ph"] == "X"]
+    for event in events:
+        assert event["ph"] in ("X", "M")
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+    for event in spans:
+        assert event["ts"] >= 0
+        assert event["dur"] >= 0
+    for rank in (0, 1):
+        assert {"part", "element", "exchange", "op"} <= {e["cat"] for e in spans if e["pid"] == rank}
+        for thread in {e["tid"] for e in spans if e["pid"] == rank}:
+            _assert_nested([e for e in spans if (e["pid"], e["tid"]) == (rank, thread)])
+    # an exchange's span is the same moment on both ranks; its profiler's events lie inside the step's
+    ends = [
+        [
+            e["ts"] + e["dur"]
+            for e in spans
+            if e["pid"] == rank and e["cat"] == "exchange" and e["name"] == "all_reduce"
+        ]
+        for rank in (0, 1)
+    ]
+    starts = [
+        [e["ts"] for e in spans if e["pid"] == rank and e["cat"] == "exchange" and e["name"] == "all_reduce"]
+        for rank in (0, 1)
+    ]
+    for k in range(len(ends[0])):
+        assert max(starts[0][k], starts[1][k]) - min(ends[0][k], ends[1][k]) < 1e3
+    for rank in (0, 1):
+        outer = [e for e in spans if e["pid"] == rank and e["cat"] == "part" and e["name"] == "backward"]
+        inner = [e for e in spans if e["pid"] == rank and e["name"] == "aten::convolution_backward"]
+        assert inner
+        for event in inner:
+            assert any(o["ts"] - 1e3 <= event["ts"] <= o["ts"] + o["dur"] + 1e3 for o in outer)
+
+
+def _assert_nested(events: list[dict[str, Any]]) -> None:
+    open_until: list[float] = []
+    for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+        while open_until and open_until[-1] <= event["ts"] + 0.002:
+            open_until.pop()
+        end = event["ts"] + event["dur"]
+        assert not open_until or end <= open_until[-1] + 0.002, event  # two roundings to a nanosecond
+        open_until.append(end)
+
+
+def test_the_costs_of_a_profile_predict_its_step(slowed: Profiled) -> None:
+    """The simulator on the profile's own blocks: no more than the step (waits in it are of one step, here of all)."""
+    _, plan, model, profile = slowed
+    devices = (Device("a", 0, "rank 0"), Device("a", 1, "rank 1"))
+    cluster = Cluster(devices, Link(0, 1e12), Link(0, 1e12))
+    placed = Plan(1, 2, plan.blocks, plan.stem, plan.head, (("a:0", "a:1"),))
+    costs = profile_costs(profile, placed, cluster, model, BATCH)
+    seconds = predict(placed, model, cluster, costs, BATCH).total_s
+    assert 0.5 < seconds / profile["steps"]["step_s"]["p50"] < 1.3
+    of_kind = replace(costs, models=(replace(costs.models[0], kind="cpu"),))
+    shown = predicted(profile, plan, model, BATCH, of_kind)
+    block = profile["elements"][2]
+    assert shown["elements"][block["name"]][0] == pytest.approx(block["ranks"][0]["forward_s"]["p50"])
+    assert shown["source"] == "measured"
+    assert {span[0] for span in shown["timeline"]} == {0, 1}
+
+
+def test_data_parallel_ranks_wait_for_each_other_in_the_reduction() -> None:
+    ranks, plan, model = run_ranks(2, profile_on_rank, (2, 1), 12, SLOW)[0]
+    profile = build_profile(ranks, plan, model, BATCH)
+    worst = profile["stragglers"][0]
+    assert (worst["rank"], worst["element"]) == (1, SLOW)
+    assert worst["wait_s"] > SLOW_S / 2
+    assert profile["suggestion"] is None
+
+
+@pytest.mark.parametrize("name", ["multi_resnet", "c10_resnet32", "resnext29_8x64d"])
+def test_flops_are_those_of_torch(name: str) -> None:
+    """Forward and backward of whole networks: our count from shapes is FlopCounterMode's."""
+    options: dict[str, Any] = {"multi_resnet": {"depth": 8, "num_branches": 3}}.get(name, {})
+    network = build(name, **options)
+    shape = (2, *tuple[int, ...](network.input_shape))  # type: ignore[arg-type]
+    with FlopCounterMode(display=False) as theirs, ElementFlops(Recorder()) as ours:
+        y = network(torch.ones(shape))
+        if name != "resnext29_8x64d":  # see below
+            y.sum().backward()
+    assert sum(ours.flops.values()) == theirs.get_total_flops() > 0
+
+
+def test_flops_of_a_grouped_convolution_are_those_of_its_groups() -> None:
+    """FlopCounterMode counts the filters' gradient of g groups g times; the same as g convolutions it counts right."""
+    x = torch.ones(2, 8, 6, 6, requires_grad=True)
+    filters = torch.ones(12, 2, 3, 3, requires_grad=True)
+    with ElementFlops(Recorder()) as ours:
+        torch.conv2d(x, filters, groups=4).sum().backward()
+    with FlopCounterMode(display=False) as theirs:
+        for part, own in zip(x.split(2, 1), filters.split(3), strict=True):
+            torch.conv2d(part, own).sum().backward()
+    assert sum(ours.flops.values()) == theirs.get_total_flops() == 3 * 2 * (2 * 12 * 4 * 4) * (2 * 9)
+
+
+def test_clock_offset_finds_a_shifted_clock() -> None:
+    found = run_ranks(2, _shifted)
+    assert found[0] == (0.0, 0.0)
+    offset, error = found[1]
+    assert abs(offset + 7.0) < 1e-3
+    assert 0 < error < 1e-3
+    assert aligned(10.0, ClockOffset(0.0, 1.0, 0.0), ClockOffset(20.0, 2.0, 0.0)) == pytest.approx(11.5)
+
+
+def _shifted(rank: int, world_size: int) -> tuple[float, float]:
+    dist.barrier()
+    found = clock_offset(clock=lambda: time.perf_counter() + 7.0 * rank)
+    return found.offset_s, found.error_s
+
+
+def synthetic_ranks(num_steps: int, num_ranks: int, num_blocks: int) -> list[RankSteps]:
+    """Ranks with an exchange in each block, forward and backward; rank 0 is always last."""
+    facts = {
+        "host": "a", "device": "cpu", "kind": "cpu", "memory_bytes": 1, "peak_flops_per_s": 1e9, "clock_error_s": 0.0,
+        "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "flops": [], "ops": [],
+        "overhead_s": {kind: [1.0, 1.0] for kind in ("off", "light", "detailed")},
+    }  # fmt: skip
+    ranks = []
+    for rank in range(num_ranks):
+        names: list[tuple[str, str, str, int]] = []
+        rows: list[tuple[float, float]] = []
+        for part, at in (("forward", 0.0), ("backward", 0.5)):
+            for block in range(num_blocks):
+                begun = at + 0.5 / num_blocks * block
+                late, end = begun + (0.3 if rank == 0 else 0.1) / num_blocks, begun + 0.4 / num_blocks
+                names += [(part, f"block{block}", "all_reduce", 1000), (part, f"block{block}", "", 0)]
+                rows += [(late, end), (begun, begun + 0.5 / num_blocks)]
+            names.append((part, "", "", 0))
+            rows.append((at, at + 0.5))
+        table = np.array([*rows, (0.0, 1.0)])
+        ranks.append(RankSteps([(tuple(names), table + step) for step in range(num_steps)], facts))
+    return ranks
+
+
+def test_wait_and_transfer_of_known_spans() -> None:
+    profile = synthetic_profile(num_steps=5, num_ranks=2, num_blocks=4)
+    block = profile["elements"][1]
+    assert block["ranks"][0]["wait_s"]["p50"] == pytest.approx(0.0, abs=1e-9)
+    assert block["ranks"][1]["wait_s"]["p50"] == pytest.approx(2 * 0.2 / 4)
+    for row in block["ranks"]:
+        assert row["transfer_s"]["p50"] == pytest.approx(2 * 0.1 / 4)
+    assert {one["rank"] for one in profile["stragglers"]} == {0}
+    assert profile["ranks"][1]["parts"]["exchange"]["p50"] == pytest.approx(8 * 0.3 / 4)
+    assert profile["ranks"][1]["unattributed"] == pytest.approx(0.0, abs=1e-9)
+
+
+def synthetic_profile(num_steps: int, num_ranks: int, num_blocks: int) -> dict[str, Any]:
+    model = ModelSpec(tuple(BlockSpec(f"block{b}", num_ranks) for b in range(num_blocks)))
+    blocks = {block.name: BranchPlacement.even(num_ranks, num_ranks) for block in model.blocks}
+    plan = Plan(1, num_ranks, blocks, "replicated", "replicated")
+    return build_profile(synthetic_ranks(num_steps, num_ranks, num_blocks), plan, model, Batch(8, 8))
+
+
+def test_a_thousand_steps_of_eight_ranks_stay_small(tmp_path: Path) -> None:
+    profile = synthetic_profile(num_steps=1000, num_ranks=8, num_blocks=16)
+    write_profile(profile, tmp_path / "profile.json")
+    assert (tmp_path / "profile.json").stat().st_size <= 20e6
+    assert read_profile(tmp_path / "profile.json")["steps"]["measured"] == 1000
+
+
+def test_tables(slowed: Profiled) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_profile(console, slowed[3])
+    text = console.export_text()
+    for words in (
+        "rank 1 (here cpu) is waited for in forward of stage2.block1",
+        "unattributed: at most",
+        "suggestion: ",
+    ):
+        assert words in text
+    assert "…" not in text  # nothing cut off at 80 columns
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text('{"schema": 99}')
+    with pytest.raises(ConfigError, match="schema 99, this version reads schema 1"):
+        read_profile(path)
+    path.write_text('{"schema": 1, "ra')
+    with pytest.raises(ConfigError, match="not a profile"):
+        read_profile(path)
+    config = Config.from_dict(SMALL)
+    trainer = Trainer(
+        make_network(config, make_data(config)), make_data(config), config,
+        context=WorkerContext(0, 1, 0, "here", "cpu", 1, "", "gloo"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="--steps is 181, the run has 180 steps"):
+        profile_steps(trainer, 181)
+    call = parse(["profile", "--steps", "7", "--quiet"])
+    assert call is not None
+    assert (call.function, call.arguments["steps"], call.quiet) == ("profile", 7, True)
+
+
+@pytest.mark.optin
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "can be made")
+def test_a_slow_link_is_found_as_transfer(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """Two hosts on a wire of 40 Mbit/s: what is exchanged takes its bytes' time as transfer, and nobody waits."""
+    if "optin" not in pytestconfig.getoption("markexpr"):
+        pytest.skip("a minute and root: run it with -m optin")
+    rate = 40e6 / 8
+    command = [
+        sys.executable, "-m", "anabranch.runtime", "profile", "--steps", "10", "--launch.run-dir", str(tmp_path),
+        "--mesh.shape", "1x2", "--launch.launcher", "env", "--train.batch-size", "64",
+    ]  # fmt: skip
+    with two_hosts(40) as hosts:
+        environ = {
+            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address,
+            "MASTER_PORT": "29511", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        running = [
+            host.popen(command, {**environ, "RANK": str(r), "LOCAL_RANK": str(r)})
+            for r, host in enumerate(hosts)
+        ]
+        said = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    profile = read_profile(tmp_path / "profile.json")
+    large = [e for e in profile["exchanges"] if e["op"] == "all_reduce" and e["bytes"] > 100_000]
+    assert large
+    for e in large:  # of two ranks each sends what it has, or half of it twice
+        assert e["transfer_s"] > 0.7 * e["bytes"] / rate
+        assert e["bytes_per_s"] < 1.4 * rate
+    transfer = sum(e["over"]["transfer_s"]["median"] for e in profile["elements"])
+    wait = sum(e["over"]["wait_s"]["median"] for e in profile["elements"])
+    assert transfer > 3 * wait

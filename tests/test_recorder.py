@@ -1,0 +1,106 @@
+"""The recorder: parts of a step, what lies inside them, what it keeps."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from anabranch.runtime.profile_steps import record_seconds
+from anabranch.runtime.recorder import PARTS, Recorder, by_part, marked
+
+
+def spend(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+
+def one_step(recorder: Recorder) -> dict[str, float]:
+    with recorder.span("data"):
+        spend(0.002)
+    with recorder.span("forward"):
+        start = recorder.now()
+        spend(0.003)
+        recorder.exchanged("all_reduce", 8, start)
+        spend(0.004)
+    recorder.end_step()
+    return dict(zip(PARTS, recorder.times(), strict=True))
+
+
+def test_an_exchange_is_taken_out_of_its_part() -> None:
+    recorder = Recorder()
+    recorder.end_step()
+    times = one_step(recorder)
+    assert times["data"] == pytest.approx(0.002, abs=1e-3)
+    assert times["exchange"] == pytest.approx(0.003, abs=1e-3)
+    assert times["forward"] == pytest.approx(0.004, abs=1e-3)
+    assert sum(seconds for part, seconds in times.items() if part != "step") <= times["step"]
+    table = by_part([list(times.values()), list(times.values())])
+    assert table["unattributed"][0] == pytest.approx(0.0, abs=1e-3)
+    assert len(table["step"]) == 2
+
+
+def test_a_bucket_of_gradients_stays_in_its_part() -> None:
+    recorder = Recorder()
+    recorder.detailed = True
+    recorder.end_step()
+    with recorder.span("reduction"):
+        sent = recorder.now()
+        spend(0.002)
+        recorder.reduced("world_bucket", 100, sent, sent)
+    recorder.end_step()
+    times = dict(zip(PARTS, recorder.times(), strict=True))
+    assert times["reduction"] == pytest.approx(0.002, abs=1e-3)
+    assert times["exchange"] == 0.0
+    assert [span.part for span in recorder.spans()] == ["sent", "reduction", "reduction"]
+
+
+def test_elements_forward_and_backward() -> None:
+    recorder, layers = Recorder(), {name: nn.Linear(4, 4) for name in ("stem", "a", "head")}
+    recorder.detailed = True
+    x = torch.ones(2, 4)
+    with recorder.span("forward"):
+        for name, layer in layers.items():
+            recorder.at(name)
+            x = marked(layer(x), recorder, name)
+    with recorder.span("backward"):
+        x.sum().backward()
+    recorder.end_step()
+    elements = [(span.part, span.element) for span in recorder.spans() if span.element]
+    forward = [("forward", name) for name in layers]
+    assert elements == forward + [("backward", name) for name in reversed(layers)]
+    spans = recorder.spans()
+    for part in ("forward", "backward"):
+        (whole,) = [span for span in spans if span.part == part and not span.element]
+        assert all(whole.start <= s.start <= s.end <= whole.end for s in spans if s.part == part)
+
+
+def test_nothing_is_recorded_while_off() -> None:
+    recorder = Recorder()
+    recorder.enabled = False
+    times = one_step(recorder)
+    assert recorder.num_records == 0
+    assert sum(seconds for part, seconds in times.items() if part != "step") == 0.0
+    recorder.enabled = True
+    one_step(recorder)
+    assert recorder.num_records == 3
+
+
+def test_kept_steps() -> None:
+    recorder = Recorder()
+    recorder.end_step()
+    recorder.keep()
+    one_step(recorder)
+    one_step(recorder)
+    (first, start, end), (_, after, _) = recorder.kept()
+    assert [span.part for span in first] == ["data", "forward", "forward"]
+    assert start < end == after
+    assert all(start <= span.start <= span.end <= end for span in first)
+    assert recorder.kept() == []
+
+
+def test_a_record_is_cheap() -> None:
+    assert 0 < record_seconds(torch.device("cpu")) < 1e-4

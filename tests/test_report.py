@@ -1,0 +1,204 @@
+"""report.html in a real browser, from whole and torn runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from test_profile import synthetic_profile
+
+from anabranch.runtime.cli import main
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.profile_file import write_profile
+from anabranch.runtime.report import write_report
+from anabranch.runtime.report_data import read_run
+from anabranch.runtime.report_page import page
+from anabranch.runtime.trackers import Tracker, tracker
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS_OWN = (
+    ".google.com",
+    ".googleapis.com",
+    ".gvt1.com",
+)  # what it asks for at its start, whatever the page
+PROBE = """<script>
+const named = [...document.querySelectorAll('svg')].every(s => s.getAttribute('aria-label'));
+const reach = [...document.querySelectorAll('.scroll, summary, pre')].every(
+  e => { if (e.closest('details') && e.matches('.scroll')) e.closest('details').open = true;
+         e.focus(); return document.activeElement === e; });
+document.title = JSON.stringify({width: document.documentElement.scrollWidth, window: innerWidth, named, reach,
+  dark: matchMedia('(prefers-color-scheme: dark)').matches, ground: getComputedStyle(document.body).backgroundColor,
+  charts: document.querySelectorAll('svg').length, tables: document.querySelectorAll('table').length,
+  small: [...document.querySelectorAll('svg.small text')].some(t => t.getBoundingClientRect().height < 9)});
+</script>"""
+
+
+def metrics(path: Path, num_steps: int = 60) -> Path:
+    path.mkdir(exist_ok=True)
+    lines = []
+    for step in range(1, num_steps + 1):
+        times = {
+            p: [0.01, 0.02]
+            for p in ("data", "forward", "backward", "exchange", "reduction", "optimizer", "idle")
+        }
+        times |= {"step": [0.1, 0.2], "unattributed": [0.001, 0.001]}
+        lines.append(
+            {"kind": "step", "step": step, "epoch": 0, "loss": 2 / step, "accuracy": 1 - 1 / step, "lr": 0.1,
+             "step_time_s": 0.1, "images_per_s": 320.0, "times_s": times}
+        )  # fmt: skip
+        if step % 20 == 0:
+            lines.append(
+                {"kind": "evaluation", "step": step, "epoch": 0, "test_loss": 1.0, "test_accuracy": 0.9}
+            )
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight ranks and sixteen blocks, a thousand profiled steps."""
+    path = metrics(tmp_path_factory.mktemp("report") / "run")
+    profile = synthetic_profile(num_steps=1000, num_ranks=8, num_blocks=16)
+    elements = {e["name"]: [0.3, 0.6] for e in profile["elements"]}
+    profile["prediction"] = {"source": "measured", "total_s": 0.9, "elements": elements, "timeline": []}
+    write_profile(profile, path / "profile.json")
+    return path
+
+
+def browse(
+    page: Path, folder: Path, width: int, *flags: str
+) -> tuple[dict[str, Any], list[str], list[str], float]:
+    """(what the probe found, console messages, hosts asked for, seconds) of a headless Chromium."""
+    assert CHROMIUM is not None
+    probed, log = folder / f"probed{width}.html", folder / f"net{width}.json"
+    text = page.read_text().replace("</body>", f"{PROBE}</body>")
+    probed.write_text(text.replace("img-src data:", "img-src data:; script-src 'unsafe-inline'"))
+    begun = time.perf_counter()
+    found = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
+         f"--window-size={width},900",
+         f"--user-data-dir={folder / 'user'}",
+         f"--log-net-log={log}", "--enable-logging=stderr", "--dump-dom", *flags, probed.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    title = re.search(r"<title>(\{.*?\})</title>", found.stdout)
+    assert title is not None, found.stdout[:500]
+    console = [line for line in found.stderr.splitlines() if "CONSOLE" in line]
+    text = log.read_text()
+    started = re.findall(r'"params":\{[^{}]*"url":"([^"]+)"', text)
+    hosts = {str(urlsplit(url).hostname) for url in started if url.startswith("http")}
+    urls = [host for host in hosts if not host.endswith(BROWSERS_OWN)]
+    return json.loads(title[1]), console, urls, seconds
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium found: install chromium to test the report in a browser"
+)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser(run: Path, tmp_path: Path, width: int) -> None:
+    write_report([run], tmp_path / "report.html")
+    dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if width == 390 else []
+    found, console, urls, seconds = browse(tmp_path / "report.html", tmp_path, width, *dark)
+    assert console == []
+    assert urls == []
+    assert found["width"] <= found["window"], "the page itself does not scroll sideways"
+    assert found["named"]
+    assert found["reach"]
+    assert not found["small"]
+    assert found["dark"] == (width == 390)
+    assert found["ground"] == ("rgb(20, 23, 26)" if width == 390 else "rgb(255, 255, 255)")
+    assert found["charts"] >= 5
+    assert found["tables"] >= found["charts"]
+    (tmp_path / "empty.html").write_text("<title>x</title><body></body>")
+    *_, empty = browse(tmp_path / "empty.html", tmp_path, width)
+    assert seconds - empty <= 2.0
+
+
+def test_is_self_contained_and_small(run: Path, tmp_path: Path) -> None:
+    write_report([run], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text)
+    assert all(link.startswith(("#", "data:")) for link in links), links
+    assert "<script" not in text
+    assert (tmp_path / "report.html").stat().st_size + (run / "profile.json").stat().st_size <= 20e6
+
+
+def test_every_chart_has_its_numbers(run: Path) -> None:
+    text = page([read_run(run)])
+    for words in ("Loss, in numbers", "Accuracy, in numbers", "Where the time goes, in numbers", "Timeline, in numbers",
+                  "Predicted against measured, in numbers", "Every interval of the step"):  # fmt: skip
+        assert words in text
+    assert "rank 0 (a cpu) is waited for in" in text
+
+
+def test_a_torn_run_is_used_up_to_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = metrics(tmp_path / "run", 30)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 31, "lo\n{"kind": "step", "step": 32, "loss": 77, "accuracy": 0}\n')
+    assert main(["report", str(path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "metrics.jsonl breaks off in line 32 (a killed run): used up to there, the last step is 30" in printed
+    )
+    assert "breaks off in line 32" in (path / "report.html").read_text()
+    assert [step["step"] for step in read_run(path).steps] == [*range(1, 31)]
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    paths = [metrics(tmp_path / name, 30) for name in ("one", "two & <b>")]
+    result = write_report(paths, tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text()
+    assert "2 runs compared" in text
+    assert "two &amp; &lt;b&gt;: loss" in text
+    assert "<b>" not in text
+    assert result["runs"] == [str(path) for path in paths]
+
+
+def test_pictures(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = write_report([run], tmp_path / "paper.html", png=True)
+    names = ["paper-curves.png", "paper-parts.png", "paper-timeline.png"]
+    assert [Path(path).name for path in result["pictures"]] == names
+    for name in names:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="is no folder"):
+        read_run(tmp_path / "absent")
+    with pytest.raises(ConfigError, match=r"has neither metrics\.jsonl nor profile\.json"):
+        read_run(tmp_path)
+    old, new = metrics(tmp_path / "old"), metrics(tmp_path / "new")
+    (old / "profile.json").write_text('{"schema": 0}')
+    with pytest.raises(ConfigError, match="a profile of schema 0, this version reads schema 1"):
+        write_report([new, old])
+    assert main(["report"]) == 2
+    assert "report needs a run's folder" in capsys.readouterr().err
+    assert main(["report", str(new), "--output", str(tmp_path / "no" / "r.html")]) == 2
+
+
+def test_trackers_get_every_number(tmp_path: Path) -> None:
+    seen: list[tuple[dict[str, float], int]] = []
+    ended: list[bool] = []
+    mine = Tracker(lambda values, step: seen.append((dict(values), step)), lambda: ended.append(True))
+    mine.on_step({"step": 3, "loss": 0.5, "phase": "training", "times_s": {"forward": [0.1, 0.2]}})
+    mine.on_evaluation({"step": 3, "test_accuracy": 0.9})
+    mine.on_end({})
+    assert seen == [({"train/loss": 0.5, "time/forward_s": 0.2}, 3), ({"test/test_accuracy": 0.9}, 3)]
+    assert ended == [True]
+    with pytest.raises(ConfigError, match="use tensorboard, wandb, mlflow"):
+        tracker("other", tmp_path)
+    for name in ("tensorboard", "wandb", "mlflow"):
+        if importlib.util.find_spec(name) is None:
+            with pytest.raises(ConfigError, match=rf"pip install 'anabranch\[{name}\]'"):
+                tracker(name, tmp_path)
