@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from anabranch.runtime.schema import FieldError, suggest
@@ -12,6 +13,7 @@ from anabranch.runtime.schema import FieldError, suggest
 if TYPE_CHECKING:
     from anabranch.runtime.config import Config
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 IMAGE_FOLDERS = ("imagenet", "places365", "image_folder")
 DATASETS = ("digits", "cifar10", "cifar100", *IMAGE_FOLDERS, "synthetic")
 
@@ -119,6 +121,15 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.eval_crops", f"is {data.eval_crops}: it must be 1 or 10"
     if data.augment.startswith("area_crop") and ":" not in data.name and data.name not in IMAGE_FOLDERS:
         yield "data.augment", f"is {data.augment}, which is for {', '.join(IMAGE_FOLDERS)}, not {data.name}"
+    for tracker in config.profile.trackers:
+        if tracker not in TRACKERS:
+            known = ", ".join(TRACKERS)
+            yield "profile.trackers", f"has {tracker}: it must be of {known}{suggest(tracker, TRACKERS)}"
+        elif find_spec(tracker) is None:
+            yield (
+                "profile.trackers",
+                f"has {tracker}, which is not installed: pip install 'anabranch[{tracker}]'",
+            )
     if schedule.name == "plateau" and not train.eval_every_epochs:
         yield "lr_schedule.name", "is plateau, and train.eval_every_epochs is 0: it needs tests to follow"
     if ":" not in data.name and data.name not in DATASETS:

@@ -113,4 +113,10 @@ def _figures(status: Mapping[str, Any]) -> str:
         parts.append(f"{status['images_per_s']:.0f} images/s")
     if "step_time_s" in status:
         parts.append(f"{1e3 * status['step_time_s']:.0f} ms/step")
+    if times := status.get("times_s"):
+        whole = max(max(times["step"]), 1e-9)
+        exposed = max(map(sum, zip(times["exchange"], times["reduction"], strict=True)))
+        parts.append(f"{100 * exposed / whole:.0f} % communication")
+    if memory := status.get("memory_bytes"):
+        parts.append(f"{max(memory) / 2**30:.1f} GiB")
     return ", ".join(parts)

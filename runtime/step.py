@@ -8,6 +8,7 @@ apply           clip ── optimizer ── running statistics
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.regularizer import OrthogonalityPenalty, OrthogonalityRegularizer
 
 _LOSS, _HITS, _STOP = range(3)
+_WIDTH = len(PARTS) + 1  # of a rank's row: its times, and its memory
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,14 @@ class StepResult:
     """Of the whole step, the same on every rank.
 
     loss: the mean. num_correct: right answers, 0 where that means nothing. stop: whether any rank asked for
-        it. times: [rank] seconds by recorder.PARTS, of the step *before*.
+        it. times: [rank] seconds by recorder.PARTS, of the step *before*. memory_bytes: by rank, the most so far.
     """
 
     loss: float
     num_correct: float
     stop: bool
     times: list[list[float]]
+    memory_bytes: list[int]
 
 
 class TrainStep:
@@ -68,7 +72,7 @@ class TrainStep:
         self.regularizer = OrthogonalityRegularizer(network, penalty) if penalty else None
         self.precision, self.clip_norm = precision, clip_norm
         self.recorder = network.recorder
-        self.reducer = GradientReducer(network, num_extra=_STOP + 1 + network.mesh.world_size * len(PARTS))
+        self.reducer = GradientReducer(network, num_extra=_STOP + 1 + network.mesh.world_size * _WIDTH)
         self.output_share = 1.0 if network.output_rows == "own" else 1.0 / network.mesh.branch
 
     def gradients(self, batches: Sequence[MicroBatch], *, stop: bool = False) -> StepResult:
@@ -93,11 +97,14 @@ class TrainStep:
         with recorder.span("reduction"):
             extra[_STOP] = float(stop)
             # each rank fills its own row: the sum over the ranks is the table of all ranks
-            times = extra[_STOP + 1 :].view(self.network.mesh.world_size, len(PARTS))
-            times[self.network.mesh.rank] = torch.tensor(recorder.times())
+            table = extra[_STOP + 1 :].view(self.network.mesh.world_size, _WIDTH)
+            memory = peak_memory_bytes(batches[0].x.device)
+            table[self.network.mesh.rank] = torch.tensor([*recorder.times(), memory / _MIB])
             self.reducer.finish()
             loss, hits, stops = extra[: _STOP + 1].tolist()
-            result = StepResult(loss, hits, stops > 0, times.tolist())
+            rows = table.tolist()
+            times, memory_bytes = [row[:-1] for row in rows], [round(row[-1] * _MIB) for row in rows]
+            result = StepResult(loss, hits, stops > 0, times, memory_bytes)
         if self.regularizer is not None:  # of no sample: whole on every rank, added to what is whole
             with recorder.span("backward"):
                 self.regularizer.add_gradients()
@@ -119,6 +126,13 @@ class TrainStep:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """The context that forward passes run in."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has had: of the GPU's allocator, or of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def num_correct(output: Tensor, target: Tensor) -> Tensor:

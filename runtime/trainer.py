@@ -173,6 +173,7 @@ class Trainer:
                 "step_time_s": times[-1],
                 "images_per_s": len(ids) / times[-1],
                 "times_s": by_part(outcome.times),
+                "memory_bytes": outcome.memory_bytes,
             }
             with recorder.span("idle"):
                 publish(phase="training", **metrics)

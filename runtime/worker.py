@@ -38,6 +38,7 @@ from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.plan_step import StepSetting
 from anabranch.runtime.process_group import broadcast_json, gather_json, process_group
 from anabranch.runtime.run_folder import RunFolder
+from anabranch.runtime.trackers import tracker
 from anabranch.runtime.trainer import Trainer
 from anabranch.runtime.verify import Trial, verify_plan
 from anabranch.schedulers import Cluster, Device, Plan, PlanError, parse_plan
@@ -54,9 +55,10 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
             config = settle(config, plan)
         run_dir = _run_dir(job, config, plan, context)
         checkpoint = Checkpoint.open(Path(job.checkpoint)) if job.checkpoint else None
+        callbacks = [tracker(name, run_dir) for name in config.profile.trackers] if context.rank == 0 else []
         trainer = Trainer(
             make_network(config, data), data, config, plan=plan, context=context, loss=make_loss(config),
-            run_dir=run_dir, resume=checkpoint,
+            run_dir=run_dir, resume=checkpoint, callbacks=callbacks,
         )  # fmt: skip
         return trainer.fit()
 

@@ -1,0 +1,220 @@
+"""Costs measured on real ranks: what they say of the network, and of plans that no trial ran."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from anabranch.benchmarks.plans import Case
+from anabranch.blocks import MultiResidual
+from anabranch.blocks.convert import prepare
+from anabranch.blocks.multi_resnet import PreactResidual
+from anabranch.runtime import audit
+from anabranch.runtime.measure import measure_costs, with_speeds
+from anabranch.runtime.model_shape import model_shape
+from anabranch.runtime.model_spec import spec_of
+from anabranch.schedulers import Cluster, Device, Plan, PlanError, parse_plan, schedule
+from anabranch.schedulers.analytic import analytic_costs
+from anabranch.schedulers.cost_file import read_costs, write_costs
+from anabranch.schedulers.costs import Batch, Costs
+from anabranch.schedulers.optimal import Candidate
+from anabranch.schedulers.predict import predict
+
+CASE = Case("multi_resnet", {"depth": 14, "num_branches": 3}, 16, 8, 1)
+
+
+def cluster_of(num: int) -> Cluster:
+    return Cluster(tuple(Device("localhost", rank, "cpu") for rank in range(num)))
+
+
+def measured(rank: int, world_size: int, folder: str, slow: float) -> dict[str, Any]:
+    """Costs of CASE; rank 1 sleeps `slow` times as long as each block's branches take."""
+    torch.set_num_threads(1)
+    cluster = cluster_of(world_size)
+    devices = [str(device) for device in cluster.devices]
+    whole = PreactResidual.branches
+
+    def slowed(self: PreactResidual, h: Tensor) -> Tensor:
+        begun = time.perf_counter()
+        s = whole(self, h)
+        if rank == 1 and slow and torch.is_grad_enabled():
+            time.sleep(slow * (time.perf_counter() - begun) + 0.01)
+        return s
+
+    with mock.patch.object(PreactResidual, "branches", slowed):
+        costs = measure_costs(CASE.network(), CASE.setting(), cluster, devices, budget_s=8)
+    path = Path(folder, f"costs-{rank}.json")
+    write_costs(costs, path)
+    return {"path": str(path), "speeds": [d.speed for d in with_speeds(cluster, devices, costs).devices]}
+
+
+def test_costs_are_the_networks_and_the_same_on_all_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks(2, measured, str(tmp_path), 0.0)
+    assert Path(first["path"]).read_text() == Path(second["path"]).read_text()
+    costs = read_costs(first["path"])
+    network = CASE.network()
+    spec = spec_of(network)
+    costs.check(spec, frozenset({"cpu"}))
+    (model,) = costs.models
+    total = 0
+    for name in ("stem", *spec.by_name, "head"):
+        element = model.elements[name]
+        total += element.parameters.replicated + sum(element.parameters.branches)
+        assert element.replicated.forward_s(16) >= 0
+        if element.branches:
+            seconds = [work.forward_s(16) + work.backward_s(16) for work in element.branches]
+            assert seconds[0] > 0
+            assert seconds[2] > 1.2 * seconds[0], f"{name}: three branches take longer than one"
+            assert element.branches[2].saved_bytes(16) == pytest.approx(
+                3 * element.branches[0].saved_bytes(16), rel=0.35
+            )
+    assert total == sum(p.numel() * p.element_size() for p in network.parameters())
+    assert model.label == "measured"
+    assert {group.collective for group in costs.groups} == {"all_reduce", "all_gather"}
+    assert all(group.seconds(2**20) > 0 for group in costs.groups)
+    block = model.elements["stage1.block2"]
+    assert (block.sum_bytes, block.hidden_bytes, block.input_bytes) == (16 * 64 * 4,) * 3
+    plan = schedule("even", spec, cluster_of(2), mesh=(1, 2))
+    assert predict(plan, spec, cluster_of(2), costs, Batch(16, 8)).total_s > 0
+
+
+def test_a_slow_worker_is_found(tmp_path: Path) -> None:
+    speeds = run_ranks(2, measured, str(tmp_path), 3.0)[0]["speeds"]
+    assert speeds[0] == 1.0
+    assert speeds[1] < 0.7
+
+
+def test_a_network_with_unequal_branches_and_repeated_blocks(tmp_path: Path) -> None:
+    costs = read_costs(run_ranks(2, unequal, str(tmp_path))[0])
+    (model,) = costs.models
+    first, second = model.elements["0"], model.elements["1"]
+    assert first.unequal
+    assert first == second, "alike blocks are measured once"
+    light, heavy = (work.forward_s(8) + work.backward_s(8) for work in first.branches)
+    assert heavy > 1.5 * light
+
+
+class Heavy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x).relu())
+        return y
+
+
+class Net(nn.Module):
+    input_shape = (8, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(8, 8, 1)
+        self.blocks = nn.Sequential(*(MultiResidual([nn.Conv2d(8, 8, 1), Heavy()]) for _ in range(2)))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.blocks(self.stem(x)))
+        return y
+
+
+def unequal(rank: int, world_size: int, folder: str) -> str:
+    torch.set_num_threads(1)
+    cluster = cluster_of(world_size)
+    devices = [str(device) for device in cluster.devices]
+    setting = Case("", {}, 8, 16, 8).setting()
+    costs = measure_costs(prepare(Net()), setting, cluster, devices, budget_s=8)
+    path = Path(folder, f"costs-{rank}.json")
+    write_costs(costs, path)
+    return str(path)
+
+
+def automatic(rank: int, world_size: int, folder: str, limit: int) -> list[Any]:
+    torch.set_num_threads(1)
+    cluster = cluster_of(world_size)
+    if limit:
+        cluster = Cluster(tuple(Device("localhost", r, "cpu", limit) for r in range(world_size)))
+    devices = [str(device) for device in cluster.devices]
+    network, stages = CASE.network(), set()
+    with mock.patch.dict("os.environ", {"XDG_CACHE_HOME": folder}):
+        outcomes = []
+        for _ in range(2):
+            stages.clear()
+            outcomes.append(
+                audit.automatic_plan(
+                    network,
+                    CASE.setting(),
+                    cluster,
+                    devices,
+                    budget_s=8,
+                    on_stage=lambda stage, done, total: stages.add(stage),
+                )
+            )
+    return [*outcomes, sorted(stages)]
+
+
+def test_an_automatic_plan_is_timed_and_costs_are_kept(tmp_path: Path) -> None:
+    first, again, stages = run_ranks(2, automatic, str(tmp_path), 0)[0]
+    assert stages == ["timing plans"], "measured once"
+    for outcome in (first, again):
+        rows = {row["name"]: row for row in outcome["plans"]}
+        assert "data" in rows
+        chosen = rows[outcome["chosen"]]
+        parse_plan(outcome["plan"]).resolve(spec_of(CASE.network()), cluster_of(2))
+        assert chosen["measured_step_s"] == statistics.median(chosen["samples_s"])
+        assert chosen["error"] == chosen["predicted_step_s"] / chosen["measured_step_s"] - 1
+        if outcome["chosen"] != "data":
+            assert chosen["interval_95"][1] < 1
+
+
+def test_a_memory_limit_leaves_out_data_parallelism(tmp_path: Path) -> None:
+    """With less room than every rank holding everything takes, branches are spread, and no data parallelism is run."""
+    free = run_ranks(2, automatic, str(tmp_path), 0)[0][0]
+    data = next(row for row in free["plans"] if row["name"] == "data")
+    limit = int(0.97 * max(data["memory_bytes"]))
+    tight = run_ranks(2, automatic, str(tmp_path), limit)[0][0]
+    assert all(row["name"] != "data" for row in tight["plans"])
+    chosen = next(row for row in tight["plans"] if row["name"] == tight["chosen"])
+    assert max(chosen["memory_bytes"]) <= limit
+    assert "branch" in tight["plan"]
+    with pytest.raises(AssertionError, match=r"no plan fits the devices' memory: the closest one lacks"):
+        run_ranks(2, automatic, str(tmp_path), 10_000)
+
+
+def test_data_parallelism_is_left_only_where_surely_slower() -> None:
+    spec = spec_of(CASE.network())
+    plan = schedule("data", spec, cluster_of(2), mesh=(2, 1))
+    rivals = {name: Candidate(plan, mock.Mock()) for name in ("1x2", "data")}
+    noisy = {"data": [1.0, 1.1, 0.9, 1.0] * 4, "1x2": [0.8, 1.3, 1.0, 0.9] * 4}
+    surely = {"data": [1.0, 1.1, 0.9, 1.0] * 4, "1x2": [0.9, 0.95, 0.8, 0.9] * 4}
+    assert audit._chosen(noisy, rivals) == "data"
+    assert audit._chosen(surely, rivals) == "1x2"
+
+
+def test_costs_of_another_network_or_hardware_are_refused(tmp_path: Path) -> None:
+    network = CASE.network()
+    spec = spec_of(network)
+    costs = analytic_costs(model_shape(network, spec), ("cpu",))
+    other = spec_of(Case("multi_resnet", {"depth": 8, "num_branches": 3}, 16, 8, 1).network())
+    with pytest.raises(PlanError, match="they are the costs of another network; measure this one"):
+        costs.check(other, frozenset({"cpu"}))
+    with pytest.raises(PlanError, match=r"measured with device = .cpu., this run has .H200.: measure again"):
+        Costs(costs.models).check_key({"device": "H200"})
+    plan: Plan = schedule("data", spec, cluster_of(2), mesh=(2, 1))
+    assert (
+        predict(plan, spec, Cluster(cluster_of(2).devices), costs_with_link(costs), Batch(16, 8)).total_s > 0
+    )
+
+
+def costs_with_link(costs: Costs) -> Costs:
+    from anabranch.schedulers.costs import Curve, GroupCost
+
+    return Costs(costs.models, (GroupCost("all_reduce", 2, False, Curve.line(1e-4, 1e-9)),))

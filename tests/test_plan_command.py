@@ -1,0 +1,143 @@
+"""`anabranch plan` for machines that are not here, and what is said of wrong input; the measured way: test_measure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from anabranch.blocks import build
+from anabranch.blocks.convert import prepare
+from anabranch.runtime import commands
+from anabranch.runtime.config import Config
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.plan_report import print_candidates
+from anabranch.schedulers import PlanError, parse_plan, read_plan
+from anabranch.schedulers.cluster_file import read_cluster
+
+CONFIG: dict[str, Any] = {
+    "model": {
+        "name": "multi_resnet",
+        "options": {"depth": 14, "num_branches": 4, "width": 4, "shortcut": "B"},
+    },
+    "data": {"name": "synthetic"},
+    "train": {"batch_size": 64},
+}
+
+
+def plan(output: Path, *layers: dict[str, Any], **given: Any) -> dict[str, Any]:
+    arguments = {"devices": "", "interconnect": "", "cluster": "", "explain": False, **given}
+    result = commands.plan(
+        Config.from_dict(CONFIG, *layers), **arguments, output=output, console=Console(quiet=True)
+    )
+    assert result is not None
+    return result
+
+
+def test_machines_that_are_not_here(tmp_path: Path) -> None:
+    """The best plan is no slower than the plans it is compared with, is written, and reads back."""
+    output = tmp_path / "plan.toml"
+    result = plan(output, devices="2x4xH200", interconnect="20Gbit/s", explain=True)
+    rows = {row["name"]: row for row in result["plans"]}
+    assert rows.keys() == {"best", "data", "all-branch", "even"}
+    assert result["predicted_step_s"] == min(row["predicted_step_s"] for row in rows.values())
+    assert result["data_parallel_step_s"] == rows["data"]["predicted_step_s"]
+    assert result["measured_step_s"] is None
+    assert result["label"] == "predicted, not calibrated"
+    assert len(result["memory_bytes"]) == 8
+    assert result["search_s"] < 5
+    assert {row["stage"] for row in result["explain"]} <= {"stage1", "stage2", "stage3"}
+    written = read_plan(output)
+    assert (written.mesh[0] * written.mesh[1]) == 8
+    fast = plan(output, devices="2x4xH200", interconnect="20000Gbit/s")
+    assert fast["data_parallel_step_s"] < result["data_parallel_step_s"], "the wire counts"
+
+
+def test_a_cluster_file_and_pins(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text(
+        '[[hosts]]\nname = "a"\nkind = "L4"\ndevices = 2\n[[hosts]]\nname = "b"\nkind = "L4"\nspeeds = [0.5, 0.5]\n'
+        '[links]\nacross = "10Gbit/s"\n'
+    )
+    given = tmp_path / "given.toml"
+    given.write_text(
+        '[mesh]\ndata = 1\nbranch = 4\nscheduler = "optimal"\n[[blocks]]\nmatch = "stage1.*"\nsplit = "sample"\n'
+        '[[pins]]\nmatch = "stage3.*"\nbranch = 0\nhost = "b"\n[[blocks]]\nmatch = "stage3.*"\nsplit = "branch"\n'
+    )
+    layer = {"mesh": {"plan": str(given)}}
+    with pytest.raises(PlanError):
+        plan(tmp_path / "plan.toml", layer, cluster=str(cluster))
+    given.write_text(given.read_text().rpartition("[[blocks]]")[0])
+    result = plan(tmp_path / "plan.toml", layer, cluster=str(cluster))
+    network = prepare(build("multi_resnet", **CONFIG["model"]["options"], in_channels=3))
+    placed = parse_plan(result["plan"]).resolve(spec_of(network), read_cluster(cluster))
+    assert placed.devices is not None
+    for name, block in placed.blocks.items():
+        if name.startswith("stage1"):
+            assert block.split == "sample"
+        if name.startswith("stage3") and block.branches is not None:
+            (rank,) = [rank for rank, held in enumerate(block.branches) if 0 in held]
+            assert placed.devices[0][rank].startswith("b:")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"devices": "H200"}, "names no devices: write hosts x devices x kind"),
+        ({"devices": "2x8xH200"}, "give the link between them"),
+        ({"devices": "8xZ9000"}, "no figures for a device"),
+        ({"devices": "8xH200", "cluster": "c.toml"}, "both name machines: give one"),
+        ({"interconnect": "10Gbit/s"}, "--interconnect is for --devices"),
+        ({"cluster": "nowhere.toml"}, "cannot read the cluster file"),
+        ({"devices": "8xH200", "interconnect": "fast"}, "is no bandwidth"),
+    ],
+)
+def test_wrong_machines(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((PlanError, ConfigError), match=message):
+        plan(tmp_path / "plan.toml", **given)
+    assert not (tmp_path / "plan.toml").exists()
+
+
+def test_no_room_says_how_much_is_lacking(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text('[[hosts]]\nname = "a"\nkind = "L4"\ndevices = 2\nmemory_gb = 0.01\n')
+    with pytest.raises(
+        PlanError, match=r"no plan fits the devices' memory: the closest one lacks [\d,]+ bytes on a:"
+    ):
+        plan(tmp_path / "plan.toml", cluster=str(cluster))
+
+
+def test_the_table_marks_the_chosen_plan() -> None:
+    console = Console(width=140, record=True, quiet=False, file=Path("/dev/null").open("w"))  # noqa: SIM115
+    outcome = {
+        "label": "measured", "chosen": "1x2", "gap": 0.0, "search_s": 0.01, "notes": ["a note"],
+        "plans": [
+            {"name": "1x2", "predicted_step_s": 0.09, "exposed_s": 0.01, "memory_bytes": [2**20],
+             "measured_step_s": 0.1, "ratio": 0.8, "interval_95": [0.7, 0.9], "error": -0.1},
+            {"name": "data", "predicted_step_s": 0.12, "exposed_s": 0.0, "memory_bytes": [2**21]},
+        ],
+    }  # fmt: skip
+    print_candidates(console, outcome)
+    text = console.export_text()
+    console.file.close()
+    assert "1x2 ◄" in text
+    assert "0.800 (0.700 to 0.900)" in text
+    assert "-10 %" in text
+    assert "note: a note" in text
+
+
+def test_neither_torch_nor_ray_for_help_and_json_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "anabranch.runtime", "plan", "--data", "synthetic", "--model.options.depth", "8",
+               "--devices", "4xA100", "--json", "--output", str(tmp_path / "plan.toml")]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result.keys() >= {
+        "plan", "predicted_step_s", "measured_step_s", "data_parallel_step_s", "search_s", "memory_bytes",
+    }  # fmt: skip
+    assert len(run.stdout.splitlines()) == 1
