@@ -35,6 +35,9 @@ class Callback:
     def on_checkpoint(self, path: Path) -> None:
         """After a checkpoint is complete on disk."""
 
+    def on_warning(self, text: str) -> None:
+        """Where something is not as it was: steps that take longer, and why."""
+
     def on_end(self, result: Mapping[str, Any]) -> None:
         """Once, when the run ends without an error."""
 
@@ -69,6 +72,9 @@ class MetricsFile(Callback):
     def on_checkpoint(self, path: Path) -> None:
         self._write("checkpoint", {"step": self._step, "path": str(path)})
         self._file.flush()
+
+    def on_warning(self, text: str) -> None:
+        self._write("warning", {"step": self._step, "text": text})
 
     def close(self) -> None:
         self._file.close()

@@ -56,7 +56,15 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                 (folder.path / "audit.json").write_text(json.dumps(audit, indent=1) + "\n")
             print_placement(console, driver.plan, driver.model)
             console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
-        result = driver.run("train", "training", checkpoint=str(checkpoint.path) if checkpoint else "")
+        path = str(checkpoint.path) if checkpoint else ""
+        while (result := driver.run("train", "training", checkpoint=path)) and result["stopped"] == "replan":
+            audit = driver.plan_again()
+            assert audit is not None, "the plan is automatic"
+            print_candidates(console, audit)
+            folder = RunFolder.create(driver.config, driver.plan)
+            found = folder.checkpoint()
+            (folder.path / f"audit-{found.path.name}.json").write_text(json.dumps(audit, indent=1) + "\n")
+            path = str(found.path)
     if result is None:
         return None
     begun = result.pop("first_step_at")

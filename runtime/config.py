@@ -156,6 +156,8 @@ class MeshConfig:
     """Of auto: a cost file to plan from; empty: measured once, then kept in ~/.cache/anabranch."""
     remeasure: bool = False
     """Of auto: measure again, whatever is kept."""
+    replan: bool = False
+    """Of auto: where steps have become slower, plan anew at the epoch's end and go on from its checkpoint."""
     memory_gb: float = 0.0
     """Of auto: most bytes (in 1e9) of live tensors that a worker may have; 0: what its device has, where known."""
     audit: bool = True

@@ -121,6 +121,8 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.eval_crops", f"is {data.eval_crops}: it must be 1 or 10"
     if data.augment.startswith("area_crop") and ":" not in data.name and data.name not in IMAGE_FOLDERS:
         yield "data.augment", f"is {data.augment}, which is for {', '.join(IMAGE_FOLDERS)}, not {data.name}"
+    if mesh.replan and mesh.plan != "auto" and not mesh.plan.endswith(".toml"):
+        yield "mesh.replan", f"is true, and mesh.plan is {mesh.plan}: only an automatic plan is made anew"
     for tracker in config.profile.trackers:
         if tracker not in TRACKERS:
             known = ", ".join(TRACKERS)

@@ -109,11 +109,22 @@ class Driver:
 
         if self.plan is None or self.plan.world_size == 1:
             return None
+        asked = self.config.mesh
         result = self.run("plan", "planning")
         assert result is not None, "with a driver"
         self.plan = parse_plan(result["plan"]).resolve(self.model, self.cluster)
         self.config = settle(self.config, self.plan)
+        self._asked = asked
         return result
+
+    def plan_again(self) -> dict[str, Any] | None:
+        """`find_plan` with costs measured anew, as it was asked for at first."""
+        from anabranch.runtime.assemble import provisional_plan
+
+        assert self.cluster is not None, "with a plan"
+        self.config = replace(self.config, mesh=replace(self._asked, remeasure=True))
+        self.plan = provisional_plan(self.config, self.model, self.cluster)
+        return self.find_plan()
 
     def _cluster(self) -> Cluster:
         """The cluster's devices; without GPUs and without a word from the user, two workers' places."""
@@ -128,9 +139,7 @@ class Driver:
             return replace(cluster, devices=cluster.devices[:2])
         return cluster
 
-    def run(
-        self, kind: Kind, what: str, *, checkpoint: str = "", steps: int = 0
-    ) -> dict[str, Any] | None:
+    def run(self, kind: Kind, what: str, *, checkpoint: str = "", steps: int = 0) -> dict[str, Any] | None:
         """Runs the job on all ranks, showing progress; rank 0's result, None on the other ranks of torchrun."""
         launch = self.config.launch
         job = Job(

@@ -62,6 +62,7 @@ class RunProgress:
         ]  # fmt: skip
         self._bar = Progress(*columns, console=console, disable=not self._live)
         self._task: TaskID | None = None
+        self._warned = ""
         self._said, self._said_at, self._started = "", 0.0, time.monotonic()
 
     def __enter__(self) -> RunProgress:
@@ -77,6 +78,9 @@ class RunProgress:
         if not statuses:
             return
         first = statuses[0]
+        if (warning := first.get("warning")) and warning != self._warned:
+            self._warned = warning
+            self._console.print(f"warning: {warning}", style="yellow", highlight=False)
         figures = _figures(first)
         assert self._task is not None, "entered"
         if total := first.get("num_steps"):

@@ -34,6 +34,7 @@ from anabranch.runtime.data.batches import batches, epoch_order
 from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import BatchSource, DataBundle
 from anabranch.runtime.deal import Deal, deal_step
+from anabranch.runtime.drift import DriftWatch
 from anabranch.runtime.launch import alone, choose_launcher, from_environment
 from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.lr_schedule import Plateau, learning_rate
@@ -145,6 +146,7 @@ class Trainer:
         stopped = False
         started = time.perf_counter()
         recorder, steps = self.network.recorder, self._steps(done)
+        drift, slower, replan = DriftWatch(self._rank_names()), False, False
         recorder.end_step()  # what came before belongs to no step
         while True:
             with recorder.span("data"):
@@ -178,6 +180,10 @@ class Trainer:
             with recorder.span("idle"):
                 publish(phase="training", **metrics)
                 self._tell("on_step", metrics)
+                warning = drift.observe(metrics["times_s"])
+                if warning:
+                    publish(warning=warning)
+                    self._tell("on_warning", warning)
                 if stopped:
                     break
                 if eval_every and done % eval_every == 0:
@@ -186,12 +192,22 @@ class Trainer:
                 if checkpoints and config.checkpoint.every_epochs and done % save_every == 0:
                     self._save(checkpoints, done, plateau)
                     saved_at = done
-        if not stopped and tested_at != done:
+                # The times are the same on all ranks, hence so is this.
+                slower = slower or bool(warning)
+                if (
+                    config.mesh.replan
+                    and slower
+                    and done % self.steps_per_epoch == 0
+                    and done < self.last_step
+                ):
+                    replan = True
+                    break
+        if not stopped and not replan and tested_at != done:
             result = self._evaluate(done)
         train_seconds = time.perf_counter() - started
         if checkpoints and saved_at != done:
             self._save(checkpoints, done, plateau)
-        if not stopped:
+        if not stopped and not replan:
             for callback in self._callbacks:
                 callback.on_trained(self.network)
         result |= {
@@ -201,7 +217,7 @@ class Trainer:
             "steps": done,
             "run_dir": str(self.run_dir or ""),
             "unreadable": self._unreadable(),
-            "stopped": (self.context.stop_requested or "by another rank") if stopped else None,
+            "stopped": "replan" if replan else self._reason() if stopped else None,
         }
         publish(phase="stopped" if stopped else "done")
         self._tell("on_end", result)
@@ -225,6 +241,13 @@ class Trainer:
                 step = epoch * self.steps_per_epoch + first + index
                 key = fold(train.seed, step)
                 yield step, ids, [self._micro_batch(*next(fetched), ids, part, key, epoch) for part in parts]
+
+    def _reason(self) -> str:
+        return self.context.stop_requested or "by another rank"
+
+    def _rank_names(self) -> list[str]:
+        named = [name for row in self.plan.devices or () for name in row]
+        return named or [f"rank {rank}" for rank in range(self.plan.world_size)]
 
     def _deals(self, num_samples: int, bn_batch_size: int, accumulation: int = 1) -> list[Deal]:
         mesh = self.mesh

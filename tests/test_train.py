@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +421,59 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         }
     )
     assert train(chosen)["steps"] == 3
+
+
+SLOWER = """
+import time
+import torch
+from torch import nn
+from anabranch.blocks import MultiResidual
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(8, 8, 3, padding=1), 0
+
+    def forward(self, x):
+        self.calls += torch.is_grad_enabled()
+        if self.calls > 70:
+            time.sleep(0.05)
+        return self.conv(x)
+
+class Net(nn.Module):
+    input_shape = (1, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.Sequential(MultiResidual([Branch(), Branch()]))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)))
+"""
+
+
+@pytest.mark.optin
+def test_a_slower_run_is_planned_anew_at_the_epochs_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Branches that begin to sleep: told, and at the epoch's end measured and planned anew; no step is lost."""
+    (tmp_path / "slower_net.py").write_text(SLOWER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    layer = {
+        "model": {"name": "slower_net:Net"},
+        "mesh": {"plan": "auto", "replan": True, "num_workers": 2, "plan_budget_s": 5},
+        "train": {"epochs": 3, "max_steps": 0, "precision": "fp32", "bn_batch_size": 16},
+        "checkpoint": {"every_epochs": 1},
+    }
+    config_ = Config.from_dict({"data": SMALL["data"], "train": {"batch_size": 32}}, layer)
+    config_ = replace(config_, launch=replace(config_.launch, run_dir=str(tmp_path / "run")))
+    result = train(config_)
+    assert result["steps"] == 3 * 45
+    assert len(losses(tmp_path / "run")) == 3 * 45
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (warning,) = [line for line in lines if line["kind"] == "warning"]
+    assert "times as long as at first" in warning["text"]
+    assert len(list((tmp_path / "run").glob("audit*.json"))) == 2
