@@ -60,6 +60,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         while (result := driver.run("train", "training", checkpoint=path)) and result["stopped"] == "replan":
             audit = driver.plan_again()
             assert audit is not None, "the plan is automatic"
+            assert driver.plan is not None, "with a driver"
             print_candidates(console, audit)
             folder = RunFolder.create(driver.config, driver.plan)
             found = folder.checkpoint()

@@ -23,6 +23,11 @@ class _Part:
     def in_background(self) -> bool:
         return self.source.in_background
 
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """The source's files that could not be read, and why."""
+        return getattr(self.source, "unreadable", {})
+
     def __len__(self) -> int:
         return len(self.ids)
 

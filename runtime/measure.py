@@ -21,7 +21,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -400,12 +400,12 @@ def _block_work(seen: Sequence[_Seen], num_branches: int) -> tuple[Work, tuple[W
             (whole,) = found.values()
             shares = like or [_times(whole, j / num_branches) for j in range(num_branches + 1)]
             shapes[n] = [
-                tuple(
+                _as_four(
                     w * part / all_ if all_ else 0.0
                     for w, part, all_ in zip(whole, row, shares[-1], strict=True)
                 )
                 for row in shares
-            ]  # type: ignore[misc]
+            ]
     by_samples = {n: rows for n, rows in shapes.items() if rows is not None}
     replicated = _curves({n: rows[0] for n, rows in by_samples.items()})
     branches = tuple(
@@ -445,6 +445,11 @@ def _grouped(seen: Sequence[_Seen], count: Callable[[_Seen], int]) -> dict[tuple
 
 def _four(one: _Seen) -> _Four:
     return one.forward_s, one.backward_s, one.saved_bytes, one.largest_bytes
+
+
+def _as_four(values: Iterable[float]) -> _Four:
+    a, b, c, d = values
+    return a, b, c, d
 
 
 def _medians(group: Sequence[_Seen]) -> _Four:
@@ -511,15 +516,18 @@ def _copies(config: Config) -> float:
 
 def _agreed(values: Sequence[float], network: nn.Module) -> float:
     """The median over ranks of their medians, the same everywhere."""
-    return statistics.median(gather_json(statistics.median(values), _device(network)))
+    medians: list[float] = gather_json(statistics.median(values), _device(network))
+    return statistics.median(medians)
 
 
 def _agreed_max(value: float, mesh: Mesh) -> float:
-    return max(gather_json(value, mesh.device_mesh.device_type, mesh.world_group))
+    values: list[float] = gather_json(value, mesh.device_mesh.device_type, mesh.world_group)
+    return max(values)
 
 
 def _agreed_min(value: float, mesh: Mesh) -> float:
-    return min(gather_json(value, mesh.device_mesh.device_type, mesh.world_group))
+    values: list[float] = gather_json(value, mesh.device_mesh.device_type, mesh.world_group)
+    return min(values)
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -95,7 +95,9 @@ def occupancy(step: PlanStep, rounds: int = 5) -> float:
     """
     reducer, recorder = step.train.reducer, step.train.network.recorder
     step()
-    hidden, exposed, transfers = [], [], []
+    hidden: list[float] = []
+    exposed: list[float] = []
+    transfers: list[float] = []
     for _ in range(rounds):
         for overlap, samples in ((True, hidden), (False, exposed)):
             reducer.overlap = overlap
@@ -111,4 +113,5 @@ def occupancy(step: PlanStep, rounds: int = 5) -> float:
     with_overlap, without, transfer = together
     if transfer <= 0.01 * without:  # too small to tell
         return 0.0 if device.type == "cuda" else 1.0
-    return min(max(1.0 - (without - with_overlap) / transfer, 0.0), 1.0)
+    hides: float = (without - with_overlap) / transfer
+    return min(max(1.0 - hides, 0.0), 1.0)

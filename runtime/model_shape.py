@@ -29,7 +29,8 @@ def model_shape(network: nn.Module, spec: ModelSpec) -> dict[str, ElementShape]:
     for name, module in [("stem", meta.stem), *named_blocks(meta), ("head", meta.head)]:
         whole, y = _run(module, x)  # type: ignore[arg-type]
         sums = branch_sums(module)  # type: ignore[arg-type]
-        replicated, branches = whole, ()
+        replicated: _Amount = whole
+        branches: tuple[PartShape, ...] = ()
         if sums:
             replicated = _without_branches(module, sums, x)  # type: ignore[arg-type]
             num = spec.by_name[name].num_branches
@@ -96,7 +97,7 @@ class _Results(TorchDispatchMode):
     """Counts operators that make something new, and the bytes of what they make."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_bytes, self.num_kernels = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -79,7 +79,8 @@ def plan_elsewhere(
 ) -> dict[str, Any]:
     """Searches for machines that are not here: from a cost file, else from data sheets (labelled so). No Ray."""
     from anabranch.blocks.convert import prepare
-    from anabranch.runtime.assemble import auto_partial, make_data, make_network, mesh_axes
+    from anabranch.runtime.assemble import auto_partial, make_data, make_network
+    from anabranch.runtime.config_rules import mesh_axes
     from anabranch.runtime.model_shape import model_shape, shared_bytes
     from anabranch.runtime.model_spec import spec_of
     from anabranch.schedulers.analytic import analytic_costs
@@ -95,7 +96,7 @@ def plan_elsewhere(
         costs = read_costs(config.mesh.costs)
         costs.check(spec, frozenset(kinds), config.mesh.costs)
     else:
-        precision = "half" if config.train.precision == "bf16" else "fp32"
+        precision: Literal["fp32", "half"] = "half" if config.train.precision == "bf16" else "fp32"
         costs = analytic_costs(
             model_shape(network, spec), kinds, shared=shared_bytes(network, spec), precision=precision,
             fused=config.mesh.execution == "fused",

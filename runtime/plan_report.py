@@ -51,7 +51,7 @@ def print_candidates(console: Console, outcome: Mapping[str, Any]) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def print_traffic(console: Console, traffic: list[Mapping[str, Any]]) -> None:
+def print_traffic(console: Console, traffic: Sequence[Mapping[str, Any]]) -> None:
     """Bytes that one group puts through each collective in a step."""
     for row in traffic:
         where = "across hosts" if row["across"] else "inside a host"

@@ -166,7 +166,7 @@ class Trainer:
             first_step_at = first_step_at or time.time()
             done, stopped = step + 1, outcome.stop
             epoch = step // self.steps_per_epoch
-            metrics = {
+            metrics: dict[str, Any] = {
                 "step": done,
                 "epoch": epoch,
                 "loss": outcome.loss,

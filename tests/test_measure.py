@@ -143,7 +143,8 @@ def automatic(rank: int, world_size: int, folder: str, limit: int) -> list[Any]:
     if limit:
         cluster = Cluster(tuple(Device("localhost", r, "cpu", limit) for r in range(world_size)))
     devices = [str(device) for device in cluster.devices]
-    network, stages = CASE.network(), set()
+    network = CASE.network()
+    stages: set[str] = set()
     with mock.patch.dict("os.environ", {"XDG_CACHE_HOME": folder}):
         outcomes = []
         for _ in range(2):

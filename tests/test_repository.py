@@ -17,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from anabranch.runtime.config_rules import TRACKERS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"benchmarks", "blocks", "cluster", "runtime", "schedulers"}
 HELP_LIMIT_S = 0.5
@@ -38,12 +40,13 @@ def files() -> list[Path]:
 
 
 def requirements() -> Iterator[Requirement]:
-    """What pyproject.toml asks for itself: to build, to run, and every extra."""
+    """What pyproject.toml asks for itself: to build, to run, and every extra but trackers, whose users have theirs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
     lists = [
         project["build-system"]["requires"],
         project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"].values(),
+        *(texts for name, texts in extras.items() if name not in TRACKERS),
     ]
     return (Requirement(text) for texts in lists for text in texts)
 
