@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -53,6 +53,73 @@ def gross_rank(
     record = case.run(seeds=seeds, repeats=repeats)
     correlations = ", ".join(f"{value:.2f}" for value in record["rank_correlations"])
     print(f"rank correlation, by seed: {correlations}; {record['path']}")
+
+
+Workers = Annotated[int, Parameter(help="Worker processes.")]
+Rounds = Annotated[int, Parameter(help="Interleaved rounds of what is compared.")]
+
+
+@app.command
+def digits(*, seeds: Annotated[int, Parameter(help="Runs.")] = 3) -> None:
+    """The default run: test accuracy, seconds of training, start to first step."""
+    from anabranch.benchmarks import digits as case
+
+    record = case.run(seeds=seeds)
+    print(
+        f"median test accuracy {100 * record['median_test_accuracy']:.2f} %, "
+        f"at most {record['most_train_seconds']:.0f} s of training, "
+        f"first step after {record['median_start_to_first_step_s']:.1f} s; {record['path']}"
+    )
+
+
+@app.command
+def prediction(*, workers: Workers = 2, rounds: Rounds = 16) -> None:
+    """Predicted against measured step times of plans that no trial of the measurement ran."""
+    from anabranch.benchmarks import plans
+
+    record = plans.prediction(workers=workers, rounds=rounds)
+    print(
+        f"{record['num_plans']} plans: mean error {100 * record['mean_absolute_error']:.1f} %; "
+        f"of {record['pairs_apart']} pairs more than 10 % apart {100 * (record['pairs_in_order'] or 0):.1f} % in order; {record['path']}"
+    )
+
+
+@app.command
+def regret(*, workers: Workers = 2, rounds: Rounds = 24) -> None:
+    """The automatic plan against the best of all plans, re-timed."""
+    from anabranch.benchmarks import plans
+
+    _print_ratios(plans.regret(workers=workers, rounds=rounds))
+
+
+@app.command
+def never_slower(*, workers: Workers = 2, rounds: Rounds = 24) -> None:
+    """The automatic plan against plain data parallelism, ten networks and batches."""
+    from anabranch.benchmarks import plans
+
+    _print_ratios(plans.never_slower(workers=workers, rounds=rounds))
+
+
+@app.command
+def mixing(
+    *, mbit_per_s: Annotated[float, Parameter(help="Rate of the wire.")] = 100.0, rounds: Rounds = 8
+) -> None:
+    """Two hosts behind a slow wire (namespaces; root): the automatic plan against all-data and all-branch."""
+    from anabranch.benchmarks import mixing as case
+
+    record = case.run(mbit_per_s=mbit_per_s, rounds=rounds)
+    low, high = record["speed_up_interval_95"]
+    print(
+        f"{record['speed_up_median']:.2f} times as fast as {record['better_of_the_others']} "
+        f"(95 % interval {low:.2f} to {high:.2f}); {record['path']}"
+    )
+
+
+def _print_ratios(record: dict[str, Any]) -> None:
+    for row in record["cases"]:
+        low, high = row["ratio_interval_95"]
+        print(f"{row['ratio_median']:.3f} ({low:.3f} to {high:.3f})  {row['case']}")
+    print(record["path"])
 
 
 if __name__ == "__main__":

@@ -40,7 +40,11 @@ def ddp_step(
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     x, target = x.chunk(num_ranks)[rank], target.chunk(num_ranks)[rank]
-    options: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
+    options: dict[str, Any] = {
+        "broadcast_buffers": False,
+        "gradient_as_bucket_view": True,
+        "static_graph": True,
+    }
     ddp = DistributedDataParallel(network, **(options if tuned else {}))
     optimizer = make_optimizer(OptimizerConfig(), ddp.parameters())
 

@@ -144,7 +144,9 @@ def test_every_chart_has_its_numbers(run: Path) -> None:
 def test_a_torn_run_is_used_up_to_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = metrics(tmp_path / "run", 30)
     with (path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "step": 31, "lo\n{"kind": "step", "step": 32, "loss": 77, "accuracy": 0}\n')
+        file.write(
+            '{"kind": "step", "step": 31, "lo\n{"kind": "step", "step": 32, "loss": 77, "accuracy": 0}\n'
+        )
     assert main(["report", str(path)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert (

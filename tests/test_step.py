@@ -119,7 +119,9 @@ def test_checksum_sees_value_and_order(dtype: torch.dtype) -> None:
 def observed(rank: int, world_size: int) -> list[str]:
     """What happens in a step, in order: all-reduces of gradients (by size of the buffer) and the end of backward."""
     run = Run(Case("basic4", (2, 1), (S,)))
-    run.step.reducer = GradientReducer(run.network, num_extra=len(run.step.reducer.extra), bucket_bytes=20_000)
+    run.step.reducer = GradientReducer(
+        run.network, num_extra=len(run.step.reducer.extra), bucket_bytes=20_000
+    )
     sizes = {id(bucket.buffer): index for index, bucket in enumerate(run.step.reducer._buckets)}
     events: list[str] = []
     all_reduce, finish = dist.all_reduce, run.step.reducer.finish
