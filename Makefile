@@ -20,7 +20,7 @@ train: .venv/train.stamp
 	$(BIN)/anabranch train $(ARGS)
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: lint types contracts
 

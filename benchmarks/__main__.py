@@ -80,7 +80,8 @@ def prediction(*, workers: Workers = 2, rounds: Rounds = 16) -> None:
     record = plans.prediction(workers=workers, rounds=rounds)
     print(
         f"{record['num_plans']} plans: mean error {100 * record['mean_absolute_error']:.1f} %; "
-        f"of {record['pairs_apart']} pairs more than 10 % apart {100 * (record['pairs_in_order'] or 0):.1f} % in order; {record['path']}"
+        f"of {record['pairs_apart']} pairs more than 10 % apart {100 * (record['pairs_in_order'] or 0):.1f} % "
+        f"in order; {record['path']}"
     )
 
 

@@ -509,9 +509,12 @@ def _saved_bytes(step: PlanStep) -> dict[str, tuple[float, float]]:
 
 
 def _copies(config: Config) -> float:
-    """Live bytes for a parameter's: itself, its gradient, its place in a bucket, the optimizer's state."""
+    """Live bytes for a parameter's: itself, its place in a bucket, the optimizer's state.
+
+    Gradients that have not left yet lie where activations were: at the peak few of both are there.
+    """
     optimizer = config.optimizer
-    return 3.0 + (2.0 if optimizer.name == "adamw" else 1.0 if optimizer.momentum else 0.0)
+    return 2.0 + (2.0 if optimizer.name == "adamw" else 1.0 if optimizer.momentum else 0.0)
 
 
 def _agreed(values: Sequence[float], network: nn.Module) -> float:
