@@ -9,7 +9,16 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 # The same examples on every run, however slow the machine.
 hypothesis.settings.register_profile("anabranch", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("anabranch")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Opt-in tests run with `-m optin` only."""
+    if "optin" not in config.getoption("markexpr"):
+        for item in items:
+            if item.get_closest_marker("optin"):
+                item.add_marker(pytest.mark.skip(reason="opt in: run it with -m optin"))
