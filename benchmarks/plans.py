@@ -158,10 +158,14 @@ def _regret(rank: int, case: Case, rounds: int) -> dict[str, Any]:
     samples = time_plans(network, again, setting, rounds=rounds, budget_s=90)
     rival = min(best, key=lambda name: statistics.median(samples[name]))
     ratio = median_interval([a / b for a, b in zip(samples["auto"], samples[rival], strict=True)])
+    is_same = all(
+        getattr(chosen, field) == getattr(plans[rival], field) for field in ("data", "branch", "blocks")
+    )
     return {
         "num_plans": len(plans),
         "auto": format_plan(chosen),
         "best": rival,
+        "auto_is_the_best": is_same,  # then the ratio is of a plan and itself: the machine's noise
         "ratio_median": ratio[0],
         "ratio_interval_95": ratio[1:],
         "data_parallel_is_best": all(p.split == "sample" for p in plans[rival].blocks.values()),

@@ -29,6 +29,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     # (3, C), rows of a StagedStatistics: sums over the step's groups of weight·mean, weight·variance, weight.
     staged: Tensor | None = None
+    _nothing_staged = False  # since the last commit: the kernel may write into the zeros of `staged` itself
 
     def forward(self, x: Tensor, channels: slice = _WHOLE) -> Tensor:
         weight = None if self.weight is None else self.weight[channels]
@@ -45,6 +46,15 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.shape[0] != sum(layout.group_sizes):
             raise RuntimeError(f"BatchNorm got {x.shape[0]} samples, the layout has {layout.group_sizes}")
         sizes = layout.group_sizes
+        if self._nothing_staged and len(sizes) == 1 and sizes[0] and layout.sync is None:
+            assert self.staged is not None, "StagedStatistics sets both"
+            self._nothing_staged = False
+            share = sizes[0] / layout.num_samples  # as momentum it makes of zeros share · statistics
+            # `data` has versions of its own: autograd keeps these rows, though a training backward never reads them
+            mean, var = self.staged.data[:2, channels].unbind()
+            y = F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
+            self.staged[2, channels].add_(share)
+            return y
         stats = torch.zeros((2, len(sizes), x.shape[1]), dtype=self._stat_dtype(x), device=x.device)
         if layout.sync is not None:
             y = _synced_group_norm(x, weight, bias, sizes, layout.sync, self.eps, stats)
@@ -52,6 +62,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             y = F.batch_norm(x, stats[0, 0], stats[1, 0], weight, bias, True, 1.0, self.eps)
         else:
             y = _group_norm(x, weight, bias, sizes, self.eps, stats)
+        self._nothing_staged = False
         self._stage(stats, layout, channels)
         return y
 
@@ -92,7 +103,7 @@ class StagedStatistics:
         self.buffer = torch.zeros(3 * total + num_extra, dtype=dtype, device=device)
         self.rows, self.extra = self.buffer[: 3 * total].view(3, total), self.buffer[3 * total :]
         for module, staged in zip(self.modules, self.rows.split(self.sizes, 1), strict=True):
-            module.staged = staged
+            module.staged, module._nothing_staged = staged, True
         rates = [0.0 if m.momentum is None else m.momentum for m in self.modules]
         sizes = torch.tensor(self.sizes, dtype=torch.long)
         self._momentum = torch.tensor(rates, dtype=dtype).repeat_interleave(sizes).to(device)
@@ -104,6 +115,8 @@ class StagedStatistics:
     def clear(self) -> None:
         """Forgets what was staged."""
         self.buffer.zero_()
+        for module in self.modules:
+            module._nothing_staged = True
 
     @torch.no_grad()
     def commit(self) -> None:

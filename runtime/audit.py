@@ -203,7 +203,7 @@ def _costs(
 ) -> tuple[Costs, str]:
     """The costs and the file that holds them: the user's, the cache's, or newly measured. Agreed on by all ranks."""
     device = next(network.parameters()).device
-    if costs_file:
+    if costs_file and not remeasure:
         costs = read_costs(costs_file)
         costs.check_key(key, costs_file)
         return costs, costs_file

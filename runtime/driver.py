@@ -13,11 +13,14 @@ from rich.console import Console
 
 from anabranch.cluster import RayRequest, connect, discover, ray_calls, run_on_ray
 from anabranch.runtime.config import Config
+from anabranch.runtime.config_rules import mesh_axes
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.launch import choose_launcher, run_here
 from anabranch.runtime.progress import RunProgress
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
+from anabranch.schedulers.cost_file import read_costs
+from anabranch.schedulers.registry import make_request
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,6 +102,27 @@ class Driver:
         self.cluster = replace(cluster, devices=tuple(d for d in cluster.devices if str(d) in names))
         settled = settle(config, self.plan)
         self.config = replace(settled, mesh=config.mesh) if self.is_auto else settled
+        if self.is_auto:
+            self._check_request(settled)
+
+    def _check_request(self, settled: Config) -> None:
+        """What a plan file settles and a cost file holds is this network's, as far as can be told without workers."""
+        from anabranch.runtime.assemble import auto_partial
+
+        assert self.cluster is not None, "with a plan"
+        assert self.plan is not None, "with a plan"
+        mesh = settled.mesh
+        make_request(
+            self.model, self.cluster, mesh=mesh_axes(self.config.mesh.shape), partial=auto_partial(settled)[1]
+        )
+        if mesh.costs:
+            from anabranch.runtime.measure import cost_key
+
+            costs = read_costs(mesh.costs)
+            costs.check(self.model, frozenset(d.kind for d in self.cluster.devices), mesh.costs)
+            key = cost_key(self.network, settled, self.plan.world_size)
+            own = ("device", "cores")  # the workers', not this machine's
+            costs.check_key({name: value for name, value in key.items() if name not in own}, mesh.costs)
 
     def find_plan(self) -> dict[str, Any] | None:
         """Measures, plans and times plans on the workers; from then on `plan` is the one chosen.

@@ -147,14 +147,14 @@ def with_speeds(cluster: Cluster, devices: Sequence[str], costs: Costs) -> Clust
 def _speeds(of_rank: Sequence[Sequence[_Seen]], kinds: Sequence[str]) -> list[float]:
     """Each rank's speed relative to the fastest of its kind, where all do the same (all branches, own samples).
 
-    In steps of a twentieth, and 1 within a tenth of the fastest: that is noise.
+    In steps of a twentieth, and 1 within a fifth of the fastest: on shared cores that is noise.
     """
     seconds = [
         sum(one.forward_s + one.backward_s for one in seen if one.held is None) or 1.0 for seen in of_rank
     ]
     fastest = {kind: min(s for s, k in zip(seconds, kinds, strict=True) if k == kind) for kind in kinds}
     ratios = [fastest[kind] / s for s, kind in zip(seconds, kinds, strict=True)]
-    return [1.0 if ratio > 0.9 else max(round(ratio * 20), 1) / 20 for ratio in ratios]
+    return [1.0 if ratio > 0.8 else max(round(ratio * 20), 1) / 20 for ratio in ratios]
 
 
 def cost_key(network: nn.Module, config: Config, world_size: int) -> dict[str, str]:
@@ -227,15 +227,17 @@ class _Trial:
             yield _Seen(name, samples, held, max(forward, 0.0), max(backward, 0.0), *self.saved[name])
 
     def exchanges(self) -> Iterator[tuple[int, float]]:
-        """(bytes, seconds) of the branch group's all-reduces: of all its ranks the shortest, which waited for none."""
+        """(bytes, seconds) of all branch groups' all-reduces: of a group the shortest rank's, which waited for none."""
         mine = [
             [(span.num_bytes, span.end - span.start) for span in spans if span.op == "all_reduce"]
             for spans in self.spans
         ]
-        everyone = gather_json(mine, _device(self.parallel), self.mesh.branch_group)
-        for of_ranks in zip(*everyone, strict=True):
-            for same in zip(*of_ranks, strict=True):
-                yield same[0][0], min(seconds for _, seconds in same)
+        everyone = gather_json(mine, _device(self.parallel))
+        branch = self.mesh.branch
+        for first in range(0, len(everyone), branch):
+            for of_ranks in zip(*everyone[first : first + branch], strict=True):
+                for same in zip(*of_ranks, strict=True):
+                    yield same[0][0], min(seconds for _, seconds in same)
 
 
 def _trials(spec: ModelSpec, unequal: frozenset[str], world: int) -> Iterator[Plan]:
