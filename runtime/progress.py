@@ -63,6 +63,7 @@ class RunProgress:
         self._bar = Progress(*columns, console=console, disable=not self._live)
         self._task: TaskID | None = None
         self._warned = ""
+        self._phase: tuple[str | None, int, float] = (None, 0, 0.0)  # its name, first step seen, and when
         self._said, self._said_at, self._started = "", 0.0, time.monotonic()
 
     def __enter__(self) -> RunProgress:
@@ -96,8 +97,16 @@ class RunProgress:
 
     def _left(self, status: Mapping[str, Any]) -> str:
         step, total, step_s = status.get("step", 0), status.get("num_steps"), status.get("step_time_s")
-        if not total or not step_s:
+        if not total:
             return ""
+        if not step_s:  # measuring, timing, comparing: as fast as since the phase began
+            phase, now = status.get("phase"), time.monotonic()
+            if phase != self._phase[0]:
+                self._phase = (phase, step, now)
+            _, begun_at, begun = self._phase
+            if step <= begun_at:
+                return ""
+            step_s = (now - begun) / (step - begun_at)
         return f", {(total - step) * step_s:.0f} s left"
 
 
