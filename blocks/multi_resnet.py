@@ -74,13 +74,20 @@ class PreactResidual(BranchSum):
     def enter(self, x: Tensor) -> Tensor:
         if self.preact == "none":
             return x
+        if self._plain:
+            return F.relu_(self.norm(x, affine=(self.affine.weight, self.affine.bias)))
         h: Tensor = self.norm(x)
         return h if self.preact == "branch" else F.relu_(h)
+
+    @property
+    def _plain(self) -> bool:
+        """One branch in all and here: its affine map is the BatchNorm's own, in one kernel."""
+        return self.preact == "branch" and self.num_branches == 1 and self.exchange is None
 
     def branches(self, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
         if self.execution == "fused":
-            a: Tensor = F.relu_(self.affine(h)) if self.preact == "branch" else h
+            a: Tensor = self.affine(h) if self.preact == "branch" and not self._plain else h
             for conv, norm in zip(self.convs, [*self.norms, None], strict=True):
                 a = conv(a) if norm is None else F.relu_(norm(conv(a)))
             return a
@@ -90,7 +97,7 @@ class PreactResidual(BranchSum):
         return total
 
     def _branch(self, h: Tensor, index: int) -> Tensor:
-        a = F.relu_(self.affine.one(h, index)) if self.preact == "branch" else h
+        a = self.affine.one(h, index) if self.preact == "branch" and not self._plain else h
         for conv, norm in zip(self._stacked(), [*self.norms, None], strict=True):
             a = conv.one(a, index)
             if norm is not None:

@@ -24,16 +24,22 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over (N, C, *) with one statistic per BN group; parameters and buffers as `nn.BatchNorm2d`.
 
     `forward(x, channels)` normalises with the parameters of a slice of the channels: branches stacked in one
-    module can be run one by one.
+    module can be run one by one. `affine`: weight and bias (C,) that are kept elsewhere.
     """
 
     # (3, C), rows of a StagedStatistics: sums over the step's groups of weight·mean, weight·variance, weight.
     staged: Tensor | None = None
     _nothing_staged = False  # since the last commit: the kernel may write into the zeros of `staged` itself
 
-    def forward(self, x: Tensor, channels: slice = _WHOLE) -> Tensor:
-        weight = None if self.weight is None else self.weight[channels]
-        bias = None if self.bias is None else self.bias[channels]
+    def forward(
+        self, x: Tensor, channels: slice = _WHOLE, affine: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        weight, bias = affine or (self.weight, self.bias)
+        if channels is not _WHOLE:  # a slice of everything would cost a node of the graph
+            weight, bias = (
+                None if weight is None else weight[channels],
+                None if bias is None else bias[channels],
+            )
         layout = current_layout()
         if not self.training or layout is None:
             if self.training and self.num_batches_tracked is not None and (channels.start or 0) == 0:
