@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from anabranch.runtime.machine import processor
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -20,7 +22,7 @@ def environment() -> dict[str, Any]:
     """What a figure depends on and cannot say itself."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
@@ -37,14 +39,6 @@ def write_record(name: str, record: dict[str, Any], folder: Path = RESULTS) -> P
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"name": name, "environment": environment(), **record}, indent=1) + "\n")
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

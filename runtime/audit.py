@@ -9,12 +9,10 @@ A candidate is taken only where the 95 % interval of its paired step-time ratio 
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import nn
 
 from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.intervals import median_interval
+from anabranch.runtime.machine import cache_folder
 from anabranch.runtime.measure import cost_key, measure_costs, with_speeds
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
@@ -233,8 +232,3 @@ def _costs(
     costs = read_costs(mine)
     mine.unlink()
     return costs, str(path)
-
-
-def cache_folder() -> Path:
-    """Where measured costs are kept: $XDG_CACHE_HOME/anabranch, else ~/.cache/anabranch."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anabranch"

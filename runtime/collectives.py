@@ -28,20 +28,25 @@ from anabranch.runtime.recorder import Recorder
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Wire:
-    """A branch group as the collectives use it. recorder: told of every exchange."""
+    """A branch group as the collectives use it. recorder: told of every exchange.
+
+    channels_last: the format in which images travel and arrive; the same on all ranks, whatever format a rank has.
+    """
 
     group: dist.ProcessGroup
     recorder: Recorder | None = None
+    channels_last: bool = False
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the group, in a new tensor; half precisions travel and are added as float32."""
         start = self.recorder.now() if self.recorder else None
         half = x.dtype in (torch.bfloat16, torch.float16)
-        total = x.to(torch.float32, copy=True) if half else x.clone(memory_format=torch.contiguous_format)
-        total = total.contiguous()
-        dist.all_reduce(total, group=self.group)
+        total = torch.empty_like(
+            x, dtype=torch.float32 if half else x.dtype, memory_format=self._format(x)
+        ).copy_(x)
+        dist.all_reduce(self._flat(total), group=self.group)
         if self.recorder:
             self.recorder.exchanged("all_reduce", total.nbytes, start)
         return total.to(x.dtype) if half else total
@@ -49,10 +54,20 @@ class Wire:
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """`gathered_rows` over the group."""
         start = self.recorder.now() if self.recorder else None
-        rows = gathered_rows(x, sizes, self.group)
+        rows = gathered_rows(self._flat(x.contiguous(memory_format=self._format(x))), sizes, self.group)
         if self.recorder:
             self.recorder.exchanged("all_gather", rows.nbytes, start)
-        return rows
+        return rows.permute(0, 3, 1, 2) if self._is_image(x) else rows
+
+    def _is_image(self, x: Tensor) -> bool:
+        return self.channels_last and x.dim() == 4
+
+    def _format(self, x: Tensor) -> torch.memory_format:
+        return torch.channels_last if self._is_image(x) else torch.contiguous_format
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """The same memory, rows first and without gaps, as the backends want it."""
+        return x.permute(0, 2, 3, 1) if self._is_image(x) else x
 
 
 def copy_to_branches(h: Hidden, wire: Wire) -> Hidden:

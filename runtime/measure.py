@@ -17,14 +17,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime.config import Config
+from anabranch.runtime.machine import processor
 from anabranch.runtime.measure_links import link_costs, occupancy
 from anabranch.runtime.mesh import Mesh, make_mesh
 from anabranch.runtime.model_shape import parameter_bytes, shared_bytes, traffic, unequal_blocks
@@ -162,14 +161,14 @@ def cost_key(network: nn.Module, config: Config, world_size: int) -> dict[str, s
     shapes = ",".join("x".join(map(str, p.shape)) for p in network.parameters())
     train = config.train
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "cores": str(len(os.sched_getaffinity(0))),
         "workers": str(world_size),
         "torch": torch.__version__,
         "network": f"{_digest(repr(network) + shapes)}",
         "batch": f"{train.batch_size}/{train.bn_batch_size}/{train.accumulation}",
         "precision": train.precision,
-        "execution": config.mesh.execution,
+        "execution": f"{config.mesh.execution}/{config.mesh.memory_format}",
         "optimizer": config.optimizer.name,
     }
 
@@ -541,14 +540,6 @@ def _device(network: nn.Module) -> torch.device:
 
 def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _digest(text: str) -> str:

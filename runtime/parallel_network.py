@@ -120,6 +120,16 @@ class ParallelNetwork(nn.Module):
     def _rows(self, split: str) -> Rows:
         return "own" if split == "sample" or self.mesh.branch == 1 else "group"
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether images and the kernels of convolutions lie in memory with their channels innermost."""
+        return self.wire.channels_last
+
+    def use_memory_format(self, *, channels_last: bool) -> None:
+        """Changes how images and kernels lie in memory: their values stay. Before an optimizer or reducer is made."""
+        self.wire.channels_last = channels_last
+        set_memory_format(self, channels_last=channels_last)
+
     def elements(self) -> list[tuple[str, nn.Module, Rows]]:
         """(name, module, rows it works on) of stem, blocks and head, in order."""
         placed = self.plan.blocks
@@ -129,6 +139,8 @@ class ParallelNetwork(nn.Module):
     def forward(self, x: Tensor, batch: RankBatch) -> Tensor:
         """Rows `input_rows` of the batch in, rows `output_rows` out."""
         rows, recorder = self.input_rows, self.recorder
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
         for name, module, wanted in self.elements():
             if recorder.detailed:
                 recorder.at(name)
@@ -213,6 +225,12 @@ def parallelize(
                 _replace(result.blocks, f"{name}.{path}".rstrip("."), mine)
     result.roles = _roles(result)
     return result
+
+
+def set_memory_format(module: nn.Module, *, channels_last: bool) -> None:
+    """Lays a module's convolution kernels out; their values stay."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    module.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs do not know it
 
 
 def branch_tensors(network: nn.Module) -> dict[str, BranchTensor]:

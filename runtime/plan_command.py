@@ -99,7 +99,7 @@ def plan_elsewhere(
         precision: Literal["fp32", "half"] = "half" if config.train.precision == "bf16" else "fp32"
         costs = analytic_costs(
             model_shape(network, spec), kinds, shared=shared_bytes(network, spec), precision=precision,
-            fused=config.mesh.execution == "fused",
+            fused=config.mesh.execution != "looped",
         )  # fmt: skip
     train = config.train
     group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // len(cluster.devices))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anabranch.runtime.config import Config
 from anabranch.runtime.deal import deal_step
+from anabranch.runtime.execution import how_to_run, is_ours
 from anabranch.runtime.loss import LossFunction
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.optimizer import make_optimizer
@@ -34,25 +35,30 @@ class PlanStep:
 
     def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh, setting: StepSetting) -> None:
         config, device = setting.config, torch.device(mesh.device_mesh.device_type)
-        parallel = parallelize(network, plan, mesh, execution=config.mesh.execution).to(device)
-        self.train = TrainStep(
-            parallel, make_optimizer(config.optimizer, parallel.parameters()), setting.loss,
-            precision=config.train.precision, clip_norm=config.optimizer.clip_norm, penalty=setting.penalty,
-        )  # fmt: skip
+        ours = is_ours(network)
+        parallel = parallelize(network, plan, mesh).to(device)
         num = len(setting.x)
         deals = deal_step(
             num, bn_batch_size=min(config.train.bn_batch_size, num), data=mesh.data, branch=mesh.branch,
             samples=plan.samples, accumulation=config.train.accumulation,
         )  # fmt: skip
+        rows = [parallel.rank_batch(deal, num) for deal in deals]
+        how_to_run(
+            parallel, tuple(setting.x.shape[1:]), rows[0], execution=config.mesh.execution,
+            memory_format=config.mesh.memory_format, precision=config.train.precision, ours=ours,
+        ).apply(parallel)  # fmt: skip
+        self.train = TrainStep(
+            parallel, make_optimizer(config.optimizer, parallel.parameters()), setting.loss,
+            precision=config.train.precision, clip_norm=config.optimizer.clip_norm, penalty=setting.penalty,
+        )  # fmt: skip
         ids = torch.arange(num)
         self.batches = []
-        for deal in deals:
-            rows = parallel.rank_batch(deal, num)
-            taken = rows.range_of(parallel.input_rows)
-            part = slice(taken.start, taken.stop)
-            own, group = (ids[r.start : r.stop].to(device) for r in (rows.own_range, rows.group_range))
-            x, target = setting.x[part].to(device), setting.target[part].to(device)
-            self.batches.append(MicroBatch(x, target, rows.with_samples(own, group, 0)))
+        for part in rows:
+            taken = part.range_of(parallel.input_rows)
+            wanted = slice(taken.start, taken.stop)
+            own, group = (ids[r.start : r.stop].to(device) for r in (part.own_range, part.group_range))
+            x, target = setting.x[wanted].to(device), setting.target[wanted].to(device)
+            self.batches.append(MicroBatch(x, target, part.with_samples(own, group, 0)))
 
     def __call__(self) -> None:
         self.train.gradients(self.batches)

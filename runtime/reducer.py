@@ -92,7 +92,7 @@ class GradientReducer:
             factors = [self.network.roles[n].factor for n, _ in members]
             bucket = _Bucket(over, self._groups[over], parameters, factors, buffer)
             parts = buffer[:total].split([p.numel() for p in parameters])
-            bucket.views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+            bucket.views = [_like(part, p) for part, p in zip(parts, parameters, strict=True)]
             return bucket
 
         for name, parameter in named:
@@ -205,3 +205,10 @@ class GradientReducer:
             parameter.grad = None
         for statistics in self._statistics.values():
             statistics.clear()
+
+
+def _like(part: Tensor, parameter: Tensor) -> Tensor:
+    """Part of a buffer as a gradient: in the parameter's memory format, so that copies and updates are straight."""
+    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+    return part.view_as(parameter)

@@ -35,6 +35,7 @@ from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import BatchSource, DataBundle
 from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.drift import DriftWatch
+from anabranch.runtime.execution import HowToRun, how_to_run, is_ours
 from anabranch.runtime.launch import alone, choose_launcher, from_environment
 from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.lr_schedule import Plateau, learning_rate
@@ -110,9 +111,10 @@ class Trainer:
         train = self.config.train
         self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
         network = in_precision(self.config, self._network)
-        self.network = parallelize(network, self.plan, self.mesh, execution=self.config.mesh.execution).to(
-            self.device
-        )
+        ours = is_ours(network)
+        self.network = parallelize(network, self.plan, self.mesh).to(self.device)
+        self.how_to_run = self._how_to_run(ours)
+        self.how_to_run.apply(self.network)
         self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
         self.step = TrainStep(
             self.network,
@@ -123,6 +125,22 @@ class Trainer:
             penalty=make_penalty(self.config),
         )
         self.dtype = next(self.network.parameters()).dtype
+
+    def _how_to_run(self, ours: bool) -> HowToRun:
+        """What the run that is resumed was run with, else as configured or measured."""
+        told = self.resume.position.get("how_to_run") if self.resume else None
+        names = {name for name, _, _ in self.network.elements()}
+        if told and names == set(told["execution"]):
+            return HowToRun.from_dict(told)
+        num = min(self.config.train.batch_size, self.num_train)
+        rows = self.network.rank_batch(
+            self._deals(num, self.config.train.bn_batch_size, self.config.train.accumulation)[0], num
+        )
+        mesh, shape = self.config.mesh, (self.data.in_channels, *self.data.image_size)
+        return how_to_run(
+            self.network, shape, rows, execution=mesh.execution, memory_format=mesh.memory_format,
+            precision=self.config.train.precision, ours=ours,
+        )  # fmt: skip
 
     def _fit(self) -> dict[str, Any]:
         publish, config = self.context.publish, self.config
@@ -217,6 +235,7 @@ class Trainer:
             "steps": done,
             "run_dir": str(self.run_dir or ""),
             "unreadable": self._unreadable(),
+            "how_to_run": self.how_to_run.to_dict(),
             "stopped": "replan" if replan else self._reason() if stopped else None,
         }
         publish(phase="stopped" if stopped else "done")
@@ -327,6 +346,7 @@ class Trainer:
             "step": step,
             "epoch": step // self.steps_per_epoch,
             "step_in_epoch": step % self.steps_per_epoch,
+            "how_to_run": self.how_to_run.to_dict(),
         }
         if plateau.follows:
             position["plateau"] = plateau.state()

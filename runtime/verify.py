@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from anabranch.blocks.branch_sum import Execution
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.runtime.branch_state import by_branch
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.deal import Deal, deal_step
+from anabranch.runtime.execution import how_to_run, is_ours
 from anabranch.runtime.loss import LossFunction, cross_entropy
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.optimizer import make_optimizer
@@ -51,10 +51,11 @@ class Trial:
     steps: int | None = None
     seed: int = 0
     precision: str = "fp32"
-    execution: Execution = "fused"
+    execution: str = "fused"
     loss: LossFunction = field(default_factory=cross_entropy)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     penalty: OrthogonalityPenalty | None = None
+    memory_format: str = "contiguous"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,16 @@ def verify_plan(
     network.to(dtype)
     like = copy.deepcopy(network).to("meta")
     reference = _reference(copy.deepcopy(network), trial, device) if mesh.rank == 0 else None
-    parallel = parallelize(network, plan, mesh, execution=trial.execution).to(device)
+    ours = is_ours(network)
+    parallel = parallelize(network, plan, mesh).to(device)
+    (deal, *_) = deal_step(
+        min(trial.batch_size, len(trial.x)), bn_batch_size=trial.bn_batch_size, data=mesh.data, branch=mesh.branch,
+        samples=plan.samples, accumulation=trial.accumulation,
+    )  # fmt: skip
+    how_to_run(
+        parallel, tuple(trial.x.shape[1:]), parallel.rank_batch(deal, trial.batch_size), execution=trial.execution,
+        memory_format=trial.memory_format, precision=trial.precision, ours=ours,
+    ).apply(parallel)  # fmt: skip
     sabotage(parallel)
     optimizer = make_optimizer(trial.optimizer, parallel.parameters())
     step = TrainStep(

@@ -66,6 +66,11 @@ CASES = [
         trial={"optimizer": {"name": "adamw", "lr": 1e-3, "eps": 1e-3, "clip_norm": 1.0}},
     ),
     Case("tuple", (1, 2), ((3, 0), S), trial={"label_smoothing": 0.1}),
+    # channels innermost in memory; as measured
+    Case("basic4", (1, 2), (S, (3, 1), (4, 0), S), "sr", trial={"memory_format": "channels_last"}),
+    Case("bottleneck", (1, 2), ((2, 1), S, (0, 3), (1, 2)), "rr", trial={"memory_format": "channels_last"}),
+    Case("basic", (1, 2), (S, (3, 2), S, (2, 3)), "ss", trial={"memory_format": "auto", "execution": "auto"}),
+    Case("unequal", (2, 1), (S,), "ss", trial={"memory_format": "channels_last", "execution": "looped"}),
     # three ranks; k not divisible
     Case("basic4", (1, 3), ((2, 1, 1),), "rr"),
     Case("basic4", (1, 3), ((1, 2, 1), S, (0, 4, 0), (2, 0, 2)), "ss"),

@@ -1,0 +1,257 @@
+"""How each block runs here, chosen by measurement: fused or looped branches, and where channels lie in memory.
+
+Each *distinct* block (modules, shapes, branches held, input) is run forward and backward in all ways, once per machine:
+the figures are kept in the cache, so that a run that is repeated or resumed runs in the same way to the last bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.blocks.batch import batch_layout
+from anabranch.blocks.branch_sum import BranchSum, Execution, branch_sums
+from anabranch.blocks.network import Network
+from anabranch.runtime.durable import write_bytes
+from anabranch.runtime.machine import cache_folder, processor
+from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch, set_memory_format
+from anabranch.runtime.process_group import gather_json
+from anabranch.runtime.step import autocast
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+_WAYS: list[tuple[Execution, MemoryFormat]] = [
+    (execution, layout) for layout in ("contiguous", "channels_last") for execution in ("fused", "looped")
+]
+_REPEATS = 3
+_LONG_S = 0.05  # a block that takes longer is measured on fewer samples
+_CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
+
+
+@dataclass(frozen=True)
+class HowToRun:
+    """execution: by block name. memory_format: of the whole network. The same on all ranks."""
+
+    execution: dict[str, Execution]
+    memory_format: MemoryFormat
+
+    def apply(self, network: ParallelNetwork) -> None:
+        """Before an optimizer or reducer is made."""
+        network.use_memory_format(channels_last=self.memory_format == "channels_last")
+        for name, block, _ in network.elements():
+            for _, block_sum in branch_sums(block):
+                block_sum.execution = self.execution[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, which `from_dict` reads."""
+        return {"execution": self.execution, "memory_format": self.memory_format}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> HowToRun:
+        return cls(dict(told["execution"]), told["memory_format"])
+
+
+def how_to_run(
+    network: ParallelNetwork,
+    image_shape: tuple[int, ...],
+    rows: RankBatch,
+    *,
+    execution: str,
+    memory_format: str,
+    precision: str,
+    ours: bool,
+) -> HowToRun:
+    """What the configuration says, and where it says "auto" the fastest way. Collective.
+
+    image_shape: (C, H, W). rows: a micro-batch. ours: a network of this project (`is_ours`, asked before it is
+    parallelized); others may be written for contiguous images, which they then get.
+    """
+    names = [name for name, _, _ in network.elements()]
+    settled = execution != "auto" and memory_format != "auto"
+    formats: list[MemoryFormat] = ["contiguous", "channels_last"]
+    if memory_format != "auto":
+        formats = ["channels_last" if memory_format == "channels_last" else "contiguous"]
+    elif not ours or len(image_shape) != 3:
+        formats = ["contiguous"]
+    if settled or (execution != "auto" and len(formats) == 1):
+        return HowToRun(dict.fromkeys(names, "looped" if execution == "looped" else "fused"), formats[0])
+    cache = _Cache(network, precision)
+    num_rows = {"own": len(rows.own_range), "group": len(rows.group_range)}
+    keys = _measured(network, image_shape, num_rows, precision, cache)
+    told = gather_json({"keys": keys, "seconds": cache.used}, next(network.parameters()).device)
+    merged: dict[str, list[float]] = {}
+    for key in {key for one in told for key in one["seconds"]}:
+        seen = [one["seconds"][key] for one in told if key in one["seconds"]]
+        merged[key] = [statistics.mean(column) for column in zip(*seen, strict=True)]
+    cache.used = merged
+    if network.mesh.rank == 0:
+        cache.keep()
+
+    def seconds(name: str, way: tuple[Execution, MemoryFormat]) -> float:
+        """Over all ranks, which may hold different numbers of branches."""
+        index = _WAYS.index(way)
+        return sum(merged[key][index] for one in told if (key := one["keys"].get(name)))
+
+    def best(name: str, layout: MemoryFormat) -> Execution:
+        if execution != "auto":
+            return "looped" if execution == "looped" else "fused"
+        fused, looped = seconds(name, ("fused", layout)), seconds(name, ("looped", layout))
+        return "looped" if looped < _CLEARLY * fused else "fused"
+
+    totals = [sum(seconds(name, (best(name, layout), layout)) for name in names) for layout in formats]
+    chosen = formats[1] if len(formats) > 1 and totals[1] < _CLEARLY * totals[0] else formats[0]
+    return HowToRun({name: best(name, chosen) for name in names}, chosen)
+
+
+def is_ours(network: nn.Module) -> bool:
+    """Whether a network is one of this project's, whose modules take any memory format."""
+    return isinstance(network, Network)
+
+
+class _Cache:
+    """Seconds by block, for each of `_WAYS`: a file a block, in a folder a machine and version.
+
+    The first figures stay, so that all later runs choose alike. used: those that this network asked for.
+    """
+
+    def __init__(self, network: ParallelNetwork, precision: str) -> None:
+        device = next(network.parameters()).device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+        parts = [
+            kind,
+            torch.__version__,
+            torch.get_num_threads(),
+            precision,
+            os.environ.get("LD_PRELOAD", ""),
+        ]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        self._folder = cache_folder() / f"execution-{digest}"
+        self.used: dict[str, list[float]] = {}
+
+    def read(self, key: str) -> list[float] | None:
+        """What is kept, if anything whole is."""
+        try:
+            seconds = [float(s) for s in json.loads((self._folder / f"{key}.json").read_text())]
+        except (OSError, ValueError, TypeError):
+            return None
+        return seconds if len(seconds) == len(_WAYS) else None
+
+    def keep(self) -> None:
+        """Writes what was not there."""
+        with suppress(OSError):  # a home that cannot be written: measured again next time
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for key, seconds in self.used.items():
+                if self.read(key) is None:
+                    write_bytes(self._folder / f"{key}.json", json.dumps(seconds).encode())
+
+
+def _measured(
+    network: ParallelNetwork,
+    image_shape: tuple[int, ...],
+    num_rows: Mapping[str, int],
+    precision: str,
+    cache: _Cache,
+) -> dict[str, str]:
+    """The key of every element that runs samples here; figures of them all are in `cache.used` afterwards."""
+    keys: dict[str, str] = {}
+    parameter = next(network.parameters())
+    shape = image_shape
+    for name, module, rows in network.elements():
+        with _alone(module) as element:
+            if num_rows[rows] and shape:
+                key = _key(element, (num_rows[rows], *shape))
+                keys[name] = key
+                if key not in cache.used:
+                    # at least two samples: BatchNorm refuses one number a channel
+                    x = torch.randn(
+                        max(num_rows[rows], 2), *shape, dtype=parameter.dtype, device=parameter.device
+                    )
+                    cache.used[key] = cache.read(key) or _timed(element, x, precision)
+            shape = _output_shape(element, shape, parameter)
+    return keys
+
+
+@contextmanager
+def _alone(module: nn.Module) -> Iterator[nn.Module]:
+    """The module without exchanges with other ranks."""
+    exchanges = [(one, one.exchange) for _, one in branch_sums(module)]
+    for one, _ in exchanges:
+        one.exchange = None
+    try:
+        yield module
+    finally:
+        for one, exchange in exchanges:
+            one.exchange = exchange
+
+
+def _output_shape(element: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
+    """Of one sample; nothing is computed."""
+    meta = copy.deepcopy(element).to("meta").eval()
+    with torch.no_grad(), batch_layout(None):
+        y = meta(torch.empty(1, *shape, device="meta", dtype=like.dtype))
+    return tuple(y.shape[1:]) if isinstance(y, Tensor) else ()
+
+
+def _key(element: nn.Module, x_shape: tuple[int, ...]) -> str:
+    """Equal for elements that do the same work: which branches they hold does not matter, how many does."""
+    text = re.sub(r"held=\[(.*?)\]", lambda found: f"held={len(found[1].split())}", repr(element))
+    sizes = [tuple(p.shape) for p in element.parameters()]
+    return hashlib.sha256(f"{text} {sizes} {x_shape}".encode()).hexdigest()[:24]
+
+
+def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
+    """Seconds forward and backward, for each of `_WAYS`."""
+    sides = []
+    for execution, layout in _WAYS:
+        side = copy.deepcopy(element)
+        set_memory_format(side, channels_last=layout == "channels_last")
+        for module in side.modules():
+            if isinstance(module, BranchSum):
+                module.execution = execution
+        sides.append(side)
+    for side in sides:
+        _run(side, x[:2], precision)  # the first run of a shape sets its kernels up
+    x = x[: max(2, int(_LONG_S / (_run(sides[0], x[:2], precision) / 2)))]
+    fused_alone = all(len(one.held) < 2 for _, one in branch_sums(element))
+    samples: list[list[float]] = [[] for _ in _WAYS]
+    for _ in range(_REPEATS):
+        for index, (side, (execution, layout)) in enumerate(zip(sides, _WAYS, strict=True)):
+            if execution == "looped" and fused_alone:
+                continue
+            image = (
+                x.contiguous(memory_format=torch.channels_last)
+                if layout == "channels_last" and x.dim() == 4
+                else x
+            )
+            samples[index].append(_run(side, image, precision))
+    return [min(samples[index] or samples[index - 1]) for index in range(len(_WAYS))]
+
+
+def _run(element: nn.Module, x: Tensor, precision: str) -> float:
+    leaf = x.detach().requires_grad_()
+    _wait(x)
+    begun = time.perf_counter()
+    with batch_layout(None), autocast(precision, x.device):
+        y = element(leaf.clone())  # a leaf may not be changed in place
+    y.backward(torch.ones_like(y))
+    _wait(x)
+    seconds = time.perf_counter() - begun
+    for parameter in element.parameters():
+        parameter.grad = None
+    return seconds
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

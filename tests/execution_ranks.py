@@ -1,0 +1,96 @@
+"""What tests of choosing an execution run on every rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.blocks import BranchSum, build
+from anabranch.blocks.branch_sum import Hidden
+from anabranch.runtime import execution
+from anabranch.runtime.deal import deal_step
+from anabranch.runtime.execution import how_to_run, is_ours
+from anabranch.runtime.mesh import make_mesh
+from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch, parallelize
+from anabranch.schedulers import BranchPlacement, Plan
+
+
+class SlowWhenFused(BranchSum):
+    """Two branches whose fused form takes 20 ms longer."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.branch = nn.ModuleDict({str(i): nn.Conv2d(4, 4, 1) for i in range(2)})
+
+    def branches(self, h: Hidden) -> Tensor:
+        if self.execution == "fused":
+            time.sleep(0.02)
+        return sum((one(h) for one in self.branch.values()), torch.zeros(()))
+
+
+class WithSlow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.blocks = nn.ModuleList([SlowWhenFused(), SlowWhenFused()])
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def placed(
+    network: nn.Module, counts: dict[str, tuple[tuple[int, ...], ...]]
+) -> tuple[ParallelNetwork, RankBatch]:
+    torch.manual_seed(0)
+    blocks = {b.name: BranchPlacement("branch", counts[b.name]) for b in spec_of(network).blocks}
+    mesh = make_mesh(1, 2)
+    parallel = parallelize(network, Plan(1, 2, blocks, "replicated", "replicated"), mesh)
+    (deal,) = deal_step(8, bn_batch_size=4, data=1, branch=2)
+    return parallel, parallel.rank_batch(deal, 8)
+
+
+def chosen(rank: int, size: int, cache: str) -> dict[str, Any]:
+    """With a cache folder: choices for two networks, how often blocks were timed, and whether running statistics moved."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    settings: dict[str, Any] = {"execution": "auto", "memory_format": "auto", "precision": "fp32"}
+    with mock.patch.object(execution, "_timed", side_effect=execution._timed) as timed:
+        slow = WithSlow()
+        parallel, rows = placed(slow, {"0": ((0,), (1,)), "1": ((0, 1), ())})
+        first = how_to_run(parallel, (3, 8, 8), rows, ours=is_ours(slow), **settings)
+        first.apply(parallel)
+        ran = {name: one.execution for name, one in parallel.named_modules() if isinstance(one, BranchSum)}
+        calls = [timed.call_count]
+        again = how_to_run(parallel, (3, 8, 8), rows, ours=False, **settings)
+        calls.append(timed.call_count)
+        ours = build("multi_resnet", depth=8, num_branches=3)
+        is_one = is_ours(ours)
+        counts = {b.name: ((0, 1), (2,)) for b in spec_of(ours).blocks}
+        parallel, rows = placed(ours, counts)
+        before = {name: value.clone() for name, value in parallel.state_dict().items()}
+        third = how_to_run(parallel, (3, 8, 8), rows, ours=is_one, **settings)
+        moved = [n for n, value in parallel.state_dict().items() if not torch.equal(value, before[n])]
+        told = how_to_run(
+            parallel,
+            (3, 8, 8),
+            rows,
+            ours=True,
+            execution="looped",
+            memory_format="channels_last",
+            precision="fp32",
+        )
+        told.apply(parallel)
+        kernels = [p for p in parallel.parameters() if p.dim() == 4]
+        return {
+            "first": first.to_dict(),
+            "again": again.to_dict(),
+            "ran": ran,
+            "calls": calls,
+            "third": third.to_dict(),
+            "moved": moved,
+            "told": told.to_dict(),
+            "channels_last": all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels),
+        }
