@@ -56,6 +56,7 @@ class BatchLayout:
 
 class _Current(threading.local):
     layout: BatchLayout | None = None
+    again = False
 
 
 _current = _Current()
@@ -74,3 +75,18 @@ def batch_layout(layout: BatchLayout | None) -> Iterator[None]:
         yield
     finally:
         _current.layout = before
+
+
+@contextmanager
+def running_again() -> Iterator[None]:
+    """A forward pass that repeats one (its activations were not kept): what that one counted is not counted twice."""
+    before, _current.again = _current.again, True
+    try:
+        yield
+    finally:
+        _current.again = before
+
+
+def is_running_again() -> bool:
+    """Whether this thread is inside `running_again`."""
+    return _current.again

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks.batch import BatchLayout, GroupSync, current_layout
+from anabranch.blocks.batch import BatchLayout, GroupSync, current_layout, is_running_again
 
 _WHOLE = slice(None)
 
@@ -52,7 +52,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.shape[0] != sum(layout.group_sizes):
             raise RuntimeError(f"BatchNorm got {x.shape[0]} samples, the layout has {layout.group_sizes}")
         sizes = layout.group_sizes
-        if self._nothing_staged and len(sizes) == 1 and sizes[0] and layout.sync is None:
+        again = is_running_again()
+        if self._nothing_staged and not again and len(sizes) == 1 and sizes[0] and layout.sync is None:
             assert self.staged is not None, "StagedStatistics sets both"
             self._nothing_staged = False
             share = sizes[0] / layout.num_samples  # as momentum it makes of zeros share · statistics
@@ -68,8 +69,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             y = F.batch_norm(x, stats[0, 0], stats[1, 0], weight, bias, True, 1.0, self.eps)
         else:
             y = _group_norm(x, weight, bias, sizes, self.eps, stats)
-        self._nothing_staged = False
-        self._stage(stats, layout, channels)
+        if not again:
+            self._nothing_staged = False
+            self._stage(stats, layout, channels)
         return y
 
     def _plain_momentum(self) -> float:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anabranch.blocks.deferred import conv2d
+
 Role = Literal["spread", "each", "sum"]
 
 
@@ -51,7 +53,7 @@ class StackedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """All branches at once."""
         groups = x.shape[1] // self.channels if self.role == "each" else 1
-        return F.conv2d(x, self.weight, None, self.stride, self.padding, 1, groups)
+        return conv2d(x, self.weight, self.stride, self.padding, groups)
 
     def one(self, x: Tensor, index: int) -> Tensor:
         """The index-th held branch alone, from its own input (N, C, H, W)."""

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from anabranch.blocks.branch_sum import Hidden
+from anabranch.blocks.deferred import WeightGradients
 from anabranch.runtime.recorder import Recorder
 
 # renamed in torch 2.13
@@ -33,23 +34,38 @@ class Wire:
     """A branch group as the collectives use it. recorder: told of every exchange.
 
     channels_last: the format in which images travel and arrive; the same on all ranks, whatever format a rank has.
+    half: float32 sums travel and are added as bfloat16: half the bytes, and rounding that `verify` reports. overlap:
+    the weight gradients of a block are computed while its input's gradient travels; report: is told of each then.
     """
 
     group: dist.ProcessGroup
     recorder: Recorder | None = None
     channels_last: bool = False
+    half: bool = False
+    overlap: bool = False
+    report: Callable[[nn.Parameter], None] = lambda parameter: None
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over the group, in a new tensor; half precisions travel and are added as float32."""
-        start = self.recorder.now() if self.recorder else None
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        total = torch.empty_like(
-            x, dtype=torch.float32 if half else x.dtype, memory_format=self._format(x)
-        ).copy_(x)
-        dist.all_reduce(self._flat(total), group=self.group)
+    def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        """The sum over the group, in a new tensor; half precisions travel and are added as float32 unless `half`.
+
+        meanwhile: is called while the sum travels.
+        """
+        total = torch.empty_like(x, dtype=self._dtype(x), memory_format=self._format(x)).copy_(x)
+        begun = self.recorder.now() if self.recorder else None
+        work = dist.all_reduce(self._flat(total), group=self.group, async_op=True)
+        if meanwhile is not None:
+            meanwhile()
+            begun = self.recorder.now() if self.recorder else None  # what is exposed begins here
+        assert work is not None, "asked to be asynchronous"
+        work.wait()
         if self.recorder:
-            self.recorder.exchanged("all_reduce", total.nbytes, start)
-        return total.to(x.dtype) if half else total
+            self.recorder.exchanged("all_reduce", total.nbytes, begun)
+        return total.to(x.dtype)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return x.dtype
+        return torch.bfloat16 if self.half else torch.float32
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """`gathered_rows` over the group."""
@@ -70,14 +86,15 @@ class Wire:
         return x.permute(0, 2, 3, 1) if self._is_image(x) else x
 
 
-def copy_to_branches(h: Hidden, wire: Wire) -> Hidden:
+def copy_to_branches(h: Hidden, wire: Wire, queue: WeightGradients | None = None) -> Hidden:
     """h for this rank's branches; backward sums the gradients that all ranks' branches sent.
 
-    `join` must get h from *before* this, else the shortcut's gradient counts once for every rank.
+    `join` must get h from *before* this, else the shortcut's gradient counts once for every rank. queue: run in
+    backward while the gradient travels.
     """
     if isinstance(h, Tensor):
-        return _copy(h, wire)
-    return tuple(_copy(part, wire) if part.is_floating_point() else part for part in h)
+        return _copy(h, wire, queue)
+    return tuple(_copy(part, wire, queue) if part.is_floating_point() else part for part in h)
 
 
 def reduce_from_branches(s: Tensor, h: Hidden, wire: Wire) -> Tensor:
@@ -105,13 +122,13 @@ def scatter_samples(x: Tensor, sizes: Sequence[int], wire: Wire) -> Tensor:
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, wire: Wire) -> Tensor:
-        ctx.wire = wire
+    def forward(ctx: Any, h: Tensor, wire: Wire, queue: WeightGradients | None) -> Tensor:
+        ctx.wire, ctx.queue = wire, queue
         return h.view_as(h)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.wire.sum(grads[0]), None
+        return ctx.wire.sum(grads[0], ctx.queue.run if ctx.queue else None), None, None
 
 
 class _Reduce(torch.autograd.Function):

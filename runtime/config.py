@@ -167,6 +167,12 @@ class MeshConfig:
     measurement at the start says, kept in ~/.cache/anabranch. Equal up to rounding."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Where an image's channels lie in memory; auto: as measured, and contiguous for your own networks."""
+    wire: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which partial sums travel between a block's branches; bf16: half the bytes, rounded (see verify)."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Whether a block's weight gradients are computed while its input's gradient travels; auto: on GPUs."""
+    recompute: bool = False
+    """Keep only what each block reads and run it again in backward: less memory, about a third more time."""
 
 
 @dataclass(frozen=True)

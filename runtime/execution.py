@@ -15,8 +15,8 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,34 +41,53 @@ _CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguo
 
 @dataclass(frozen=True)
 class HowToRun:
-    """execution: by block name. memory_format: of the whole network. The same on all ranks."""
+    """The same on all ranks. execution: by block name. memory_format: of the whole network. Others: as in `[mesh]`."""
 
     execution: dict[str, Execution]
     memory_format: MemoryFormat
+    wire: Literal["fp32", "bf16"] = "fp32"
+    overlap: bool = False
+    recompute: bool = False
 
     def apply(self, network: ParallelNetwork) -> None:
         """Before an optimizer or reducer is made."""
         network.use_memory_format(channels_last=self.memory_format == "channels_last")
+        network.wire.half, network.wire.overlap = self.wire == "bf16", self.overlap
+        network.recompute = self.recompute
         for name, block, _ in network.elements():
             for _, block_sum in branch_sums(block):
                 block_sum.execution = self.execution[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, which `from_dict` reads."""
-        return {"execution": self.execution, "memory_format": self.memory_format}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> HowToRun:
-        return cls(dict(told["execution"]), told["memory_format"])
+        return cls(**told)
+
+
+class Settings(Protocol):
+    """Of `[mesh]`; "auto" where it is to be found out."""
+
+    @property
+    def execution(self) -> str: ...
+    @property
+    def memory_format(self) -> str: ...
+    @property
+    def wire(self) -> str: ...
+    @property
+    def overlap(self) -> str: ...
+    @property
+    def recompute(self) -> bool: ...
 
 
 def how_to_run(
     network: ParallelNetwork,
     image_shape: tuple[int, ...],
     rows: RankBatch,
+    settings: Settings,
     *,
-    execution: str,
-    memory_format: str,
     precision: str,
     ours: bool,
 ) -> HowToRun:
@@ -77,15 +96,21 @@ def how_to_run(
     image_shape: (C, H, W). rows: a micro-batch. ours: a network of this project (`is_ours`, asked before it is
     parallelized); others may be written for contiguous images, which they then get.
     """
+    execution, memory_format = settings.execution, settings.memory_format
     names = [name for name, _, _ in network.elements()]
-    settled = execution != "auto" and memory_format != "auto"
+    is_cuda = next(network.parameters()).is_cuda
+    overlap = settings.overlap == "on" or (settings.overlap == "auto" and is_cuda)
+
+    def settle(by_name: dict[str, Execution], layout: MemoryFormat) -> HowToRun:
+        return HowToRun(by_name, layout, settings.wire, overlap, settings.recompute)  # type: ignore[arg-type]
+
     formats: list[MemoryFormat] = ["contiguous", "channels_last"]
     if memory_format != "auto":
         formats = ["channels_last" if memory_format == "channels_last" else "contiguous"]
     elif not ours or len(image_shape) != 3:
         formats = ["contiguous"]
-    if settled or (execution != "auto" and len(formats) == 1):
-        return HowToRun(dict.fromkeys(names, "looped" if execution == "looped" else "fused"), formats[0])
+    if execution != "auto" and len(formats) == 1:
+        return settle(dict.fromkeys(names, "looped" if execution == "looped" else "fused"), formats[0])
     cache = _Cache(network, precision)
     num_rows = {"own": len(rows.own_range), "group": len(rows.group_range)}
     keys = _measured(network, image_shape, num_rows, precision, cache)
@@ -111,7 +136,7 @@ def how_to_run(
 
     totals = [sum(seconds(name, (best(name, layout), layout)) for name in names) for layout in formats]
     chosen = formats[1] if len(formats) > 1 and totals[1] < _CLEARLY * totals[0] else formats[0]
-    return HowToRun({name: best(name, chosen) for name in names}, chosen)
+    return settle({name: best(name, chosen) for name in names}, chosen)
 
 
 def is_ours(network: nn.Module) -> bool:

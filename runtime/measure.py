@@ -168,7 +168,10 @@ def cost_key(network: nn.Module, config: Config, world_size: int) -> dict[str, s
         "network": f"{_digest(repr(network) + shapes)}",
         "batch": f"{train.batch_size}/{train.bn_batch_size}/{train.accumulation}",
         "precision": train.precision,
-        "execution": f"{config.mesh.execution}/{config.mesh.memory_format}",
+        "execution": "/".join(
+            str(getattr(config.mesh, name))
+            for name in ("execution", "memory_format", "wire", "overlap", "recompute")
+        ),
         "optimizer": config.optimizer.name,
     }
 

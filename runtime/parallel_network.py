@@ -14,15 +14,18 @@ branch group, the whole *group*'s. Transitions are inserted where the plan chang
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout
+from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, running_again
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, Hidden, branch_sums
 from anabranch.blocks.convert import prepare
+from anabranch.blocks.deferred import WeightGradients, deferring
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime.collectives import (
     Wire,
@@ -88,15 +91,20 @@ class BranchExchange:
         self.wire = wire
 
     def __call__(self, partial_sum: Callable[[Hidden], Tensor], h: Hidden) -> Tensor:
-        copied = copy_to_branches(h, self.wire)
-        return reduce_from_branches(partial_sum(copied), copied, self.wire)
+        queue = None
+        if self.wire.overlap and torch.is_grad_enabled() and isinstance(h, Tensor) and h.requires_grad:
+            queue = WeightGradients(self.wire.report)
+        copied = copy_to_branches(h, self.wire, queue)
+        with deferring(queue):
+            s = partial_sum(copied)
+        return reduce_from_branches(s, copied, self.wire)
 
 
 class ParallelNetwork(nn.Module):
     """This rank's part of a network; parameter names are those of the one-device network.
 
     roles: by parameter and buffer name. input_rows, output_rows: which samples `forward` takes and returns.
-    recorder: told what this rank's time goes to.
+    recorder: told what this rank's time goes to. recompute: keep only what blocks read, and run each again in backward.
     """
 
     def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh) -> None:
@@ -108,6 +116,7 @@ class ParallelNetwork(nn.Module):
             network.get_submodule(name) for name in ("stem", "blocks", "head")
         )
         self.roles: dict[str, Role] = {}
+        self.recompute = False
 
     @property
     def input_rows(self) -> Rows:
@@ -147,11 +156,24 @@ class ParallelNetwork(nn.Module):
             if wanted != rows:
                 change = gather_samples if wanted == "group" else scatter_samples
                 x, rows = change(x, batch.sizes, self.wire), wanted
-            with batch_layout(batch.layout_of(rows)):
-                x = module(x)
+            x = self._run(module, x, batch.layout_of(rows), name)
             if recorder.detailed:
                 x = marked(x, recorder, name)
         return x
+
+    def _run(self, module: nn.Module, x: Tensor, layout: BatchLayout, name: str) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            with batch_layout(layout):  # in backward, when run again, autograd's thread has none
+                y: Tensor = module(x)
+                return y
+
+        if not self.recompute or name in ("stem", "head") or not torch.is_grad_enabled():
+            return run(x)
+        y: Tensor = checkpoint(  # random choices depend on samples and the step only: no state to restore
+            run, x, use_reentrant=False, preserve_rng_state=layout.sample_ids is None,
+            context_fn=lambda: (nullcontext(), running_again()),
+        )  # fmt: skip
+        return y
 
     def to_output_rows(self, target: Tensor, batch: RankBatch) -> Tensor:
         """Targets that came with the input rows, as the output's rows."""

@@ -44,8 +44,7 @@ class PlanStep:
         )  # fmt: skip
         rows = [parallel.rank_batch(deal, num) for deal in deals]
         how_to_run(
-            parallel, tuple(setting.x.shape[1:]), rows[0], execution=config.mesh.execution,
-            memory_format=config.mesh.memory_format, precision=config.train.precision, ours=ours,
+            parallel, tuple(setting.x.shape[1:]), rows[0], config.mesh, precision=config.train.precision, ours=ours
         ).apply(parallel)  # fmt: skip
         self.train = TrainStep(
             parallel, make_optimizer(config.optimizer, parallel.parameters()), setting.loss,

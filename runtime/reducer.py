@@ -76,6 +76,7 @@ class GradientReducer:
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._on_ready)
+        network.wire.report = self._on_ready  # a weight gradient that autograd does not see
         self._statistics = self._make_statistics(num_extra)
         self.extra = self._statistics["world"].extra
 
@@ -137,6 +138,8 @@ class GradientReducer:
     def _on_ready(self, parameter: nn.Parameter) -> None:
         if not self._armed:
             return  # an earlier micro-batch: its gradient stays in .grad and is added to
+        if id(parameter) not in self._where:
+            return  # nobody to sum with
         bucket, _ = self._where[id(parameter)]
         bucket.pending.discard(id(parameter))
         while self._next < len(self._buckets) and not self._buckets[self._next].pending:

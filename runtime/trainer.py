@@ -138,8 +138,7 @@ class Trainer:
         )
         mesh, shape = self.config.mesh, (self.data.in_channels, *self.data.image_size)
         return how_to_run(
-            self.network, shape, rows, execution=mesh.execution, memory_format=mesh.memory_format,
-            precision=self.config.train.precision, ours=ours,
+            self.network, shape, rows, mesh, precision=self.config.train.precision, ours=ours
         )  # fmt: skip
 
     def _fit(self) -> dict[str, Any]:

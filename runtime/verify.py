@@ -56,6 +56,9 @@ class Trial:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     penalty: OrthogonalityPenalty | None = None
     memory_format: str = "contiguous"
+    wire: str = "fp32"
+    overlap: str = "off"
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def verify_plan(
         samples=plan.samples, accumulation=trial.accumulation,
     )  # fmt: skip
     how_to_run(
-        parallel, tuple(trial.x.shape[1:]), parallel.rank_batch(deal, trial.batch_size), execution=trial.execution,
-        memory_format=trial.memory_format, precision=trial.precision, ours=ours,
+        parallel, tuple(trial.x.shape[1:]), parallel.rank_batch(deal, trial.batch_size), trial,
+        precision=trial.precision, ours=ours,
     ).apply(parallel)  # fmt: skip
     sabotage(parallel)
     optimizer = make_optimizer(trial.optimizer, parallel.parameters())

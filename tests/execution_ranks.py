@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from anabranch.blocks import BranchSum, build
 from anabranch.blocks.branch_sum import Hidden
 from anabranch.runtime import execution
+from anabranch.runtime.config import MeshConfig
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.execution import how_to_run, is_ours
 from anabranch.runtime.mesh import make_mesh
@@ -43,7 +45,7 @@ class WithSlow(nn.Module):
 
 
 def placed(
-    network: nn.Module, counts: dict[str, tuple[tuple[int, ...], ...]]
+    network: nn.Module, counts: Mapping[str, tuple[tuple[int, ...], ...]]
 ) -> tuple[ParallelNetwork, RankBatch]:
     torch.manual_seed(0)
     blocks = {b.name: BranchPlacement("branch", counts[b.name]) for b in spec_of(network).blocks}
@@ -54,34 +56,29 @@ def placed(
 
 
 def chosen(rank: int, size: int, cache: str) -> dict[str, Any]:
-    """With a cache folder: choices for two networks, how often blocks were timed, and whether running statistics moved."""
+    """With a cache folder: choices for two networks, how often blocks were timed, and what of their state moved."""
     os.environ["XDG_CACHE_HOME"] = cache
-    settings: dict[str, Any] = {"execution": "auto", "memory_format": "auto", "precision": "fp32"}
+    auto = MeshConfig()
     with mock.patch.object(execution, "_timed", side_effect=execution._timed) as timed:
         slow = WithSlow()
         parallel, rows = placed(slow, {"0": ((0,), (1,)), "1": ((0, 1), ())})
-        first = how_to_run(parallel, (3, 8, 8), rows, ours=is_ours(slow), **settings)
+        first = how_to_run(parallel, (3, 8, 8), rows, auto, precision="fp32", ours=is_ours(slow))
         first.apply(parallel)
         ran = {name: one.execution for name, one in parallel.named_modules() if isinstance(one, BranchSum)}
         calls = [timed.call_count]
-        again = how_to_run(parallel, (3, 8, 8), rows, ours=False, **settings)
+        again = how_to_run(parallel, (3, 8, 8), rows, auto, precision="fp32", ours=False)
         calls.append(timed.call_count)
         ours = build("multi_resnet", depth=8, num_branches=3)
         is_one = is_ours(ours)
         counts = {b.name: ((0, 1), (2,)) for b in spec_of(ours).blocks}
         parallel, rows = placed(ours, counts)
         before = {name: value.clone() for name, value in parallel.state_dict().items()}
-        third = how_to_run(parallel, (3, 8, 8), rows, ours=is_one, **settings)
+        third = how_to_run(parallel, (3, 8, 8), rows, auto, precision="fp32", ours=is_one)
         moved = [n for n, value in parallel.state_dict().items() if not torch.equal(value, before[n])]
         told = how_to_run(
-            parallel,
-            (3, 8, 8),
-            rows,
-            ours=True,
-            execution="looped",
-            memory_format="channels_last",
-            precision="fp32",
-        )
+            parallel, (3, 8, 8), rows, MeshConfig(execution="looped", memory_format="channels_last"),
+            precision="fp32", ours=True,
+        )  # fmt: skip
         told.apply(parallel)
         kernels = [p for p in parallel.parameters() if p.dim() == 4]
         return {

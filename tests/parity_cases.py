@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anabranch.blocks import BranchSum, MultiResidual, build
 from anabranch.blocks.branch_sum import Hidden
+from anabranch.blocks.deferred import WeightGradients
 from anabranch.blocks.norm import BatchNorm
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.loss import cross_entropy
@@ -239,8 +240,8 @@ def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
     runtime = sys.modules["anabranch.runtime.parallel_network"]
     copied, with_samples, finish = runtime.copy_to_branches, RankBatch.with_samples, GradientReducer.finish
 
-    def summed_twice(h: Hidden, wire: Any) -> Hidden:
-        twice: Hidden = copied(copied(h, wire), wire)
+    def summed_twice(h: Hidden, wire: Any, *queue: Any) -> Hidden:
+        twice: Hidden = copied(copied(h, wire), wire, *queue)
         return twice
 
     def local_ids(self: RankBatch, own: Tensor, group: Tensor, key: int) -> RankBatch:
@@ -272,9 +273,10 @@ def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
 
     changed: dict[str, tuple[object, str, object]] = {
         "gradient summed twice": (runtime, "copy_to_branches", summed_twice),
-        "no copy_to_branches": (runtime, "copy_to_branches", lambda h, wire: h),
+        "no copy_to_branches": (runtime, "copy_to_branches", lambda h, *others: h),
         "dropout by local row": (RankBatch, "with_samples", local_ids),
         "statistics not reduced": (GradientReducer, "finish", own_statistics),
+        "weight gradients left waiting": (WeightGradients, "run", lambda queue: None),
     }
     on_network = {"factor 1": wrong_factor, "one rank drifted": drift, "own rows' statistics": no_sync}
     if defect in on_network:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.blocks import ModelError
-from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout
+from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, running_again
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.dropout import Dropout
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
@@ -397,3 +397,19 @@ def test_random_numbers_are_stable_and_even() -> None:
     assert float((counts - 0.05).abs().max()) < 1e-3
     correlation = torch.corrcoef(numbers[:50])
     assert float((correlation - torch.eye(50)).abs().max()) < 0.25
+
+
+def test_running_again_counts_nothing() -> None:
+    """A forward pass that only makes activations anew: the same output, nothing staged twice."""
+    norm, _ = _pair()
+    staged = StagedStatistics([norm], torch.device("cpu"), torch.float64)
+    x = torch.randn(6, CHANNELS, 3, 3, dtype=torch.float64)
+    for sizes in ((6,), (2, 4)):
+        with batch_layout(BatchLayout(sizes, 6)):
+            first = norm(x)
+            once = staged.buffer.clone()
+            with running_again():
+                again = norm(x)
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
+        assert torch.equal(staged.buffer, once)
+        staged.commit()
