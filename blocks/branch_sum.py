@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.blocks.batch import batch_layout
+from anabranch.blocks.convolution import exchanging
 from anabranch.blocks.errors import ModelError
 from anabranch.blocks.norm import BatchNorm
 
@@ -104,7 +105,12 @@ class BranchSum(nn.Module):
         assert self._shape_oracle is not None, "a copy without branches comes from shard(())"
         first = h if isinstance(h, Tensor) else h[0]
         oracle = self._shape_oracle[0].to(first.dtype)
-        with torch.no_grad(), batch_layout(None), torch.autocast("cpu", enabled=False):
+        with (
+            torch.no_grad(),
+            batch_layout(None),
+            exchanging(None, None),
+            torch.autocast("cpu", enabled=False),
+        ):
             shape = oracle.branches(_on_meta(h)).shape
         return torch.zeros(shape, dtype=first.dtype, device=first.device)
 

@@ -89,7 +89,7 @@ class PreactResidual(BranchSum):
         if self.execution == "fused":
             a: Tensor = self.affine(h) if self.preact == "branch" and not self._plain else h
             for conv, norm in zip(self.convs, [*self.norms, None], strict=True):
-                a = conv(a) if norm is None else F.relu_(norm(conv(a)))
+                a = conv(a, is_last=True) if norm is None else F.relu_(norm(conv(a)))
             return a
         total = self._branch(h, 0)
         for index in range(1, len(self.held)):

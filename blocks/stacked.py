@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks.deferred import conv2d
+from anabranch.blocks.convolution import conv2d
 
 Role = Literal["spread", "each", "sum"]
 
@@ -50,10 +50,10 @@ class StackedConv2d(nn.Module):
         """The weight's dim along which branches are stacked."""
         return 1 if self.role == "sum" else 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """All branches at once."""
+    def forward(self, x: Tensor, *, is_last: bool = False) -> Tensor:
+        """All branches at once. is_last: the result is the block's partial sum as it travels."""
         groups = x.shape[1] // self.channels if self.role == "each" else 1
-        return conv2d(x, self.weight, self.stride, self.padding, groups)
+        return conv2d(x, self.weight, self.stride, self.padding, groups, is_last=is_last)
 
     def one(self, x: Tensor, index: int) -> Tensor:
         """The index-th held branch alone, from its own input (N, C, H, W)."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.blocks.branch_sum import Hidden
-from anabranch.blocks.deferred import WeightGradients
+from anabranch.blocks.convolution import WeightGradients
 from anabranch.runtime.recorder import Recorder
 
 # renamed in torch 2.13
@@ -36,6 +36,7 @@ class Wire:
     channels_last: the format in which images travel and arrive; the same on all ranks, whatever format a rank has.
     half: float32 sums travel and are added as bfloat16: half the bytes, and rounding that `verify` reports. overlap:
     the weight gradients of a block are computed while its input's gradient travels; report: is told of each then.
+    chunks: parts of the batch in which partial sums travel, each while the next is computed where blocks can.
     """
 
     group: dist.ProcessGroup
@@ -44,15 +45,16 @@ class Wire:
     half: bool = False
     overlap: bool = False
     report: Callable[[nn.Parameter], None] = lambda parameter: None
+    chunks: int = 1
 
     def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         """The sum over the group, in a new tensor; half precisions travel and are added as float32 unless `half`.
 
         meanwhile: is called while the sum travels.
         """
-        total = torch.empty_like(x, dtype=self._dtype(x), memory_format=self._format(x)).copy_(x)
+        total = torch.empty_like(x, dtype=self.dtype_of(x), memory_format=self.format_of(x)).copy_(x)
         begun = self.recorder.now() if self.recorder else None
-        work = dist.all_reduce(self._flat(total), group=self.group, async_op=True)
+        work = dist.all_reduce(self.flat(total), group=self.group, async_op=True)
         if meanwhile is not None:
             meanwhile()
             begun = self.recorder.now() if self.recorder else None  # what is exposed begins here
@@ -62,7 +64,7 @@ class Wire:
             self.recorder.exchanged("all_reduce", total.nbytes, begun)
         return total.to(x.dtype)
 
-    def _dtype(self, x: Tensor) -> torch.dtype:
+    def dtype_of(self, x: Tensor) -> torch.dtype:
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return x.dtype
         return torch.bfloat16 if self.half else torch.float32
@@ -70,20 +72,20 @@ class Wire:
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """`gathered_rows` over the group."""
         start = self.recorder.now() if self.recorder else None
-        rows = gathered_rows(self._flat(x.contiguous(memory_format=self._format(x))), sizes, self.group)
+        rows = gathered_rows(self.flat(x.contiguous(memory_format=self.format_of(x))), sizes, self.group)
         if self.recorder:
             self.recorder.exchanged("all_gather", rows.nbytes, start)
-        return rows.permute(0, 3, 1, 2) if self._is_image(x) else rows
+        return rows.permute(0, 3, 1, 2) if self.is_image(x) else rows
 
-    def _is_image(self, x: Tensor) -> bool:
+    def is_image(self, x: Tensor) -> bool:
         return self.channels_last and x.dim() == 4
 
-    def _format(self, x: Tensor) -> torch.memory_format:
-        return torch.channels_last if self._is_image(x) else torch.contiguous_format
+    def format_of(self, x: Tensor) -> torch.memory_format:
+        return torch.channels_last if self.is_image(x) else torch.contiguous_format
 
-    def _flat(self, x: Tensor) -> Tensor:
+    def flat(self, x: Tensor) -> Tensor:
         """The same memory, rows first and without gaps, as the backends want it."""
-        return x.permute(0, 2, 3, 1) if self._is_image(x) else x
+        return x.permute(0, 2, 3, 1) if self.is_image(x) else x
 
 
 def copy_to_branches(h: Hidden, wire: Wire, queue: WeightGradients | None = None) -> Hidden:
@@ -97,17 +99,59 @@ def copy_to_branches(h: Hidden, wire: Wire, queue: WeightGradients | None = None
     return tuple(_copy(part, wire, queue) if part.is_floating_point() else part for part in h)
 
 
-def reduce_from_branches(s: Tensor, h: Hidden, wire: Wire) -> Tensor:
+class SumInParts:
+    """A partial sum that becomes the whole sum part by part, in a buffer of its own (see `blocks.convolution`)."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.buffer: Tensor | None = None
+        self._works: list[Any] = []
+
+    def begin(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
+        """Parts of the new buffer."""
+        wire = self.wire
+        layout = torch.channels_last if wire.channels_last and len(shape) == 4 else torch.contiguous_format
+        self.buffer = torch.empty(shape, dtype=wire.dtype_of(like), device=like.device, memory_format=layout)
+        return list(self.buffer.tensor_split(wire.chunks))
+
+    def send(self, part: Tensor) -> None:
+        if len(part):
+            work = dist.all_reduce(self.wire.flat(part), group=self.wire.group, async_op=True)
+            self._works.append(work)
+
+    def whole(self) -> Tensor:
+        assert self.buffer is not None, "begun"
+        return self.buffer
+
+    def finish(self, s: Tensor) -> Tensor:
+        """The whole sum, where s is what the branches gave: the buffer, or what was not sent yet."""
+        if self.buffer is None:
+            parts = self.begin(tuple(s.shape), s)
+            for part, rows in zip(parts, s.split([len(part) for part in parts]), strict=True):
+                part.copy_(rows)
+                self.send(part)
+        elif s.data_ptr() != self.buffer.data_ptr():
+            raise RuntimeError("a block changed its partial sum after it was sent: set mesh.chunks to 1")
+        recorder, whole = self.wire.recorder, self.whole()
+        start = recorder.now() if recorder else None
+        for work in self._works:
+            work.wait()
+        if recorder:
+            recorder.exchanged("all_reduce", whole.nbytes, start)
+        return whole
+
+
+def reduce_from_branches(s: Tensor, h: Hidden, wire: Wire, sums: SumInParts | None = None) -> Tensor:
     """The sum of all ranks' partial sums, on every rank.
 
     h is what `copy_to_branches` returned. A rank whose branches do not use it (it holds none) must still take
-    part in that one's all-reduce: the extra input keeps the edge in the graph at no cost.
+    part in that one's all-reduce: the extra input keeps the edge in the graph at no cost. sums: of wire.chunks > 1.
     """
     parts = (h,) if isinstance(h, Tensor) else h
     # Whether the sum needs a gradient must not depend on which branches are here (none, frozen ones), else some ranks
     # would call the backward of what comes before and others not.
     anchor = torch.empty(0, requires_grad=True)
-    return _reduce(s, wire, anchor, *parts)
+    return _reduce(s, wire, sums, anchor, *parts)
 
 
 def gather_samples(x: Tensor, sizes: Sequence[int], wire: Wire) -> Tensor:
@@ -133,16 +177,17 @@ class _Copy(torch.autograd.Function):
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, s: Tensor, wire: Wire, *h: Tensor) -> Tensor:
-        ctx.num_h = len(h)
-        total = wire.sum(s)
+    def forward(ctx: Any, s: Tensor, wire: Wire, sums: SumInParts | None, *h: Tensor) -> Tensor:
+        ctx.num_h, ctx.dtype = len(h), s.dtype
+        # a view: an output may not be the input itself
+        total = wire.sum(s) if sums is None else sums.finish(s).view(s.shape)
         # A rank without branches cannot know which precision the others' branches end in: one rule for all.
         device = s.device.type
         return total.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None, *([None] * ctx.num_h)
+        return grads[0].to(ctx.dtype), None, None, *([None] * ctx.num_h)
 
 
 class _Gather(torch.autograd.Function):

@@ -171,6 +171,8 @@ class MeshConfig:
     """Precision in which partial sums travel between a block's branches; bf16: half the bytes, rounded (see verify)."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Whether a block's weight gradients are computed while its input's gradient travels; auto: on GPUs."""
+    chunks: int = 1
+    """Parts of the batch in which a block's partial sums travel, each while the next is computed."""
     recompute: bool = False
     """Keep only what each block reads and run it again in backward: less memory, about a third more time."""
 

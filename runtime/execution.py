@@ -48,11 +48,13 @@ class HowToRun:
     wire: Literal["fp32", "bf16"] = "fp32"
     overlap: bool = False
     recompute: bool = False
+    chunks: int = 1
 
     def apply(self, network: ParallelNetwork) -> None:
         """Before an optimizer or reducer is made."""
         network.use_memory_format(channels_last=self.memory_format == "channels_last")
         network.wire.half, network.wire.overlap = self.wire == "bf16", self.overlap
+        network.wire.chunks = self.chunks
         network.recompute = self.recompute
         for name, block, _ in network.elements():
             for _, block_sum in branch_sums(block):
@@ -80,6 +82,8 @@ class Settings(Protocol):
     def overlap(self) -> str: ...
     @property
     def recompute(self) -> bool: ...
+    @property
+    def chunks(self) -> int: ...
 
 
 def how_to_run(
@@ -102,7 +106,7 @@ def how_to_run(
     overlap = settings.overlap == "on" or (settings.overlap == "auto" and is_cuda)
 
     def settle(by_name: dict[str, Execution], layout: MemoryFormat) -> HowToRun:
-        return HowToRun(by_name, layout, settings.wire, overlap, settings.recompute)  # type: ignore[arg-type]
+        return HowToRun(by_name, layout, settings.wire, overlap, settings.recompute, settings.chunks)  # type: ignore[arg-type]
 
     formats: list[MemoryFormat] = ["contiguous", "channels_last"]
     if memory_format != "auto":

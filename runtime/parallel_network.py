@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, running_again
+from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, is_running_again, running_again
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, Hidden, branch_sums
 from anabranch.blocks.convert import prepare
-from anabranch.blocks.deferred import WeightGradients, deferring
+from anabranch.blocks.convolution import WeightGradients, exchanging
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime.collectives import (
+    SumInParts,
     Wire,
     copy_to_branches,
     gather_samples,
@@ -95,9 +96,11 @@ class BranchExchange:
         if self.wire.overlap and torch.is_grad_enabled() and isinstance(h, Tensor) and h.requires_grad:
             queue = WeightGradients(self.wire.report)
         copied = copy_to_branches(h, self.wire, queue)
-        with deferring(queue):
+        # Run again for what backward needs, a rank stops once it has all that: some before anything is to be sent.
+        sums = SumInParts(self.wire) if self.wire.chunks > 1 and not is_running_again() else None
+        with exchanging(queue, sums):
             s = partial_sum(copied)
-        return reduce_from_branches(s, copied, self.wire)
+        return reduce_from_branches(s, copied, self.wire, sums)
 
 
 class ParallelNetwork(nn.Module):

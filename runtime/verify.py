@@ -59,6 +59,7 @@ class Trial:
     wire: str = "fp32"
     overlap: str = "off"
     recompute: bool = False
+    chunks: int = 1
 
 
 @dataclass(frozen=True)

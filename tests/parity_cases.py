@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anabranch.blocks import BranchSum, MultiResidual, build
 from anabranch.blocks.branch_sum import Hidden
-from anabranch.blocks.deferred import WeightGradients
+from anabranch.blocks.convolution import WeightGradients
 from anabranch.blocks.norm import BatchNorm
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.loss import cross_entropy

@@ -13,7 +13,7 @@ from anabranch.runtime.verify import Report
 # network, mesh, blocks (S or counts by branch rank), stem and head (sample or replicated). What is not named:
 # 37 samples in batches of 16, 16 and 5, BN groups of 4, Nesterov SGD in float64, fused.
 EVERYTHING = {
-    "execution": "auto", "memory_format": "channels_last", "overlap": "on", "recompute": True,
+    "execution": "auto", "memory_format": "channels_last", "overlap": "on", "recompute": True, "chunks": 2,
 }  # fmt: skip
 CASES = [
     # counts: even, uneven, none at all; every pair of edges
@@ -74,6 +74,10 @@ CASES = [
     Case("bottleneck", (1, 2), ((2, 1), S, (0, 3), (1, 2)), "rr", trial={"memory_format": "channels_last"}),
     Case("basic", (1, 2), (S, (3, 2), S, (2, 3)), "ss", trial={"memory_format": "auto", "execution": "auto"}),
     Case("unequal", (2, 1), (S,), "ss", trial={"memory_format": "channels_last", "execution": "looped"}),
+    # partial sums in parts of the batch
+    Case("basic4", (1, 2), ((3, 1), S, (4, 0), (2, 2)), "rr", trial={"chunks": 3}),
+    Case("shared", (1, 2), (S, (1, 2), (2, 1), S), "ss", trial={"chunks": 2, "num_samples": 17}),
+    Case("unequal", (1, 2), ((1, 2), S, S), "sr", trial={"chunks": 2}),
     # weight gradients while the input's gradient travels; activations made again; everything at once
     Case("basic4", (1, 2), ((3, 1), S, (4, 0), (2, 2)), "rr", trial={"overlap": "on", "accumulation": 2}),
     Case("unequal", (1, 2), ((1, 2), S, S), "sr", trial={"overlap": "on", "recompute": True}),
@@ -113,6 +117,7 @@ ROUNDED = [
         bound=1e-3,
     ),
     Case("basic4", (1, 2), ((3, 1),), "ss", trial={"wire": "bf16", "precision": "fp32"}),
+    Case("basic", (1, 2), ((3, 2),), "ss", trial={**EVERYTHING, "precision": "bf16"}),
     Case(
         "basic",
         (1, 2),
