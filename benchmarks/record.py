@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "allocator": os.environ.get("LD_PRELOAD", "glibc"),
         "commit": _commit(),
-        "command": " ".join(["python", "-m", "anabranch.benchmarks", *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -47,15 +47,25 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def _command() -> str:
+    is_verb = sys.argv[1:2] == ["bench"]
+    return " ".join(
+        [*(["anabranch"] if is_verb else ["python", "-m", "anabranch.benchmarks"]), *sys.argv[1:]]
+    )
+
+
 def _commit() -> str:
-    """The checkout's commit, with "+changes" where files differ from it; empty outside a checkout."""
+    """The checkout's commit, with "+changes" where files but records differ from it; empty outside a checkout."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         head = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout
         dirty = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         return head.strip() + ("+changes" if dirty.strip() else "")
     except (OSError, subprocess.CalledProcessError):

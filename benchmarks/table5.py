@@ -180,6 +180,7 @@ def _entries(
             "is_papers_network": "shared" not in variant,
             "label": label,
             "measured": label == "measured",
+            "predicted": label == "predicted",
             "row_mesh": f"{row.mesh[0]}x{row.mesh[1]}",
             "workers": num_workers,
             "bn_batch_size": row.batch // num_workers,
@@ -201,9 +202,7 @@ def _entries(
 def _is_of(entry: Mapping[str, Any], row: Row) -> bool:
     mesh = f"{row.mesh[0]}x{row.mesh[1]}"
     wanted = (row.batch, row.num_branches, row.precision, mesh, row.fold)
-    return wanted == tuple(
-        entry[key] for key in ("batch", "num_branches", "precision", "row_mesh", "fold")
-    )
+    return wanted == tuple(entry[key] for key in ("batch", "num_branches", "precision", "row_mesh", "fold"))
 
 
 def _kept(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -217,7 +216,9 @@ def _kept(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         theirs = {key: record[key] for key in settings} | {key: record["environment"][key] for key in same}
         rows: list[dict[str, Any]] = record["rows"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no record of table5 ({error}): move it away, or leave --resume out") from error
+        raise ConfigError(
+            f"{path} is no record of table5 ({error}): move it away, or leave --resume out"
+        ) from error
     mine = {**settings, **{key: now[key] for key in same}}
     for key, value in mine.items():
         if theirs[key] != value:

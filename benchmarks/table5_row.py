@@ -25,9 +25,11 @@ from anabranch.benchmarks.table5_sides import (
 )
 from anabranch.benchmarks.workers import device_of, interleaved
 from anabranch.runtime.audit import automatic_plan
+from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_shape import model_shape, shared_bytes
 from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.plan_step import StepSetting
 from anabranch.runtime.process_group import gather_json
 from anabranch.schedulers import Cluster, Device, Plan, format_plan, parse_plan
@@ -56,6 +58,7 @@ def measure_row(
     is_fake = dist.get_backend() == "fake"
     world = dist.get_world_size()
     cluster = _cluster(device)
+    _first_use(device)
     say("memory formats")
     probed = probe_formats(row, [*dict.fromkeys(map(family, variants))], device)
     formats = {kind: min(seconds, key=seconds.__getitem__) for kind, seconds in probed.items()}
@@ -84,7 +87,10 @@ def measure_row(
                 plan = schedule("data" if variant[0] == "d" else "even", spec, cluster, mesh=mesh)
             if plan.branch not in {mesh.branch for mesh in meshes.values()}:
                 meshes[plan.data] = make_mesh(plan.data, plan.branch, device.type)
-            facts |= {"mesh": f"{plan.data}x{plan.branch}", "plan": format_plan(replace(plan, scheduler=None))}
+            facts |= {
+                "mesh": f"{plan.data}x{plan.branch}",
+                "plan": format_plan(replace(plan, scheduler=None)),
+            }
             if variant[0] == "f":
                 facts["same_as"] = _same_as(plan, network, row, cluster)
         part = slice(rank * row.batch // world, (rank + 1) * row.batch // world)
@@ -117,6 +123,13 @@ def measure_row(
         found[variant]["samples_s"] = seconds
     found[variants[0]]["row_s"] = time.perf_counter() - begun
     return found
+
+
+def _first_use(device: torch.device) -> None:
+    """What a process's first optimizer imports is not the first variant's memory."""
+    parameter = nn.Parameter(torch.ones(1, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    make_optimizer(OptimizerConfig(), [parameter]).step()
 
 
 def _cluster(device: torch.device) -> Cluster:

@@ -27,7 +27,9 @@ def run_workers(num_workers: int, function: Callable[..., Any], *arguments: Any,
     printed).
     """
     enough = torch.cuda.device_count() >= num_workers
-    return _run(range(num_workers), num_workers, "nccl" if enough else "gloo", threads, function, arguments)[0]
+    return _run(range(num_workers), num_workers, "nccl" if enough else "gloo", threads, function, arguments)[
+        0
+    ]
 
 
 def run_alone(num_workers: int, function: Callable[..., Any], *arguments: Any, threads: int = 0) -> list[Any]:
