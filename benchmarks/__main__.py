@@ -82,6 +82,74 @@ def table5(
     _end(record, json, console)
 
 
+@app.command
+def scaling(
+    *,
+    depth: int = 20,
+    num_branches: int = 4,
+    batch_size: int = 32,
+    most: int = 8,
+    rounds: int = 16,
+    plan_budget_s: float = 20.0,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """1, 2, 4, 8 workers, weak and strong scaling: measured where there are devices, predicted beyond.
+
+    JSON: rows, a list of {mode, plan, workers, batch, label, median_s, samples_s, images_per_s, efficiency}; path.
+
+    Parameters
+    ----------
+    depth
+        Of the Multi-ResNet, 6n + 2.
+    num_branches
+        Of each block.
+    batch_size
+        Samples of a worker (weak), of all workers (strong).
+    most
+        Workers to predict for.
+    rounds
+        Interleaved rounds of data parallelism and the automatic plan.
+    plan_budget_s
+        Seconds for measuring before an automatic plan is searched.
+    """
+    from anabranch.benchmarks import scaling as case
+    from anabranch.benchmarks.record import RESULTS
+
+    console = _console(json, quiet)
+    record = case.run(
+        depth=depth, num_branches=num_branches, batch_size=batch_size, most=most, rounds=rounds,
+        plan_budget_s=plan_budget_s, folder=out or RESULTS,
+    )  # fmt: skip
+    case.print_table(record, console)
+    _end(record, json, console)
+
+
+@app.command
+def collectives(
+    *, workers: int = 2, rounds: int = 20, out: Out = None, json: Json = False, quiet: Quiet = False
+) -> None:
+    """Our four collectives and the library's by message size and group: latency and bandwidth.
+
+    JSON: rows, a list of {collective, group, num_bytes, samples_s, median_s, bandwidth_bytes_per_s}; summary; path.
+
+    Parameters
+    ----------
+    workers
+        Ranks; groups of 2, 4, … and all of them.
+    rounds
+        Interleaved rounds.
+    """
+    from anabranch.benchmarks import collectives as case
+    from anabranch.benchmarks.record import RESULTS
+
+    console = _console(json, quiet)
+    record = case.run(workers=workers, rounds=rounds, folder=out or RESULTS)
+    case.print_table(record, console)
+    _end(record, json, console)
+
+
 def _console(json: bool, quiet: bool) -> Console:
     from rich.console import Console
 

@@ -12,7 +12,7 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """A context; afterwards num_bytes: the peak inside it above the start, None where that cannot be read (no Linux)."""
+    """A context; afterwards num_bytes: the peak inside it above the start, None where unknown (no Linux)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

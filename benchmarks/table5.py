@@ -1,12 +1,12 @@
 """Table V of Multi-Residual Networks and more: deeper pre-resnets under DDP against Multi-ResNets under ours.
 
 Each row is measured in one process tree: all variants in every round, the order turning, so that the machine's drift
-hits all of them; what is compared are ratios paired by round. Same samples, BN groups, optimizer, threads, allocator and
-precision for all, the memory format that is faster for each.
+hits all of them; what is compared are ratios paired by round. Same samples, BN groups, optimizer, threads, allocator
+and precision for all, the memory format that is faster for each.
 
-Where there are fewer GPUs than ranks, (a)–(d) are measured on one GPU with the whole batch, and (e), (f) predicted: every
-rank's compute timed alone on a wire on which nothing travels, plus what its collectives take over the data sheet's link,
-nothing hidden; their reference (b) is predicted in the same way.
+Where there are fewer GPUs than ranks, (a)–(d) are measured on one GPU with the whole batch, and (e), (f) predicted:
+every rank's compute timed alone on a wire on which nothing travels, plus what its collectives take over the data
+sheet's link, nothing hidden; their reference (b) is predicted in the same way.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _measured(
 
 
 def _completed(of_rank: Sequence[Mapping[str, Any]], device: str) -> dict[str, Any]:
-    """One variant's ranks, timed one by one: the slowest's compute by round, and the collectives over the stated link."""
+    """One variant's ranks, timed one by one: the slowest's compute by round, and collectives over the stated link."""
     link = local_link(device_kind(device))
     links = Links(Cluster((Device("host", 0, device),), link), Costs(()))
     transfer_s = max(

@@ -56,7 +56,7 @@ def print_table(record: Mapping[str, Any], console: Console) -> None:
     folds = sorted({entry["fold"] for entry in record["rows"]} - {1})
     if folds:
         console.print(
-            f"fold {folds}: networks of 1/{folds[0]} of Table V's depth: their ratios stand for it, their milliseconds do not",
+            f"fold {folds}: networks of so small a part of Table V's depth: compare ratios, not milliseconds",
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
     for (variant, precision, label), (mean, least, num) in summary(record["rows"]).items():

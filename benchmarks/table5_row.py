@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.benchmarks.memory import PeakMemory
 from anabranch.benchmarks.table5_sides import (
@@ -126,10 +127,12 @@ def measure_row(
 
 
 def _first_use(device: torch.device) -> None:
-    """What a process's first optimizer imports is not the first variant's memory."""
-    parameter = nn.Parameter(torch.ones(1, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    make_optimizer(OptimizerConfig(), [parameter]).step()
+    """What a process's first optimizer and DDP import is not the first variant's memory."""
+    network: nn.Module = nn.Linear(1, 1).to(device)
+    if dist.get_backend() != "fake":
+        network = DistributedDataParallel(network)
+    network(torch.ones(1, 1, device=device)).sum().backward()
+    make_optimizer(OptimizerConfig(), network.parameters()).step()
 
 
 def _cluster(device: torch.device) -> Cluster:

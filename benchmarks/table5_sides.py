@@ -146,8 +146,9 @@ class DdpSide:
 
 
 class OurSide:
-    """Steps of ours under a plan. `loss` is the last step's, over all ranks; exchanges, sent_bytes: as DdpSide's, of the
-    last detailed step.
+    """Steps of ours under a plan. `loss` is the last step's, over all ranks.
+
+    exchanges, sent_bytes: as DdpSide's, of the last detailed step.
     """
 
     def __init__(self, network: nn.Module, setting: StepSetting, plan: Plan, mesh: Mesh) -> None:
@@ -182,9 +183,9 @@ def ring_bytes(collective: str, num_bytes: float, size: int) -> float:
 
 
 def probe_formats(row: Row, families: Sequence[str], device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of forward and backward by family and memory format, all ranks' sum: short networks, few samples. Collective.
+    """Seconds of forward and backward by family and memory format, all ranks' sum. Collective.
 
-    Short: two blocks a stage, at most 16 samples; each format in turn, the better of two after a warm-up.
+    Of short networks (two blocks a stage) on at most 16 samples; the better of two after a warm-up.
     """
     variant_of = {"plain": "b", "looped": "c", "fused": "d", "shared": "d_shared"}
     found: dict[str, dict[str, float]] = {}
