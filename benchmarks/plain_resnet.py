@@ -21,12 +21,8 @@ class PlainBlock(nn.Module):
     def __init__(self, block: PreactResidual) -> None:
         super().__init__()
         affine = block.affine if block.preact == "branch" else block.norm
-        self.norms = nn.ModuleList(
-            [
-                plain_norm(block.norm.num_features, affine),
-                *(plain_norm(n.num_features, n) for n in block.norms),
-            ]  # type: ignore[arg-type]
-        )
+        first = plain_norm(block.in_channels, affine)
+        self.norms = nn.ModuleList([first, *(plain_norm(block.out_channels, norm) for norm in block.norms)])
         self.convs = nn.ModuleList(plain_conv(conv) for conv in block.convs)  # type: ignore[arg-type]
         self.reads_h, self.stride, self.width = block.shortcut_reads_h, block.stride, block.out_channels
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.benchmarks.memory import PeakMemory
+from anabranch.benchmarks.table5_plans import plan_of
 from anabranch.benchmarks.table5_sides import (
-    FORMATS,
     DdpSide,
     OurSide,
     Row,
@@ -25,23 +25,14 @@ from anabranch.benchmarks.table5_sides import (
     setting_of,
 )
 from anabranch.benchmarks.workers import device_of, interleaved
-from anabranch.runtime.audit import automatic_plan
 from anabranch.runtime.config import OptimizerConfig
-from anabranch.runtime.mesh import make_mesh
-from anabranch.runtime.model_shape import model_shape, shared_bytes
-from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.mesh import Mesh, make_mesh
 from anabranch.runtime.optimizer import make_optimizer
-from anabranch.runtime.plan_step import StepSetting
 from anabranch.runtime.process_group import gather_json
-from anabranch.schedulers import Cluster, Device, Plan, format_plan, parse_plan
-from anabranch.schedulers.analytic import analytic_costs
-from anabranch.schedulers.costs import Batch
-from anabranch.schedulers.device_table import device_kind, local_link
-from anabranch.schedulers.optimal import candidates
-from anabranch.schedulers.registry import make_request, schedule
+from anabranch.schedulers import Plan, format_plan
 
-_SHORT = (2, 2, 2)  # blocks a stage of the network that plans are made on: every distinct block is in it
-_SAY_S = 5.0
+_SAY_S = 5.0  # between lines
+_Side = DdpSide | OurSide
 
 
 def measure_row(
@@ -53,77 +44,68 @@ def measure_row(
     plan_budget_s: seconds for measuring what an automatic plan is searched from.
     rest: what comes after this row, in rows like it, to tell how long it takes. told: progress goes to standard error.
     """
-    begun = time.perf_counter()
     say = _Progress(str(row), rounds, rest, told and rank == 0)
     device = device_of(rank)
-    is_fake = dist.get_backend() == "fake"
-    world = dist.get_world_size()
-    cluster = _cluster(device)
     _first_use(device)
     say("memory formats")
     probed = probe_formats(row, [*dict.fromkeys(map(family, variants))], device)
-    formats = {kind: min(seconds, key=seconds.__getitem__) for kind, seconds in probed.items()}
-    meshes = {world: make_mesh(world, 1, device.type)}
+    meshes: dict[int, Mesh] = {}
     found: dict[str, dict[str, Any]] = {}
-    sides: dict[str, DdpSide | OurSide] = {}
+    sides: dict[str, _Side] = {}
     for variant in variants:
-        say(f"building ({variant})")
-        memory_format = formats[family(variant)]
-        setting = setting_of(row, memory_format, world)
-        facts: dict[str, Any] = {"memory_format": memory_format, "format_probe_s": probed[family(variant)]}
-        network = network_of(row, variant).to(memory_format=FORMATS[memory_format])  # type: ignore[call-overload]
+        seconds = probed[family(variant)]
+        memory_format = min(seconds, key=seconds.__getitem__)
+        facts: dict[str, Any] = {"memory_format": memory_format, "format_probe_s": seconds}
         plan = None
         if variant[0] in "def":
-            spec = spec_of(network)
-            if variant[0] == "f":
-                say(f"planning ({variant})")
-                short = network_of(row, variant, _SHORT).to(memory_format=FORMATS[memory_format])  # type: ignore[call-overload]
-                if is_fake:
-                    found_plan = _predicted_plan(row, short, cluster, facts)
-                else:
-                    found_plan = _automatic_plan(short.to(device), setting, cluster, plan_budget_s, facts)
-                plan = _drawn_out(found_plan, network)
-            else:
-                mesh = (world, 1) if variant[0] == "d" else row.mesh
-                plan = schedule("data" if variant[0] == "d" else "even", spec, cluster, mesh=mesh)
-            if plan.branch not in {mesh.branch for mesh in meshes.values()}:
+            say(f"planning ({variant})")
+            plan = plan_of(row, variant, memory_format, device, plan_budget_s, facts)
+            if plan.data not in meshes:
                 meshes[plan.data] = make_mesh(plan.data, plan.branch, device.type)
-            facts |= {
-                "mesh": f"{plan.data}x{plan.branch}",
-                "plan": format_plan(replace(plan, scheduler=None)),
-            }
-            if variant[0] == "f":
-                facts["same_as"] = _same_as(plan, network, row, cluster)
-        part = slice(rank * row.batch // world, (rank + 1) * row.batch // world)
-        with PeakMemory(device) as memory:
-            side: DdpSide | OurSide
-            if plan is None:
-                side = DdpSide(network, setting, part, device, tuned=variant != "a", wrapped=not is_fake)
-            else:
-                side = OurSide(network, setting, plan, meshes[plan.data])
-            side()
-            first_loss = side.loss
-            side()
-        if isinstance(side, OurSide):
-            side.detailed()
-        mine = [first_loss, side.sent_bytes, memory.num_bytes]
-        losses, sent, peaks = zip(*([mine] if is_fake else gather_json(mine, device)), strict=True)
-        if is_fake:
-            facts["exchanges"] = side.exchanges
-        else:
-            facts["first_loss"] = sum(losses) / len(losses)
-        facts["sent_bytes_per_rank"] = max(sent)
-        facts["peak_memory_bytes"] = None if None in peaks else max(peaks)
-        found[variant], sides[variant] = facts, side
-        del network, side
+            facts["mesh"] = f"{plan.data}x{plan.branch}"
+            facts["plan"] = format_plan(replace(plan, scheduler=None))
+        say(f"building ({variant})")
+        sides[variant] = _built(row, variant, plan, meshes, device, facts)
+        found[variant] = facts
     say("timing")
     samples = interleaved(sides, rounds, steps, warm_up=0, on_round=say.rounds_done)
     table = torch.tensor(list(samples.values()), dtype=torch.float64, device=device)
     dist.all_reduce(table, op=dist.ReduceOp.MAX)  # the slowest rank's
-    for variant, seconds in zip(samples, table.tolist(), strict=True):
-        found[variant]["samples_s"] = seconds
-    found[variants[0]]["row_s"] = time.perf_counter() - begun
+    for variant, values in zip(samples, table.tolist(), strict=True):
+        found[variant]["samples_s"] = values
     return found
+
+
+def _built(
+    row: Row, variant: str, plan: Plan | None, meshes: dict[int, Mesh], device: torch.device,
+    facts: dict[str, Any],
+) -> _Side:  # fmt: skip
+    """A variant's side, warmed up by two steps; facts: gets loss, memory and traffic. Collective."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    is_alone = dist.get_backend() == "fake"
+    setting = setting_of(row, facts["memory_format"], world)
+    with PeakMemory(device) as memory:
+        network = network_of(row, variant, facts["memory_format"])
+        side: _Side
+        if plan is None:
+            part = slice(rank * row.batch // world, (rank + 1) * row.batch // world)
+            side = DdpSide(network, setting, part, device, tuned=variant != "a", wrapped=not is_alone)
+        else:
+            side = OurSide(network, setting, plan, meshes[plan.data])
+        side()
+        first_loss = side.loss
+        side()
+    if isinstance(side, OurSide):
+        side.detailed()
+    mine = [first_loss, side.sent_bytes, memory.num_bytes]
+    losses, sent, peaks = zip(*([mine] if is_alone else gather_json(mine, device)), strict=True)
+    if is_alone:  # its sums are of one rank: no loss; what travels is priced later
+        facts["exchanges"] = side.exchanges
+    else:
+        facts["first_loss"] = sum(losses) / len(losses)
+    facts["sent_bytes_per_rank"] = max(sent)
+    facts["peak_memory_bytes"] = None if None in peaks else max(peaks)
+    return side
 
 
 def _first_use(device: torch.device) -> None:
@@ -133,58 +115,6 @@ def _first_use(device: torch.device) -> None:
         network = DistributedDataParallel(network)
     network(torch.ones(1, 1, device=device)).sum().backward()
     make_optimizer(OptimizerConfig(), network.parameters()).step()
-
-
-def _cluster(device: torch.device) -> Cluster:
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    devices = tuple(Device("localhost", rank, kind) for rank in range(dist.get_world_size()))
-    return Cluster(devices)
-
-
-def _automatic_plan(
-    network: nn.Module, setting: StepSetting, cluster: Cluster, budget_s: float, facts: dict[str, Any]
-) -> Plan:
-    """The runtime's own: costs measured, searched, the best plans timed against data parallelism. Collective."""
-    outcome = automatic_plan(network, setting, cluster, cluster.names, budget_s=budget_s, remeasure=True)
-    facts["audit"] = [{key: value for key, value in one.items() if key != "plan"} for one in outcome["plans"]]
-    facts["chosen"] = outcome["chosen"]
-    return parse_plan(outcome["plan"]).resolve(spec_of(network), cluster)
-
-
-def _predicted_plan(row: Row, network: nn.Module, cluster: Cluster, facts: dict[str, Any]) -> Plan:
-    """The best by data sheets, where the ranks are not there to be measured."""
-    spec, kind = spec_of(network), cluster.devices[0].kind
-    costs = analytic_costs(
-        model_shape(network, spec), (kind,), shared=shared_bytes(network, spec),
-        precision="half" if row.precision == "bf16" else "fp32",
-    )  # fmt: skip
-    request = make_request(
-        spec, replace(cluster, local=local_link(device_kind(kind))), costs=costs,
-        batch=Batch(row.batch, row.batch // row.world_size),
-    )  # fmt: skip
-    facts["audit"] = "not timed: searched from data sheets"
-    return candidates(request, 2)[0].plan
-
-
-def _drawn_out(plan: Plan, network: nn.Module) -> Plan:
-    """The short network's plan for the whole one: a stage's later blocks are as its second."""
-    names = [block.name for block in spec_of(network).blocks]
-
-    def short(name: str) -> str:
-        stage, _, block = name.partition(".block")
-        return f"{stage}.block{min(int(block), _SHORT[0])}"
-
-    return replace(plan, blocks={name: plan.blocks[short(name)] for name in names})
-
-
-def _same_as(plan: Plan, network: nn.Module, row: Row, cluster: Cluster) -> str:
-    """Which of (d) and (e) the automatic plan is, "" where it is neither; it is timed as its own side anyway."""
-    spec, world = spec_of(network), plan.world_size
-    for name, scheduler, mesh in (("d", "data", (world, 1)), ("e", "even", row.mesh)):
-        other = schedule(scheduler, spec, cluster, mesh=mesh)
-        if all(getattr(plan, field) == getattr(other, field) for field in ("data", "branch", "blocks")):
-            return name
-    return ""
 
 
 class _Progress:

@@ -77,10 +77,19 @@ def family(variant: str) -> str:
     )
 
 
-def network_of(row: Row, variant: str, blocks_per_stage: Sequence[int] | None = None) -> nn.Module:
+def network_of(
+    row: Row,
+    variant: str,
+    memory_format: str = "contiguous",
+    blocks_per_stage: Sequence[int] | None = None,
+) -> nn.Module:
     """A variant's one-device network on the CPU, from seed 0; blocks_per_stage: a shorter one of the same blocks."""
     torch.manual_seed(0)
-    kind = family(variant)
+    network, kind = _network(row, family(variant), blocks_per_stage), FORMATS[memory_format]
+    return network.to(memory_format=kind)  # type: ignore[call-overload, no-any-return]
+
+
+def _network(row: Row, kind: str, blocks_per_stage: Sequence[int] | None) -> nn.Module:
     if kind == "plain":
         return plain_pre_resnet(build("pre_resnet", depth=row.deeper, blocks_per_stage=blocks_per_stage))
     preact = "shared" if kind == "shared" else "branch"
@@ -191,12 +200,11 @@ def probe_formats(row: Row, families: Sequence[str], device: torch.device) -> di
     found: dict[str, dict[str, float]] = {}
     for kind in families:
         seconds = []
-        for memory_format in FORMATS.values():
-            network = network_of(row, variant_of[kind], (2, 2, 2)).to(device).to(memory_format=memory_format)
+        for name, memory_format in FORMATS.items():
+            network = network_of(row, variant_of[kind], name, (2, 2, 2)).to(device)
             x, target = images(min(row.batch // row.world_size, 16))
-            run = _forward_backward(
-                network, x.to(device).to(memory_format=memory_format), target.to(device), row
-            )
+            x, target = x.to(device).to(memory_format=memory_format), target.to(device)
+            run = _forward_backward(network, x, target, row)
             run()
             seconds.append(min(_timed(run, device) for _ in range(2)))
         together = torch.tensor(seconds, dtype=torch.float64, device=device)
