@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -26,10 +26,8 @@ def run_workers(num_workers: int, function: Callable[..., Any], *arguments: Any,
     one). threads: of each; 0: its share of the cores. Raises RuntimeError when a worker fails (its traceback is
     printed).
     """
-    enough = torch.cuda.device_count() >= num_workers
-    return _run(range(num_workers), num_workers, "nccl" if enough else "gloo", threads, function, arguments)[
-        0
-    ]
+    backend = "nccl" if torch.cuda.device_count() >= num_workers else "gloo"
+    return _run(range(num_workers), num_workers, backend, threads, function, arguments)[0]
 
 
 def run_alone(num_workers: int, function: Callable[..., Any], *arguments: Any, threads: int = 0) -> list[Any]:
@@ -57,26 +55,33 @@ def _run(
 ) -> dict[int, Any]:  # fmt: skip
     spawn = multiprocessing.get_context("spawn")
     threads = threads or thread_share(len(os.sched_getaffinity(0)), num_workers)
-    with spawn.Manager() as manager:
-        results = manager.dict()
-        shared = (num_workers, backend, _free_port(), threads, results, function, arguments)
-        workers = [spawn.Process(target=_worker, args=(rank, *shared)) for rank in ranks]
-        try:
-            for worker in workers:
-                worker.start()
-            left = list(workers)
-            while left:  # whichever ends first: the others may wait for one that failed
-                wait([worker.sentinel for worker in left])
-                left = [worker for worker in left if worker.is_alive()]
-                if any(worker.exitcode for worker in workers):
-                    raise RuntimeError("a worker failed, its traceback is above: nothing was measured")
-            return dict(results)
-        finally:
-            for worker in workers:
-                if worker.is_alive():
-                    worker.terminate()
-                if worker.pid is not None:
-                    worker.join()
+    shared = (num_workers, backend, _free_port(), threads, function, arguments)
+    workers, pipes, results = [], dict[Connection, int](), dict[int, Any]()
+    try:
+        for rank in ranks:
+            mine, theirs = spawn.Pipe(duplex=False)
+            workers.append(spawn.Process(target=_worker, args=(rank, theirs, *shared)))
+            workers[-1].start()
+            theirs.close()  # so that the pipe ends with the worker
+            pipes[mine] = rank
+        while pipes:  # whichever speaks first: the others may wait for one that failed
+            for pipe in wait(list(pipes)):
+                assert isinstance(pipe, Connection), "of these"
+                rank = pipes.pop(pipe)
+                try:
+                    results[rank] = pipe.recv()
+                except EOFError:
+                    raise RuntimeError(
+                        f"worker {rank} failed, its traceback is above: nothing was measured"
+                    ) from None
+        for worker in workers:
+            worker.join()
+        return results
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
 
 
 def interleaved(
@@ -111,7 +116,7 @@ def interleaved(
 
 
 def _worker(
-    rank: int, num_workers: int, backend: str, port: int, threads: int, results: Any,
+    rank: int, pipe: Connection, num_workers: int, backend: str, port: int, threads: int,
     function: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
@@ -131,9 +136,10 @@ def _worker(
             world_size=num_workers,
             timeout=timedelta(seconds=600),
         )
-    results[rank] = function(rank, *arguments)
+    value = function(rank, *arguments)
     dist.barrier()
     dist.destroy_process_group()
+    pipe.send(value)
 
 
 def _end_with_parent() -> None:
