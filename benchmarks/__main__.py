@@ -18,7 +18,8 @@ Json = Annotated[
 ]
 Quiet = Annotated[bool, Parameter(help="Print nothing but the result and errors.", negative=())]
 Out = Annotated[
-    Path | None, Parameter(help="Folder for the record; default: the package's benchmarks/results/.")
+    Path | None,
+    Parameter(help="Folder for the record; default: the checkout's benchmarks/results/, else results/."),
 ]
 
 

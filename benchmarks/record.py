@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+_RECORDS = Path(__file__).resolve().parent / "results"
+RESULTS = _RECORDS if _RECORDS.is_dir() else Path("results")  # an installed package has none
 
 
 def environment() -> dict[str, Any]:

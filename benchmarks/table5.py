@@ -169,7 +169,9 @@ def _entries(
     """A row's entries for the record: what it is, then what was found, with ratios to the reference paired by round."""
     entries = []
     reference = all_found.get(_REFERENCE, {}).get("samples_s")
-    pre, multi = PAPER_MS.get((row.batch, row.num_branches), (None, None))
+    pre, multi = (
+        PAPER_MS.get((row.batch, row.num_branches), (None, None)) if row.mesh == (1, 2) else (None, None)
+    )
     for variant, facts in found.items():
         is_deeper = variant in ("a", "b")
         entry: dict[str, Any] = {
@@ -186,7 +188,7 @@ def _entries(
             "bn_batch_size": row.batch // num_workers,
             "fold": row.fold,
             "depth": row.deeper if is_deeper else row.depth,
-            "paper_ms": (pre if is_deeper else multi) if variant in ("a", "e") else None,
+            "paper_ms": {"a": pre, "e": multi}.get(variant),
             "median_s": statistics.median(facts["samples_s"]),
         }
         entry["images_per_s"] = row.batch / entry["median_s"]

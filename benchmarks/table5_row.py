@@ -94,9 +94,7 @@ def _built(
             side = OurSide(network, setting, plan, meshes[plan.data])
         side()
         first_loss = side.loss
-        side()
-    if isinstance(side, OurSide):
-        side.detailed()
+        side.counted()
     mine = [first_loss, side.sent_bytes, memory.num_bytes]
     losses, sent, peaks = zip(*([mine] if is_alone else gather_json(mine, device)), strict=True)
     if is_alone:  # its sums are of one rank: no loss; what travels is priced later

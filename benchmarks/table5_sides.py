@@ -153,11 +153,15 @@ class DdpSide:
         self.optimizer.step()
         self.loss = loss.item()
 
+    def counted(self) -> None:
+        """One step; what it sends is known."""
+        self()
+
 
 class OurSide:
     """Steps of ours under a plan. `loss` is the last step's, over all ranks.
 
-    exchanges, sent_bytes: as DdpSide's, of the last detailed step.
+    exchanges, sent_bytes: as DdpSide's, of the last counted step.
     """
 
     def __init__(self, network: nn.Module, setting: StepSetting, plan: Plan, mesh: Mesh) -> None:
@@ -170,7 +174,7 @@ class OurSide:
         self.loss = train.gradients(self.step.batches).loss
         train.apply(train.optimizer.param_groups[0]["lr"])
 
-    def detailed(self) -> None:
+    def counted(self) -> None:
         """One step whose exchanges are counted."""
         recorder, mesh = self.step.train.recorder, self.mesh
         recorder.detailed = True
