@@ -2,11 +2,166 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-app = App(name="anabranch.benchmarks", help="Measure one case; records go to benchmarks/results/.")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = App(name="bench", help="Measure one case; its record goes to benchmarks/results/.")
+Json = Annotated[
+    bool,
+    Parameter(help="Print the record as one JSON object on the last line of standard output.", negative=()),
+]
+Quiet = Annotated[bool, Parameter(help="Print nothing but the result and errors.", negative=())]
+Out = Annotated[
+    Path | None,
+    Parameter(help="Folder for the record; default: the checkout's benchmarks/results/, else results/."),
+]
+
+
+@app.command
+def table5(
+    *,
+    rows: str = "",
+    rounds: int = 5,
+    steps: int = 1,
+    precision: Literal["fp32", "bf16", "both"] = "fp32",
+    workers: int = 2,
+    variants: str = "",
+    fold: int = 1,
+    plan_budget_s: float = 20.0,
+    predict: Annotated[bool, Parameter(negative=())] = False,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Table V of Multi-Residual Networks: deeper pre-resnets under torch DDP against Multi-ResNets under ours.
+
+    JSON: rows, a list of {batch, num_branches, precision, variant (a-f, d_shared, f_shared), label (measured or
+    predicted), samples_s, median_s, speed_up over b with speed_up_interval_95, images_per_s, peak_memory_bytes,
+    sent_bytes_per_rank, plan, ...}; environment; path; pictures.
+
+    Parameters
+    ----------
+    rows
+        Batch x branches, as in 32x4,128x2; with a mesh for the split of (e), 32x4:2x2. Default: Table V's six and that.
+    rounds
+        Interleaved rounds: every variant in each.
+    steps
+        Steps of each variant in a round.
+    workers
+        Ranks; on fewer GPUs than these (e) and (f) are predicted.
+    variants
+        As in b,f,f_shared; default: all.
+    fold
+        Divide the depth of all networks by 1, 2, 3, 6, 9 or 18: quick, and no longer Table V's networks.
+    plan_budget_s
+        Seconds for measuring before an automatic plan is searched.
+    predict
+        Predict (e) and (f) from every rank alone, as on too few GPUs.
+    resume
+        Keep the rows that the record has already, if it is of the same settings, hardware and commit.
+    """
+    from anabranch.benchmarks import table5 as case
+    from anabranch.benchmarks.record import RESULTS
+    from anabranch.benchmarks.table5_report import print_table, write_pictures
+
+    precisions = ["fp32", "bf16"] if precision == "both" else [precision]
+    chosen = case.parse_rows(rows or case.ROWS, precisions, workers, fold)
+    console = _console(json, quiet)
+    record = case.run(
+        chosen, case.parse_variants(variants), rounds=rounds, steps=steps, plan_budget_s=plan_budget_s,
+        predicted=predict, resume=resume, told=not quiet, folder=out or RESULTS,
+    )  # fmt: skip
+    print_table(record, console)
+    record["pictures"] = [str(path) for path in write_pictures(record, Path(record["path"]).with_suffix(""))]
+    _end(record, json, console)
+
+
+@app.command
+def scaling(
+    *,
+    depth: int = 20,
+    num_branches: int = 4,
+    batch_size: int = 32,
+    most: int = 8,
+    rounds: int = 16,
+    plan_budget_s: float = 20.0,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """1, 2, 4, 8 workers, weak and strong scaling: measured where there are devices, predicted beyond.
+
+    JSON: rows, a list of {mode, plan, workers, batch, label, median_s, samples_s, images_per_s, efficiency}; path.
+
+    Parameters
+    ----------
+    depth
+        Of the Multi-ResNet, 6n + 2.
+    num_branches
+        Of each block.
+    batch_size
+        Samples of a worker (weak), of all workers (strong).
+    most
+        Workers to predict for.
+    rounds
+        Interleaved rounds of data parallelism and the automatic plan.
+    plan_budget_s
+        Seconds for measuring before an automatic plan is searched.
+    """
+    from anabranch.benchmarks import scaling as case
+    from anabranch.benchmarks.record import RESULTS
+
+    console = _console(json, quiet)
+    record = case.run(
+        depth=depth, num_branches=num_branches, batch_size=batch_size, most=most, rounds=rounds,
+        plan_budget_s=plan_budget_s, folder=out or RESULTS,
+    )  # fmt: skip
+    case.print_table(record, console)
+    _end(record, json, console)
+
+
+@app.command
+def collectives(
+    *, workers: int = 2, rounds: int = 20, out: Out = None, json: Json = False, quiet: Quiet = False
+) -> None:
+    """Our four collectives and the library's by message size and group: latency and bandwidth.
+
+    JSON: rows, a list of {collective, group, num_bytes, samples_s, median_s, bandwidth_bytes_per_s}; summary; path.
+
+    Parameters
+    ----------
+    workers
+        Ranks; groups of 2, 4, … and all of them.
+    rounds
+        Interleaved rounds.
+    """
+    from anabranch.benchmarks import collectives as case
+    from anabranch.benchmarks.record import RESULTS
+
+    console = _console(json, quiet)
+    record = case.run(workers=workers, rounds=rounds, folder=out or RESULTS)
+    case.print_table(record, console)
+    _end(record, json, console)
+
+
+def _console(json: bool, quiet: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=json, quiet=quiet)
+    return console if console.is_terminal else Console(stderr=json, quiet=quiet, width=130)
+
+
+def _end(record: dict[str, Any], json: bool, console: Console) -> None:
+    console.print(f"record: {record['path']}", highlight=False, soft_wrap=True)
+    if json:
+        print(json_module.dumps(record), flush=True)
 
 
 @app.command

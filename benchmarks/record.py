@@ -15,7 +15,8 @@ import torch
 
 from anabranch.runtime.machine import processor
 
-RESULTS = Path(__file__).resolve().parent / "results"
+_RECORDS = Path(__file__).resolve().parent / "results"
+RESULTS = _RECORDS if _RECORDS.is_dir() else Path("results")  # an installed package has none
 
 
 def environment() -> dict[str, Any]:
@@ -29,7 +30,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "allocator": os.environ.get("LD_PRELOAD", "glibc"),
         "commit": _commit(),
-        "command": " ".join(["python", "-m", "anabranch.benchmarks", *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -41,15 +42,25 @@ def write_record(name: str, record: dict[str, Any], folder: Path = RESULTS) -> P
     return path
 
 
+def _command() -> str:
+    is_verb = sys.argv[1:2] == ["bench"]
+    return " ".join(
+        [*(["anabranch"] if is_verb else ["python", "-m", "anabranch.benchmarks"]), *sys.argv[1:]]
+    )
+
+
 def _commit() -> str:
-    """The checkout's commit, with "+changes" where files differ from it; empty outside a checkout."""
+    """The checkout's commit, with "+changes" where files but records differ from it; empty outside a checkout."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         head = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout
         dirty = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         return head.strip() + ("+changes" if dirty.strip() else "")
     except (OSError, subprocess.CalledProcessError):

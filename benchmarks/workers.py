@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -17,34 +20,81 @@ from anabranch.cluster.environment import thread_share
 
 
 def run_workers(num_workers: int, function: Callable[..., Any], *arguments: Any, threads: int = 0) -> Any:
-    """function(rank, *arguments) in as many processes with a gloo process group; rank 0's result.
+    """function(rank, *arguments) in as many processes with a process group; rank 0's result.
 
-    threads: of each; 0: its share of the cores. Raises RuntimeError when a worker fails (its traceback is printed).
+    The group is NCCL's where there are as many GPUs, one each; else gloo's on the CPU (one worker: on a GPU if there is
+    one). threads: of each; 0: its share of the cores. Raises RuntimeError when a worker fails (its traceback is
+    printed).
     """
+    backend = "nccl" if torch.cuda.device_count() >= num_workers else "gloo"
+    return _run(range(num_workers), num_workers, backend, threads, function, arguments)[0]
+
+
+def run_alone(num_workers: int, function: Callable[..., Any], *arguments: Any, threads: int = 0) -> list[Any]:
+    """function(rank, *arguments) for one rank after another, each alone on the machine; the results by rank.
+
+    Each believes to be one of `num_workers`, on a wire on which nothing travels: collectives return at once and leave
+    (all-reduce) or repeat (all-gather) what the rank itself gave. So its own compute can be timed where there are fewer
+    devices than ranks. Raises as `run_workers`.
+    """
+    return [
+        _run([rank], num_workers, "fake", threads, function, arguments)[rank] for rank in range(num_workers)
+    ]
+
+
+def device_of(rank: int) -> torch.device:
+    """Where a rank that runs here computes: its own GPU where there are enough, the only one where it is alone."""
+    if dist.get_backend() == "gloo" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0 if dist.get_backend() == "fake" else rank)
+
+
+def _run(
+    ranks: Iterable[int], num_workers: int, backend: str, threads: int, function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> dict[int, Any]:  # fmt: skip
     spawn = multiprocessing.get_context("spawn")
     threads = threads or thread_share(len(os.sched_getaffinity(0)), num_workers)
-    with spawn.Manager() as manager:
-        result = manager.dict()
-        shared = (num_workers, _free_port(), threads, result, function, arguments)
-        workers = [spawn.Process(target=_worker, args=(rank, *shared)) for rank in range(num_workers)]
-        for worker in workers:
-            worker.start()
+    shared = (num_workers, backend, _free_port(), threads, function, arguments)
+    workers, pipes, results = [], dict[Connection, int](), dict[int, Any]()
+    try:
+        for rank in ranks:
+            mine, theirs = spawn.Pipe(duplex=False)
+            workers.append(spawn.Process(target=_worker, args=(rank, theirs, *shared)))
+            workers[-1].start()
+            theirs.close()  # so that the pipe ends with the worker
+            pipes[mine] = rank
+        while pipes:  # whichever speaks first: the others may wait for one that failed
+            for pipe in wait(list(pipes)):
+                assert isinstance(pipe, Connection), "of these"
+                rank = pipes.pop(pipe)
+                try:
+                    results[rank] = pipe.recv()
+                except EOFError:
+                    raise RuntimeError(
+                        f"worker {rank} failed, its traceback is above: nothing was measured"
+                    ) from None
         for worker in workers:
             worker.join()
-            if worker.exitcode:
-                for other in workers:
-                    other.terminate()
-        if "value" not in result:
-            raise RuntimeError("a worker failed, its traceback is above: nothing was measured")
-        return result["value"]
+        return results
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]], rounds: int, steps: int = 1, warm_up: int = 2
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    steps: int = 1,
+    warm_up: int = 2,
+    on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
     """Seconds a step of each side, one figure a round; all sides run in every round, the order turning.
 
-    Whatever drifts on the machine hits all of them. Every rank calls it; figures are this rank's.
+    Whatever drifts on the machine hits all of them. Every rank calls it; figures are this rank's. on_round: told how
+    many rounds are done.
     """
     for step in sides.values():
         for _ in range(warm_up):
@@ -58,27 +108,46 @@ def interleaved(
             begun = time.perf_counter()
             for _ in range(steps):
                 sides[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             samples[name].append((time.perf_counter() - begun) / steps)
+        on_round(index + 1)
     return samples
 
 
 def _worker(
-    rank: int, num_workers: int, port: int, threads: int, result: Any, function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    rank: int, pipe: Connection, num_workers: int, backend: str, port: int, threads: int,
+    function: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=num_workers,
-        timeout=timedelta(seconds=600),
-    )
+    if backend == "fake":
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_workers)
+    else:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=num_workers,
+            timeout=timedelta(seconds=600),
+        )
     value = function(rank, *arguments)
-    if rank == 0:
-        result["value"] = value
     dist.barrier()
     dist.destroy_process_group()
+    pipe.send(value)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot tell its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _free_port() -> int:

@@ -53,6 +53,14 @@ app = App(
 )
 
 
+# By name: runtime may not import what builds on it, and help need not load it.
+app.command(
+    "anabranch.benchmarks.__main__:app",
+    name="bench",
+    help="Measure one case on this machine: table5 (the paper's), scaling, collectives, ...",
+)
+
+
 @dataclass(frozen=True)
 class Call:
     """A command line, parsed: which function of `anabranch.runtime.commands`, with what."""

@@ -1,0 +1,151 @@
+"""Table V's record as a table for the terminal and as pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from anabranch.runtime.report_svg import bars
+
+_STYLE = """<style>
+text { font: 12px sans-serif; fill: #333 }
+.paper { fill: #3b6fb6 } .shared { fill: #b8791f } .baseline { fill: #b9c0c7 }
+@media (prefers-color-scheme: dark) { text { fill: #ddd } }
+</style>"""
+_COLOURS = {"baseline": "#b9c0c7", "paper": "#3b6fb6", "shared": "#b8791f"}
+Entry = Mapping[str, Any]
+
+
+def print_table(record: Mapping[str, Any], console: Console) -> None:
+    """Every row with every variant; below it what the letters mean and the means over the rows."""
+    table = Table(title="Table V: milliseconds a step", title_justify="left", box=None, pad_edge=False)
+    columns = (
+        "row", "", "ms", "speed-up over b (95 %)", "images/s", "peak MiB", "sent MiB", "format", "paper ms", "",
+    )  # fmt: skip
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in (0, 1, 7, 9) else "right", no_wrap=True)
+    before = ""
+    for entry in record["rows"]:
+        name = row_name(entry)
+        if name != before and before:
+            table.add_section()
+        peak = entry["peak_memory_bytes"]
+        table.add_row(
+            name if name != before else "",
+            entry["variant"],
+            f"{1e3 * entry['median_s']:,.1f}",
+            _ratio(entry),
+            f"{entry['images_per_s']:,.0f}",
+            "?" if peak is None else f"{peak / 2**20:,.0f}",
+            f"{entry['sent_bytes_per_rank'] / 2**20:,.1f}",
+            "last" if entry["memory_format"] == "channels_last" else "contig.",
+            str(entry["paper_ms"] or ""),
+            _note(entry),
+        )
+        before = name
+    console.print(table, highlight=False)
+    shown = {entry["variant"] for entry in record["rows"]}
+    for variant, words in record["variant_names"].items():
+        if variant in shown:
+            console.print(f"  {variant}: {words}", highlight=False, soft_wrap=True)
+    folds = sorted({entry["fold"] for entry in record["rows"]} - {1})
+    if folds:
+        console.print(
+            f"fold {folds}: networks of so small a part of Table V's depth: compare ratios, not milliseconds",
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    for (variant, precision, label), (mean, least, num) in summary(record["rows"]).items():
+        console.print(
+            f"{variant} ({precision}, {label}): {mean:.3f} times as fast as b in the geometric mean of {num} rows, "
+            f"least {least:.3f}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def summary(entries: Iterable[Entry]) -> dict[tuple[str, str, str], tuple[float, float, int]]:
+    """By variant, precision and label: geometric mean of the speed-ups over (b), the least of them, and their number.
+
+    Of rows of one branch group, which the paper's table has; not of hybrid ones.
+    """
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for entry in entries:
+        if entry["variant"] not in ("a", "b") and "speed_up" in entry and entry["row_mesh"].startswith("1x"):
+            key = entry["variant"], entry["precision"], entry["label"]
+            found.setdefault(key, []).append(entry["speed_up"])
+    return {
+        key: (math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios), len(ratios))
+        for key, ratios in found.items()
+    }
+
+
+def row_name(entry: Entry) -> str:
+    """As in "32x4 fp32", with the mesh of a hybrid row."""
+    hybrid = "" if entry["row_mesh"].startswith("1x") else f":{entry['row_mesh']}"
+    return f"{entry['batch']}x{entry['num_branches']}{hybrid} {entry['precision']}"
+
+
+def _ratio(entry: Entry) -> str:
+    if "speed_up" not in entry:
+        return ""
+    low, high = entry["speed_up_interval_95"]
+    return f"{entry['speed_up']:.3f} ({low:.3f}–{high:.3f})"
+
+
+def _note(entry: Entry) -> str:
+    notes = [] if entry["label"] == "measured" else [entry["label"]]
+    notes += [] if entry["is_papers_network"] else ["not the paper's"]
+    notes += [f"= {entry['same_as']}"] if entry.get("same_as") else []
+    return ", ".join(notes)
+
+
+def _kind(entry: Entry) -> str:
+    return (
+        "baseline" if entry["variant"] in ("a", "b") else "paper" if entry["is_papers_network"] else "shared"
+    )
+
+
+def write_pictures(record: Mapping[str, Any], stem: Path) -> list[Path]:
+    """STEM.svg, and STEM.png where matplotlib is installed: speed-up over (b) of every row and variant."""
+    entries = [entry for entry in record["rows"] if "speed_up" in entry]
+    if not entries:
+        return []
+    labelled = [
+        (f"{row_name(entry)} {entry['variant']}{'' if entry['measured'] else ' *'}", entry)
+        for entry in entries
+    ]
+    kinds = {kind: kind for kind in _COLOURS}
+    rows = [(label, {_kind(entry): entry["speed_up"]}) for label, entry in labelled]
+    text = bars("speed-up over the tuned baseline; * predicted", rows, "×", kinds)
+    svg = text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{_STYLE}", 1)
+    written = [stem.with_suffix(".svg")]
+    written[0].write_text(svg, encoding="utf-8")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return written
+    written.append(stem.with_suffix(".png"))
+    _png(Figure, labelled, written[1])
+    return written
+
+
+def _png(figure_of: Any, labelled: Sequence[tuple[str, Entry]], path: Path) -> None:
+    figure = figure_of(figsize=(7, 0.9 + 0.2 * len(labelled)))
+    axes = figure.subplots()
+    values = [entry["speed_up"] for _, entry in labelled]
+    spread = [
+        [abs(entry["speed_up"] - entry["speed_up_interval_95"][side]) for _, entry in labelled]
+        for side in (0, 1)
+    ]
+    colours = [_COLOURS[_kind(entry)] for _, entry in labelled]
+    places = range(len(labelled))
+    axes.barh(places, values, xerr=spread, color=colours, error_kw={"linewidth": 0.8})
+    axes.set_yticks(places, [label for label, _ in labelled], fontsize=7)
+    axes.axvline(1.0, color="#333", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as the tuned baseline (b); orange: not the paper's network; * predicted")
+    figure.savefig(path, dpi=150, bbox_inches="tight")

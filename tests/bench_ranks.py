@@ -1,0 +1,29 @@
+"""What tests of benchmarks run on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from anabranch.benchmarks.table5_row import measure_row
+from anabranch.benchmarks.table5_sides import Row
+
+
+def row(rank: int, world_size: int, *arguments: Any) -> dict[str, dict[str, Any]]:
+    """A row of Table V, two rounds; told: nothing."""
+    return measure_row(rank, Row(8, 2, fold=18), *arguments, 2, 1, 1.0, 0.0, False)
+
+
+def row_alone(rank: int, world_size: int, variants: list[str]) -> list[dict[str, dict[str, Any]]]:
+    """A row of two ranks, one after the other in this process, on a wire on which nothing travels."""
+    dist.destroy_process_group()
+    found = []
+    for virtual in (0, 1):
+        dist.init_process_group("fake", store=FakeStore(), rank=virtual, world_size=2)
+        torch.manual_seed(1)
+        found.append(measure_row(virtual, Row(8, 2, fold=18), variants, 2, 1, 1.0, 0.0, False))
+        dist.destroy_process_group()
+    return found

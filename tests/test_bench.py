@@ -1,0 +1,229 @@
+"""`anabranch bench`: small rows of Table V on real ranks, a kill and its resumption, what the record says."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_ranks import row, row_alone
+from ranks import run_ranks
+from rich.console import Console
+
+from anabranch.benchmarks import collectives, scaling, table5, table5_report
+from anabranch.benchmarks.plain_resnet import plain_pre_resnet
+from anabranch.benchmarks.table5_sides import Row, network_of
+from anabranch.blocks import build
+from anabranch.blocks.errors import ModelError
+from anabranch.runtime.errors import ConfigError
+from anabranch.schedulers import parse_plan
+
+TINY = Row(8, 2, fold=18)
+BENCH = [sys.executable, "-m", "anabranch.runtime", "bench"]
+
+
+def test_the_baseline_is_our_pre_resnet_in_plain_torch() -> None:
+    torch.manual_seed(0)
+    ours = build("pre_resnet", depth=14).double()
+    plain = plain_pre_resnet(ours).double()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for network in (ours, plain):
+        y = network(x)
+        network.zero_grad()  # stem and classifier are the same modules
+        y.square().sum().backward()
+        results.append(
+            (y, sum(float(p.grad.norm()) ** 2 for p in network.parameters() if p.grad is not None))
+        )
+    torch.testing.assert_close(results[1], results[0])
+    assert not [
+        m
+        for m in plain.modules()
+        if "anabranch" in type(m).__module__ and "benchmarks" not in type(m).__module__
+    ]
+    with pytest.raises(ModelError, match="no plain form"):
+        plain_pre_resnet(build("multi_resnet", depth=8, num_branches=2))
+
+
+@pytest.mark.parametrize(
+    ("num_branches", "deeper", "multi"), [(2, 3_477_850, 3_454_586), (6, 10_477_402, 10_361_082)]
+)
+def test_rows_are_the_papers_networks(num_branches: int, deeper: int, multi: int) -> None:
+    """Table V's integers; the shared form has fewer."""
+    found = {
+        name: sum(p.numel() for p in network_of(Row(32, num_branches), name).parameters()) for name in "bcde"
+    }
+    assert found == {"b": deeper, "c": multi, "d": multi, "e": multi}
+    assert sum(p.numel() for p in network_of(Row(32, num_branches), "d_shared").parameters()) < multi
+
+
+def test_a_row(tmp_path: Path) -> None:
+    """All of (c) to (f) compute one function; every variant has what the record promises."""
+    variants = [name for name in table5.VARIANTS if name != "f_shared"]  # as f and d_shared
+    found, other = run_ranks(2, row, variants)
+    assert {name: facts["samples_s"] for name, facts in found.items()} == {
+        name: facts["samples_s"] for name, facts in other.items()
+    }  # the slowest rank's, on all ranks
+    entries = table5._entries(TINY, found, found, "measured", 2)
+    assert [entry["variant"] for entry in entries] == variants
+    for entry in entries:
+        expected = {"batch": 8, "num_branches": 2, "precision": "fp32", "workers": 2, "bn_batch_size": 4}
+        assert {key: entry[key] for key in expected} == expected
+        assert (entry["measured"], entry["predicted"], entry["label"]) == (True, False, "measured")
+        assert len(entry["samples_s"]) == 2
+        assert entry["median_s"] == pytest.approx(sum(entry["samples_s"]) / 2)
+        assert entry["images_per_s"] == pytest.approx(8 / entry["median_s"])
+        assert entry["peak_memory_bytes"] > 2**20
+        assert entry["memory_format"] == min(entry["format_probe_s"], key=entry["format_probe_s"].get)
+        assert entry["is_papers_network"] == ("shared" not in entry["variant"])
+        low, high = entry["speed_up_interval_95"]
+        assert low <= entry["speed_up"] <= high
+    by = {entry["variant"]: entry for entry in entries}
+    for name in "def":
+        assert by[name]["first_loss"] == pytest.approx(by["c"]["first_loss"], rel=1e-5)
+    assert by["a"]["first_loss"] == pytest.approx(by["b"]["first_loss"], rel=1e-5)
+    assert by["a"]["first_loss"] != pytest.approx(by["c"]["first_loss"], rel=1e-3)
+    # (e) sends its activations, (d) only gradients: 4 bytes of each parameter, once on two ranks, and statistics
+    num_parameters = sum(p.numel() for p in network_of(TINY, "d").parameters())
+    assert 4 * num_parameters <= by["d"]["sent_bytes_per_rank"] < 4.2 * num_parameters
+    assert by["e"]["sent_bytes_per_rank"] > 2 * by["d"]["sent_bytes_per_rank"]
+    assert "counts = [1, 1]" in by["e"]["plan"]
+    assert parse_plan(by["d"]["plan"]).mesh == (2, 1)
+    audited = {one["name"]: one for one in by["f"]["audit"]}  # by the runtime's own audit
+    assert {"data", by["f"]["chosen"]} <= audited.keys()
+    assert (by["f"]["same_as"] == "d") == (by["f"]["chosen"] == "data")
+    record = {"rows": entries, "variant_names": table5.VARIANTS}
+    assert {path.suffix for path in table5_report.write_pictures(record, tmp_path / "table5")} == {
+        ".svg",
+        ".png",
+    }
+    assert "xmlns" in (tmp_path / "table5.svg").read_text()
+    console = Console(width=140, record=True, file=io.StringIO())
+    table5_report.print_table(record, console)
+    shown = console.export_text()
+    assert shown.count("not the paper's") == 2  # in its row, and where the letters are explained
+    assert "compare ratios, not milliseconds" in shown
+
+
+def test_ranks_that_are_not_here_are_predicted() -> None:
+    (of_rank,) = run_ranks(1, row_alone, ["b", "d", "e", "f"])
+    for variant in ("b", "d", "e", "f"):
+        done = table5._completed([rank[variant] for rank in of_rank], "cpu")
+        slowest = [max(seconds) for seconds in zip(*done["compute_samples_s"], strict=True)]
+        assert done["transfer_s"] > 0
+        assert done["samples_s"] == pytest.approx([seconds + done["transfer_s"] for seconds in slowest])
+    # 5 GB/s at 0.7 of it and 10 µs a latency, twice for an all-reduce (schedulers.device_table)
+    moved = [num_bytes for _, num_bytes, _ in of_rank[0]["b"]["exchanges"]]
+    done = table5._completed([rank["b"] for rank in of_rank], "cpu")
+    assert done["transfer_s"] == pytest.approx(2e-5 + moved[0] / 3.5e9)
+    (entry,) = table5._entries(TINY, {"e": done}, {"b": done}, "predicted", 2)
+    assert (entry["predicted"], entry["label"]) == (True, "predicted")
+
+
+def test_a_kill_loses_one_row(tmp_path: Path) -> None:
+    """Killed in its second row, it has the first; --resume measures only the second; no worker is left behind."""
+    command = [*BENCH, "table5", "--rows", "8x2,16x2", "--fold", "18", "--rounds", "2", "--variants", "b"]
+    path = tmp_path / "table5.json"
+    process = subprocess.Popen([*command, "--out", tmp_path], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 200
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        children: list[int] = []
+        while (
+            len(children) < 3 and time.monotonic() < deadline
+        ):  # the second row's workers, and multiprocessing's own
+            children = [
+                int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            ]
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    first = json.loads(path.read_text())["rows"]
+    assert [entry["batch"] for entry in first] == [8]
+
+    def alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, children))
+    rows = table5.parse_rows("8x2,16x2", ["fp32"], 2, 18)
+    settings: dict[str, Any] = {"rounds": 2, "resume": True, "told": False, "folder": tmp_path}
+    with pytest.raises(ConfigError, match="was measured with rounds = 2, now it is 3"):
+        table5.run(rows, ["b"], **(settings | {"rounds": 3}))
+    record = table5.run(rows, ["b"], **settings)
+    assert record["rows"] == json.loads(path.read_text())["rows"]
+    assert record["rows"][0] == first[0]
+    assert [entry["batch"] for entry in record["rows"]] == [8, 16]
+    assert table5.run(rows, ["b"], **settings)["rows"] == record["rows"]  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "32"], "write batch x branches"),
+        (["--rows", "33x2"], "33 samples do not divide over 2 workers"),
+        (["--rows", "32x4:2x2x2"], "write batch x branches"),
+        (["--fold", "4"], "does not divide the 18 blocks"),
+        (["--variants", "b,g"], "there are a, b, c, d, e, f, d_shared, f_shared"),
+    ],
+)
+def test_wrong_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from anabranch.runtime.cli import main
+
+    assert main(["bench", "table5", *arguments, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert message in json.loads(out)["error"]
+    assert message in err
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from anabranch.runtime.cli import main;"
+        "assert main(['bench', '--help']) == 0 == main(['bench', 'table5', '--help']);"
+        "heavy = {'torch', 'ray', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    for case in ("table5", "scaling", "collectives", "data-parallel"):
+        assert case in done.stdout
+
+
+def test_the_mean_is_of_the_papers_rows() -> None:
+    common = {"variant": "f", "precision": "fp32", "label": "measured"}
+    entries = [
+        {**common, "speed_up": 2.0, "row_mesh": "1x2"},
+        {**common, "speed_up": 0.5, "row_mesh": "1x2"},
+        {**common, "speed_up": 9.0, "row_mesh": "2x2"},
+        {**common, "variant": "b", "speed_up": 1.0, "row_mesh": "1x2"},
+    ]
+    assert table5_report.summary(entries) == {("f", "fp32", "measured"): (pytest.approx(1.0), 0.5, 2)}
+
+
+@pytest.mark.optin
+def test_scaling_and_collectives(tmp_path: Path) -> None:
+    """A minute: every count of workers is a process tree of its own."""
+    record = scaling.run(
+        depth=8, num_branches=2, batch_size=8, most=4, rounds=8, plan_budget_s=2, folder=tmp_path
+    )
+    labels = {(one["workers"], one["label"]) for one in record["rows"]}
+    assert (1, "measured") in labels
+    assert (4, "predicted") in labels or (4, "measured") in labels
+    for one in record["rows"]:
+        assert ("samples_s" in one) == (one["label"] == "measured")
+        assert math.isfinite(one["efficiency"])
+    record = collectives.run(rounds=2, sizes=(1024, 65536), folder=tmp_path)
+    assert {one["collective"] for one in record["rows"]} == {*collectives._NAMES}
+    assert {one["num_bytes"] for one in record["rows"]} == {1024, 65536}
