@@ -271,6 +271,49 @@ def mixing(
     )
 
 
+@app.command
+def fused(*, rounds: Rounds = 12) -> None:
+    """Local branches fused against one after another, all stages, batch 32 and 128: what the choice made costs."""
+    from anabranch.benchmarks import step_parts
+
+    record = step_parts.fused(rounds=rounds)
+    for row in record["rows"]:
+        low, high = row["interval_95"]
+        print(
+            f"batch {row['batch']}, stage {row['stage']}: fused / looped {row['fused_over_looped']:.3f} "
+            f"({low:.3f} to {high:.3f}), chosen: {row['chosen']}, {row['memory_format']}"
+        )
+    print(f"the choice is at worst {record['worst_chosen_over_best']:.3f} times the better; {record['path']}")
+
+
+@app.command
+def exchange(*, rounds: Rounds = 12) -> None:
+    """All branches split over two workers: the step against compute alone plus the same collectives alone."""
+    from anabranch.benchmarks import step_parts
+
+    record = step_parts.exchange(rounds=rounds)
+    low, high = record["interval_95"]
+    for name, seconds in record["exposed_s_by_block"].items():
+        print(f"{name}: {1e3 * seconds:.2f} ms exposed")
+    print(
+        f"step / (compute + collectives): {record['step_over_parts']:.3f} ({low:.3f} to {high:.3f}); {record['path']}"
+    )
+
+
+@app.command
+def recompute(*, rounds: Rounds = 8) -> None:
+    """Peak memory and step time of a rank with activations kept and made again."""
+    from anabranch.benchmarks import step_parts
+
+    record = step_parts.recompute(rounds=rounds)
+    kept, again = (max(record["peak_bytes_by_rank"][name]) / 2**20 for name in ("kept", "again"))
+    low, high = record["interval_95"]
+    print(
+        f"peak of a rank {kept:.0f} MiB kept, {again:.0f} MiB made again; time {record['time_ratio']:.3f} "
+        f"({low:.3f} to {high:.3f}); {record['path']}"
+    )
+
+
 def _print_ratios(record: dict[str, Any]) -> None:
     for row in record["cases"]:
         low, high = row["ratio_interval_95"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from anabranch.benchmarks.record import write_record
-from anabranch.benchmarks.steps import ddp_step, images, our_step
+from anabranch.benchmarks.steps import OurStep, ddp_step, images
 from anabranch.benchmarks.workers import interleaved, run_workers
 from anabranch.blocks import build
 from anabranch.runtime.intervals import median_interval
@@ -59,6 +59,6 @@ def _measure(rank: int, rounds: int, steps: int, batch_size: int) -> dict[str, l
     plan = Plan(_WORKERS, 1, {block.name: SAMPLE for block in spec_of(network).blocks}, "sample", "sample")
     sides = {
         "ddp": ddp_step(copy.deepcopy(network), x, target),
-        "ours": our_step(network, plan, x, target),
+        "ours": OurStep(network, plan, x, target),
     }
     return interleaved(sides, rounds, steps, warm_up=3)

@@ -59,36 +59,41 @@ def ddp_step(
     return step
 
 
-def our_step(
-    network: nn.Module,
-    plan: Plan,
-    x: Tensor,
-    target: Tensor,
-    *,
-    precision: str = "fp32",
-    execution: Execution = "fused",
-) -> Step:
+class OurStep:
     """A step of ours under a plan; BN groups as data parallelism has them: batch ÷ ranks. `network` is consumed."""
-    mesh = make_mesh(plan.data, plan.branch)
-    parallel = parallelize(network, plan, mesh, execution=execution)
-    optimizer = make_optimizer(OptimizerConfig(), parallel.parameters())
-    train = TrainStep(parallel, optimizer, cross_entropy(), precision=precision)
-    (deal,) = deal_step(
-        len(x),
-        bn_batch_size=len(x) // mesh.world_size,
-        data=plan.data,
-        branch=plan.branch,
-        samples=plan.samples,
-    )
-    rows = parallel.rank_batch(deal, len(x))
-    taken = rows.range_of(parallel.input_rows)
-    ids = torch.arange(len(x))
-    own, group = (ids[r.start : r.stop] for r in (rows.own_range, rows.group_range))
-    part = slice(taken.start, taken.stop)
-    batch = MicroBatch(x[part], target[part], rows.with_samples(own, group, 0))
 
-    def step() -> None:
-        train.gradients([batch])
-        train.apply(0.1)
+    def __init__(
+        self,
+        network: nn.Module,
+        plan: Plan,
+        x: Tensor,
+        target: Tensor,
+        *,
+        precision: str = "fp32",
+        execution: Execution = "fused",
+        channels_last: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        mesh = make_mesh(plan.data, plan.branch)
+        self.network = parallelize(network, plan, mesh, execution=execution)
+        self.network.use_memory_format(channels_last=channels_last)
+        self.network.recompute = recompute
+        self.optimizer = make_optimizer(OptimizerConfig(), self.network.parameters())
+        self._train = TrainStep(self.network, self.optimizer, cross_entropy(), precision=precision)
+        (deal,) = deal_step(
+            len(x),
+            bn_batch_size=len(x) // mesh.world_size,
+            data=plan.data,
+            branch=plan.branch,
+            samples=plan.samples,
+        )
+        rows = self.network.rank_batch(deal, len(x))
+        taken = rows.range_of(self.network.input_rows)
+        ids = torch.arange(len(x))
+        own, group = (ids[r.start : r.stop] for r in (rows.own_range, rows.group_range))
+        part = slice(taken.start, taken.stop)
+        self._batch = MicroBatch(x[part], target[part], rows.with_samples(own, group, 0))
 
-    return step
+    def __call__(self) -> None:
+        self._train.gradients([self._batch])
+        self._train.apply(0.1)
