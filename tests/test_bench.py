@@ -128,6 +128,20 @@ def test_ranks_that_are_not_here_are_predicted() -> None:
     assert (entry["predicted"], entry["label"]) == (True, "predicted")
 
 
+def children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_kill_loses_one_row(tmp_path: Path) -> None:
     """Killed in its second row, it has the first; --resume measures only the second; no worker is left behind."""
     command = [
@@ -141,8 +155,6 @@ def test_a_kill_loses_one_row(tmp_path: Path) -> None:
         "2",
         "--variants",
         "b",
-        "--workers",
-        "1",
     ]
     path = tmp_path / "table5.json"
     process = subprocess.Popen([*command, "--out", tmp_path], stderr=subprocess.DEVNULL)
@@ -150,30 +162,20 @@ def test_a_kill_loses_one_row(tmp_path: Path) -> None:
         deadline = time.monotonic() + 200
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        children: list[int] = []
-        while (
-            len(children) < 2 and time.monotonic() < deadline
-        ):  # the second row's worker, and multiprocessing's own
-            children = [
-                int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            ]
-            time.sleep(0.1)
+        workers: list[int] = []
+        while not workers and time.monotonic() < deadline:  # the second row's: the fork server's children
+            workers = [pid for child in children(process.pid) for pid in children(child)]
+            time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     first = json.loads(path.read_text())["rows"]
     assert [entry["batch"] for entry in first] == [8]
-
-    def alive(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False
-
-    while any(map(alive, children)) and time.monotonic() < deadline:
+    while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(alive, children))
-    rows = table5.parse_rows("8x2,16x2", ["fp32"], 1, 18)
+    assert workers
+    assert not any(map(alive, workers))
+    rows = table5.parse_rows("8x2,16x2", ["fp32"], 2, 18)
     settings: dict[str, Any] = {"rounds": 2, "resume": True, "told": False, "folder": tmp_path}
     with pytest.raises(ConfigError, match="was measured with rounds = 2, now it is 3"):
         table5.run(rows, ["b"], **(settings | {"rounds": 3}))
