@@ -18,6 +18,10 @@ import torch.distributed as dist
 
 from anabranch.cluster.environment import thread_share
 
+# A server that has imported torch and is forked: of many rows' workers each stands in a fraction of a second.
+_context = multiprocessing.get_context("forkserver")
+_PRELOADED = ["torch", "torch._dynamo", "anabranch.benchmarks.steps"]
+
 
 def run_workers(num_workers: int, function: Callable[..., Any], *arguments: Any, threads: int = 0) -> Any:
     """function(rank, *arguments) in as many processes with a process group; rank 0's result.
@@ -53,14 +57,14 @@ def _run(
     ranks: Iterable[int], num_workers: int, backend: str, threads: int, function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> dict[int, Any]:  # fmt: skip
-    spawn = multiprocessing.get_context("spawn")
+    _context.set_forkserver_preload(_PRELOADED)
     threads = threads or thread_share(len(os.sched_getaffinity(0)), num_workers)
     shared = (num_workers, backend, _free_port(), threads, function, arguments)
     workers, pipes, results = [], dict[Connection, int](), dict[int, Any]()
     try:
         for rank in ranks:
-            mine, theirs = spawn.Pipe(duplex=False)
-            workers.append(spawn.Process(target=_worker, args=(rank, theirs, *shared)))
+            mine, theirs = _context.Pipe(duplex=False)
+            workers.append(_context.Process(target=_worker, args=(rank, theirs, *shared)))
             workers[-1].start()
             theirs.close()  # so that the pipe ends with the worker
             pipes[mine] = rank

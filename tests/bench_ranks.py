@@ -12,9 +12,9 @@ from anabranch.benchmarks.table5_row import measure_row
 from anabranch.benchmarks.table5_sides import Row
 
 
-def row(rank: int, world_size: int, *arguments: Any) -> dict[str, dict[str, Any]]:
+def row(rank: int, world_size: int, variants: list[str]) -> dict[str, dict[str, Any]]:
     """A row of Table V, two rounds; told: nothing."""
-    return measure_row(rank, Row(8, 2, fold=18), *arguments, 2, 1, 1.0, 0.0, False)
+    return measure_row(rank, Row(8, 2, fold=18), variants, 2, 1, 1.0, 0.0, False)
 
 
 def row_alone(rank: int, world_size: int, variants: list[str]) -> list[dict[str, dict[str, Any]]]:
