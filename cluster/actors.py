@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class Worker:
             target: Target = cloudpickle.loads(pickled_target)
             return target(context)
         except BaseException as error:  # SystemExit too: it would end the process and hide what happened
-            return Failure.of(context.rank, context.host, error)
+            failure = Failure.of(context.rank, context.host, error)
+            return replace(failure, step=context.status().get("step", -1))
 
     def status(self) -> dict[str, Any]:
         """What the target published."""

@@ -161,7 +161,7 @@ class Supervisor:
         if failure.died:
             return True
         # An exception: once more, unless another try could not help: it came again, or on several ranks at once.
-        key = self._step(), failure.text
+        key = failure.step, failure.text
         again = key in self._raised or (self._round and any(e["raised"] for e in self._round.events))
         self._raised.add(key)
         return not again and self.recovery.retries(failure)

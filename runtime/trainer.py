@@ -230,6 +230,7 @@ class Trainer:
         if self.checkpoints is None and self.run_dir:
             self.checkpoints = Checkpoints(self.run_dir, self.config.checkpoint.num_to_keep)
             self._record(self.run_dir, self.position)
+        self.context.publish(step=self.position.done)
         if self.position.done == self.last_step:
             self._resumed()
 
