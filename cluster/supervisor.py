@@ -36,6 +36,8 @@ MORE_FAILURES_S = 1.0
 CAUSE_S = 5.0
 # A rank that trains and does not answer for so long is lost: stopped, or its host or network is gone.
 LOST_S = 8.0
+# Ranks that lost a connection wait so long for word of a death before the controller takes it for a broken network.
+CUT_S = 3.0
 QUIESCE_S = 5.0
 NEWCOMER_S = 120.0
 _HANG_STEPS = 10
@@ -81,6 +83,7 @@ class Supervisor:
         ] = []  # recovered, until their ranks have stepped in that generation
         self._statuses: list[dict[str, Any]] = []
         self._steps = (-1, time.monotonic())
+        self._cut_at = time.monotonic()
         self._step_times: deque[float] = deque(maxlen=25)
 
     def supervise(self) -> list[dict[str, Any]]:
@@ -138,6 +141,7 @@ class Supervisor:
                 self._tell(round, max(stepped) - round.began if stepped else None)
         if self.recovery and not self._round and not self.failures:
             self._find_lost(statuses)
+            self._find_cut(statuses)
             self._find_hang(statuses, self.recovery.hang_s)
 
     def _ended(self, rank: int, ref: Any) -> None:
@@ -178,19 +182,10 @@ class Supervisor:
             round = self._round = _Round()
             for other in self.running.values():
                 self._ask(round, other, QUIESCE_S)
-        host = self.group.seats[rank].host.name
+        event = self._event(rank, cause)
         ref, is_spare = self.group.replace(rank)
         self.running[ref] = rank
-        round.events.append(
-            {
-                "rank": rank,
-                "host": host,
-                "cause": cause,
-                "step": self._step() + 1,
-                "spare": is_spare,
-                "raised": not failure.died,
-            }
-        )
+        round.events.append({**event, "spare": is_spare, "raised": not failure.died})
         self._newcomers.add(rank)
         round.states.pop(rank, None)
         self._ask(round, rank, NEWCOMER_S)
@@ -257,6 +252,32 @@ class Supervisor:
             if "step" in status and status["seen_s"] > LOST_S and rank in self.running.values():
                 self._give_up(rank, f"no answer for {status['seen_s']:.0f} s")
 
+    def _find_cut(self, statuses: list[dict[str, Any]]) -> None:
+        """Ranks wait for an order though all live: a connection broke, or the groups could not be formed in time."""
+        waiting = [rank for rank, status in enumerate(statuses) if status.get("waits") == self.generation]
+        now = time.monotonic()
+        if not waiting or self._given_up:
+            self._cut_at = now
+        elif now - self._cut_at > CUT_S and self.recovery and not self.results:
+            if self.num_failures >= self.recovery.max_failures:
+                for rank in waiting:  # its end is the run's
+                    self._give_up(rank, "lost its connections to the others")
+                return
+            self.num_failures += 1
+            self._round = round = _Round()
+            event = self._event(waiting[0], "lost its connections to the others")
+            round.events.append({**event, "spare": None, "raised": False})
+            for rank in self.running.values():
+                self._ask(round, rank, QUIESCE_S)
+
+    def _event(self, rank: int, cause: str) -> dict[str, Any]:
+        return {
+            "rank": rank,
+            "host": self.group.seats[rank].host.name,
+            "cause": cause,
+            "step": self._step() + 1,
+        }
+
     def _find_hang(self, statuses: list[dict[str, Any]], hang_s: float) -> None:
         """All answer, none steps."""
         step, now = self._step(), time.monotonic()
@@ -277,12 +298,12 @@ class Supervisor:
     def _tell(self, round: _Round, seconds: float | None) -> None:
         assert self.recovery is not None, "there was a round"
         for event in round.events:
-            by = "a spare" if event["spare"] else "a new process"
+            by = {None: "connected again", True: "replaced by a spare", False: "replaced by a new process"}
             took = f" in {seconds:.1f} s" if seconds is not None else ""
             where = f", all went on from step {event['resumed_from']}" if event["action"] == "rewind" else ""
             text = (
                 f"rank {event['rank']} on {event['host']} failed in step {event['step']} ({event['cause']}), "
-                f"replaced by {by}{took}{where}; {event['lost_steps']} steps lost"
+                f"{by[event['spare']]}{took}{where}; {event['lost_steps']} steps lost"
             )
             self.recovery.told({**event, "seconds": seconds, "text": text})
 

@@ -46,9 +46,10 @@ class WorkerContext:
             self._status.update(status)
 
     def status(self) -> dict[str, Any]:
-        """A copy of what was published, with rank, host and pid."""
+        """A copy of what was published, with rank, host, pid and the generation in which it waits for an order."""
         with self._lock:
-            return {"rank": self.rank, "host": self.host, "pid": os.getpid(), **self._status}
+            waits = self.generation if self._quiesced is not None else None
+            return {"rank": self.rank, "host": self.host, "pid": os.getpid(), "waits": waits, **self._status}
 
     def request_stop(self, reason: str) -> None:
         """Ask the target to save and return at its next step; the first reason stays."""
@@ -83,11 +84,11 @@ class WorkerContext:
         Takes the place that the order gives (the context's fields in order["place"]).
         """
         with self._changed:
-            self._quiesced, self.order = {"generation": self.generation, **state}, None
+            self._quiesced = {"generation": self.generation, **state}
             self._changed.notify_all()
-            while (order := self.order) is None:
-                self._changed.wait()
-        return order
+            self._changed.wait_for(lambda: self._quiesced is None)
+            assert self.order is not None, "given"
+            return self.order
 
     def quiesce(self, generation: int, wait_s: float) -> dict[str, Any] | None:
         """From another thread: gives up groups up to `generation`; the target's state once it waits, None if it does

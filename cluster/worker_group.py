@@ -240,7 +240,7 @@ class WorkerGroup:
 
         self._stderr[: len(self.seats)] = [state["stderr"] for state in states]
         world_size = len(self.seats)
-        meeting = ""
+        meeting: Any = ""
         if world_size > 1:
             meeting = counted("result", ray.get, self._actors[0].meeting_point.remote(), timeout=_MEET_S)
         for seat in self.seats:

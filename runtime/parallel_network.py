@@ -113,7 +113,7 @@ class ParallelNetwork(nn.Module):
         """Goes on in other process groups. Whatever else holds groups (a `TrainStep`) must be made anew."""
         self.mesh, self.wire = mesh, Wire(mesh.branch_group, self.recorder)
         for _, block_sum in branch_sums(self):
-            if block_sum.exchange is not None:
+            if isinstance(block_sum.exchange, BranchExchange):
                 block_sum.exchange.wire = self.wire
 
     @property
