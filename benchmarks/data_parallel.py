@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def _measure(rank: int, rounds: int, steps: int, batch_size: int) -> dict[str, l
     network = build("multi_resnet", **_NETWORK)
     x, target = images(batch_size)
     plan = Plan(_WORKERS, 1, {block.name: SAMPLE for block in spec_of(network).blocks}, "sample", "sample")
-    sides = {
+    sides: dict[str, Callable[[], object]] = {
         "ddp": ddp_step(copy.deepcopy(network), x, target),
         "ours": OurStep(network, plan, x, target),
     }

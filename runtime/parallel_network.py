@@ -121,6 +121,10 @@ class ParallelNetwork(nn.Module):
         self.roles: dict[str, Role] = {}
         self.recompute = False
 
+    def regroup(self, mesh: Mesh) -> None:
+        """Goes on in other process groups. Whatever else holds groups (a `TrainStep`) must be made anew."""
+        self.mesh, self.wire.group = mesh, mesh.branch_group
+
     @property
     def input_rows(self) -> Rows:
         return self._rows(self.plan.stem)
