@@ -197,7 +197,9 @@ class Driver:
 
             def told(failure: dict[str, Any]) -> None:
                 text = failure.pop("text")
-                self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+                self.console.print(
+                    f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False
+                )
                 failures.append(failure)
                 with (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**failure, "text": text}) + "\n")

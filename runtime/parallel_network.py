@@ -137,6 +137,7 @@ class ParallelNetwork(nn.Module):
         """Rows `input_rows` of the batch in, rows `output_rows` out."""
         rows, recorder = self.input_rows, self.recorder
         for name, module, wanted in self.elements():
+            recorder.entered = name
             if recorder.detailed:
                 recorder.at(name)
             if wanted != rows:

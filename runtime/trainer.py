@@ -226,6 +226,8 @@ class Trainer:
                 fill(self.network, self.optimizer, source, is_new=before is None)
             told = before.to_json() if before else {}
             self.position = Position(**broadcast_json(told, self.device, order["leader"]))
+        recorder = self.network.recorder
+        self.context.where = lambda: f"in {recorder.part}, the last block entered is {recorder.entered}"
         self._plateau = Plateau(self.config.lr_schedule)
         self._plateau.load(self.position.plateau)
         if self.checkpoints is None and self.run_dir:
