@@ -14,11 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from anabranch.cluster.errors import StoppedError
+from anabranch.cluster.errors import ClusterError, StoppedError
 from anabranch.cluster.failures import Failure, worker_error
 from anabranch.cluster.ray_calls import counted
 from anabranch.cluster.recovery import Recovery
@@ -186,7 +186,12 @@ class Supervisor:
         event = self._event(rank, cause)
         if rank in self._stacks:
             event["stack"] = self._stacks.pop(rank)
-        ref, is_spare = self.group.replace(rank)
+        try:
+            ref, is_spare = self.group.replace(rank)
+        except ClusterError as error:
+            self.failures.append(replace(failure, text=f"{failure.text}\n{error}"))
+            self.deadline = time.monotonic()
+            return
         self.running[ref] = rank
         round.events.append({**event, "spare": is_spare, "raised": not failure.died})
         self._newcomers.add(rank)

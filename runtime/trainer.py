@@ -81,6 +81,8 @@ class Trainer:
     told on rank 0.
     """
 
+    step: TrainStep  # once it is set up
+
     def __init__(
         self,
         network: nn.Module,
