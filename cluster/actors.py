@@ -100,11 +100,12 @@ class Worker:
         return f"tcp://{_address()}:{self._held.getsockname()[1]}"
 
     def whereabouts(self) -> dict[str, Any]:
-        """Of a rank that may hang: its target's stack, and whether it waits for others there."""
+        """Of a rank that may hang: what it is at, its target's stack, and whether it waits for others there."""
         assert self._context is not None, "it runs"
         frames = traceback.extract_stack(sys._current_frames()[self._context.thread])
         waits = any(in_collective(frame) for frame in frames[-3:])
-        return {"stack": "".join(traceback.format_list(frames[-_STACK_FRAMES:])), "waits": waits}
+        stack = "".join(traceback.format_list(frames[-_STACK_FRAMES:]))
+        return {"where": self._context.where(), "stack": stack, "waits": waits}
 
     def request_stop(self, reason: str) -> None:
         """Ask the target to save and return."""

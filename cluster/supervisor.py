@@ -14,11 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from anabranch.cluster.errors import StoppedError
+from anabranch.cluster.errors import ClusterError, StoppedError
 from anabranch.cluster.failures import Failure, worker_error
 from anabranch.cluster.ray_calls import counted
 from anabranch.cluster.recovery import Recovery
@@ -76,6 +76,7 @@ class Supervisor:
         self.generation, self.num_failures = 0, 0
         self._newcomers: set[int] = set()
         self._given_up: dict[int, str] = {}  # rank → why we killed it
+        self._stacks: dict[int, str] = {}  # of those that hang
         self._raised: set[tuple[int, str]] = set()  # (step, text) of exceptions that were recovered from
         self._round: _Round | None = None
         self._pending: list[
@@ -183,7 +184,14 @@ class Supervisor:
             for other in self.running.values():
                 self._ask(round, other, QUIESCE_S)
         event = self._event(rank, cause)
-        ref, is_spare = self.group.replace(rank)
+        if rank in self._stacks:
+            event["stack"] = self._stacks.pop(rank)
+        try:
+            ref, is_spare = self.group.replace(rank)
+        except ClusterError as error:
+            self.failures.append(replace(failure, text=f"{failure.text}\n{error}"))
+            self.deadline = time.monotonic()
+            return
         self.running[ref] = rank
         round.events.append({**event, "spare": is_spare, "raised": not failure.died})
         self._newcomers.add(rank)
@@ -291,9 +299,10 @@ class Supervisor:
         places = {rank: self.group.whereabouts(rank, QUIESCE_S) for rank in self.running.values()}
         stuck = [rank for rank, place in places.items() if place is None or not place["waits"]]
         for rank in stuck or list(places):
-            where = places[rank]
-            stack = f" at:\n{where['stack']}" if where else ", and it does not answer"
-            self._give_up(rank, f"hangs: no step for {now - self._steps[1]:.0f} s after step {step}{stack}")
+            place = places[rank]
+            self._stacks[rank] = place["stack"] if place else ""
+            where = f", {place['where']}" if place else ", and it does not answer"
+            self._give_up(rank, f"hangs: no step for {now - self._steps[1]:.0f} s{where}")
 
     def _tell(self, round: _Round, seconds: float | None) -> None:
         assert self.recovery is not None, "there was a round"

@@ -158,6 +158,7 @@ class ParallelNetwork(nn.Module):
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         for name, module, wanted in self.elements():
+            recorder.entered = name
             if recorder.detailed:
                 recorder.at(name)
             if wanted != rows:

@@ -82,6 +82,8 @@ class Trainer:
     told on rank 0.
     """
 
+    step: TrainStep  # once it is set up
+
     def __init__(
         self,
         network: nn.Module,
@@ -248,6 +250,8 @@ class Trainer:
             for source in peers:
                 fill(self.network, self.optimizer, source, is_new=before is None)
             self.position = Position(**told["position"])
+        recorder = self.network.recorder
+        self.context.where = lambda: f"in {recorder.part}, the last block entered is {recorder.entered}"
         self._plateau = Plateau(self.config.lr_schedule)
         self._plateau.load(self.position.plateau)
         if self.checkpoints is None and self.run_dir:
