@@ -272,6 +272,17 @@ def evaluate(
 
 
 @app.command
+@with_config_flags
+def doctor(config: ConfigName = "", /, *, json: Json = False, quiet: Quiet = False, **given: Any) -> Call:
+    """Say what would stop a run on this cluster: versions, GPUs, network, clocks, the run's folder; exit code 1 where
+    something would.
+
+    JSON: ok, checks (a list of {name, host, ok, found, remedy}).
+    """
+    return Call("doctor", {"config": config_from_flags(config, given)}, json, quiet)
+
+
+@app.command
 def models(*, json: Json = False, quiet: Quiet = False) -> Call:
     """List the ready networks with their parameters, multiply-adds and branches.
 
@@ -335,6 +346,8 @@ def run(call: Call) -> tuple[dict[str, Any] | None, int]:
     if call.function == "verify" and result is not None:
         # Written so that a difference of NaN fails.
         return result, 0 if result["max_relative_difference"] <= call.arguments["tolerance"] else 1
+    if call.function == "doctor" and result is not None:
+        return result, 0 if result["ok"] else 1
     return result, 0
 
 

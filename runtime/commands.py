@@ -220,6 +220,13 @@ def plan(
     return plan_here(config, explain, output, console)
 
 
+def doctor(config: Config, console: Console) -> dict[str, Any]:
+    """Says what would stop a run on the cluster; see `doctor_command`."""
+    from anabranch.runtime.doctor_command import doctor as examine
+
+    return examine(config, console)
+
+
 def models(console: Console) -> dict[str, Any]:
     """The ready networks: models, a list of name, params, macs, num_branches, log2_paths."""
     import torch
