@@ -98,8 +98,9 @@ def check_gpus(nodes: Sequence[NodeReport]) -> list[Check]:
         if seen < node.gpus:
             without = " (this torch has no CUDA)" if node.versions.get("cuda") == "none" else ""
             found = f"Ray offers {node.gpus} GPUs, torch sees {seen}{without}"
-            remedy = "install a torch with CUDA and a driver for it, or start Ray there with --num-gpus " + str(
-                seen
+            remedy = (
+                "install a torch with CUDA and a driver for it, or start Ray there with --num-gpus "
+                + str(seen)
             )
             checks.append(Check("GPUs", node.name, False, found, remedy))
         elif node.free_gpus == node.gpus and busy:

@@ -180,9 +180,7 @@ class _Ward:
         except ClusterError as error:
             self._nodes[index] = replace(first, error=str(error))
             return result + checks.check_answers([self._nodes[index]])
-        self._each(
-            lambda probe, node: probe.reach.remote(first.address, given, REACH_S), _set("reach_error")
-        )
+        self._each(lambda probe, node: probe.reach.remote(first.address, given, REACH_S), _set("reach_error"))
         nodes = self._answering
         return result + checks.check_reach(nodes[0], nodes)
 

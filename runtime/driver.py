@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from anabranch.cluster import RayRequest, connect, discover, ray_calls, run_on_ray
+from anabranch.cluster.doctor import is_remote, preflight
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_rules import mesh_axes
+from anabranch.runtime.doctor_command import run_folder
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.launch import choose_launcher, run_here
@@ -53,6 +55,7 @@ class Driver:
                     self._stack.enter_context(connect(self.config.launch.address))
                 prepared.result()
             self._make_plan()
+            self._check_hosts()
         except BaseException:
             self._stack.close()
             raise
@@ -123,6 +126,13 @@ class Driver:
             key = cost_key(self.network, settled, self.plan.world_size)
             own = ("device", "cores")  # the workers', not this machine's
             costs.check_key({name: value for name, value in key.items() if name not in own}, mesh.costs)
+
+    def _check_hosts(self) -> None:
+        """What `anabranch doctor` finds quickly, on the plan's hosts of a cluster that was there before."""
+        launch = self.config.launch
+        if self.launcher == "ray" and self.cluster is not None and is_remote(launch.address):
+            names = {device.host for device in self.cluster.devices}
+            preflight(sorted(names), run_folder(launch.run_dir))
 
     def find_plan(self) -> dict[str, Any] | None:
         """Measures, plans and times plans on the workers; from then on `plan` is the one chosen.
