@@ -20,6 +20,7 @@ from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.launch import choose_launcher, run_here
 from anabranch.runtime.progress import RunProgress
+from anabranch.runtime.run_record import RunRecord
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
 from anabranch.schedulers.cost_file import read_costs
 from anabranch.schedulers.registry import make_request
@@ -182,7 +183,10 @@ class Driver:
         other = (
             self.launcher == "env" and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
         )
-        with RunProgress(Console(quiet=True) if other else self.console, what) as progress:
+        record = None
+        if kind in ("train", "profile", "gross") and not other:
+            record = RunRecord(launch.run_dir, what, launch.address)
+        with RunProgress(Console(quiet=True) if other else self.console, what, record) as progress:
             if self.launcher != "ray":
                 result = run_here(
                     job, progress.watch, self.launcher, backend=launch.backend, port=launch.port
