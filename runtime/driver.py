@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +19,7 @@ from anabranch.runtime.config_rules import mesh_axes
 from anabranch.runtime.doctor_command import run_folder
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
+from anabranch.runtime.job_line import check_address, outlive_note
 from anabranch.runtime.launch import choose_launcher, run_here
 from anabranch.runtime.progress import RunProgress
 from anabranch.runtime.run_record import RunRecord
@@ -45,15 +47,21 @@ class Driver:
 
     def __init__(self, config: Config, console: Console) -> None:
         self.config, self.console = config, console
-        self.launcher = choose_launcher(config.launch.launcher)
+        # An address is Ray's, also where srun started this.
+        self.launcher = choose_launcher(config.launch.launcher or ("ray" if config.launch.address else ""))
         self._stack = ExitStack()
 
     def __enter__(self) -> Driver:
+        address = self.config.launch.address
+        if self.launcher == "ray":
+            check_address(address, sys.argv[1:])
+            if note := outlive_note(address, sys.argv[1:]):
+                self.console.print(note, highlight=False, soft_wrap=True, markup=False)
         try:
             with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, torch to import: both at once
                 prepared = beside.submit(self._prepare)
                 if self.launcher == "ray":
-                    self._stack.enter_context(connect(self.config.launch.address))
+                    self._stack.enter_context(connect(address))
                 prepared.result()
             self._make_plan()
             self._check_hosts()
