@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +161,12 @@ TRAIN = "-m anabranch.runtime train --train.max-steps 3 --num-workers 2 --addres
 SYMMETRIC = (
     "ray symmetric-run --address 127.0.0.1:6379 --num-cpus 2 -- {python} {train} --run-dir {folder}/run"
 )
+# No node has anabranch: it is in the folder that goes along.
 JOB = """
 ray start --head --node-ip-address 127.0.0.1 --num-cpus 2 --dashboard-port 8265 >/dev/null
-ray job submit --address http://127.0.0.1:8265 --working-dir {folder}/empty -- {python} {train} --run-dir {folder}/run
+ray job submit --address http://127.0.0.1:8265 --working-dir {folder}/job -- {python} {train} --run-dir {folder}/run
 echo "rc $?"
+cd {folder}/job
 RAY_AUTH_TOKEN={other} {python} -m anabranch.runtime doctor --address 127.0.0.1:6379 --run-dir {folder}/run
 {python} -m anabranch.runtime doctor --address 127.0.0.1:6379 --run-dir {folder}/run
 """
@@ -170,7 +174,9 @@ RAY_AUTH_TOKEN={other} {python} -m anabranch.runtime doctor --address 127.0.0.1:
 
 def alone(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a script where no other process, port or Ray is seen; all that it started ends with it."""
-    (folder / "empty").mkdir()
+    for package in ("blocks", "cluster", "runtime", "schedulers"):
+        source = Path(next(iter(import_module(f"anabranch.{package}").__path__)))
+        shutil.copytree(source, folder / "job" / "anabranch" / package)
     temp = Path(f"/tmp/ab{os.getpid()}")
     temp.mkdir()
     values = {"python": sys.executable, "train": TRAIN, "folder": folder, "other": "1" * 64}
@@ -193,8 +199,9 @@ def alone(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
             text=True,
             timeout=280,
             check=False,
+            cwd=folder / ("job" if script == SYMMETRIC else ""),
             env={
-                **os.environ,
+                **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "RAY_TMPDIR": str(temp),
                 "RAY_AUTH_MODE": "token",
