@@ -19,9 +19,10 @@ import pytest
 
 from anabranch.cluster import ClusterError, checks, connect
 from anabranch.cluster.checks import Check, NodeReport
-from anabranch.cluster.doctor import examine, preflight, rounds
+from anabranch.cluster.doctor import examine, preflight
 from anabranch.cluster.node_probe import NodeProbe
 from anabranch.cluster.ray_session import hosts
+from anabranch.cluster.ward import rounds
 from anabranch.runtime.cli import parse, run
 
 VERSIONS = {

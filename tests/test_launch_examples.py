@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # Ray's own dependency
+import yaml  # type: ignore[import-untyped]  # Ray's own dependency
 
 import anabranch.cluster
 from anabranch.runtime.cli import main, parse
@@ -89,7 +89,7 @@ def test_ray_job() -> None:
 
 
 def test_virtual_machines() -> None:
-    from jsonschema import ValidationError
+    from jsonschema import ValidationError  # type: ignore[import-untyped]
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = yaml.safe_load((EXAMPLES / "cluster.yaml").read_text())
