@@ -177,7 +177,7 @@ def check_folder(folder: str, driver_error: str, nodes: Sequence[NodeReport]) ->
         remedy = "choose another --run-dir, or give yourself the right to write there"
         return [Check("run folder", "driver", False, f"{folder}: {driver_error}", remedy)]
     checks = []
-    share = "give a --run-dir on storage that all hosts mount at one path, or a URL, or run on one host"
+    share = "give a --run-dir on storage that all hosts mount at one path, or run on one host"
     for node in nodes:
         others = [name for name in node.unseen if name != node.name]
         if node.folder_error == "absent":

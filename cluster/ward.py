@@ -40,7 +40,7 @@ class Ward:
             self._probes: list[Any] = [
                 counted(
                     "doctor_actor",
-                    ray.remote(NodeProbe)  # type: ignore[arg-type]
+                    ray.remote(NodeProbe)
                     .options(
                         num_cpus=0,
                         max_concurrency=4,

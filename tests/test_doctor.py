@@ -199,7 +199,7 @@ def bad_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         )
         try:
             with connect(cluster.address):
-                deadline = time.monotonic() + 60
+                deadline = time.monotonic() + 120
                 while len(hosts()) < 2:
                     assert node.poll() is None, "the node ended"
                     assert time.monotonic() < deadline

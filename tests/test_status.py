@@ -93,7 +93,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "anabranch.runtime", *command], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -121,7 +121,15 @@ def test_a_run_is_stopped_from_another_terminal(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_killed_run_is_dead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    process = start(tmp_path)
+    """Its record says that it runs, and always will."""
+    code = (
+        "import sys, time; from anabranch.runtime.run_record import RunRecord;"
+        "RunRecord(sys.argv[1], 'training'); print(flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert main(["status", str(tmp_path)]) == 0
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert main(["status", str(tmp_path)]) == 1
