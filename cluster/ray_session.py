@@ -141,15 +141,19 @@ def discover(cpus_per_worker: float = 1.0) -> Cluster:
 
 def _init(options: dict[str, Any]) -> None:
     import ray
+    from ray.exceptions import RayError
 
     main = threading.current_thread() is threading.main_thread()
     found = signal.getsignal(signal.SIGTERM)
     try:
         counted("init", ray.init, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         if options["address"] == "local":
             raise
-        raise ClusterError(f"the Ray cluster at {options['address']} cannot be used: {error}") from error
+        raise ClusterError(
+            f"the Ray cluster at {options['address']} cannot be used: {error}; start this on one of its hosts, with "
+            "the token that it was started with (RAY_AUTH_TOKEN or ~/.ray/auth_token)"
+        ) from error
     except SystemExit as error:  # Ray answers SIGTERM in this way while it starts
         raise StoppedError("terminated while Ray was starting", "terminate") from error
     finally:

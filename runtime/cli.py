@@ -280,6 +280,43 @@ def evaluate(
 
 
 @app.command
+@with_config_flags
+def doctor(config: ConfigName = "", /, *, json: Json = False, quiet: Quiet = False, **given: Any) -> Call:
+    """Say what would stop a run on this cluster: versions, GPUs, network, clocks, the run's folder; exit code 1 where
+    something would.
+
+    JSON: ok, checks (a list of {name, host, ok, found, remedy}).
+    """
+    return Call("doctor", {"config": config_from_flags(config, given)}, json, quiet)
+
+
+@app.command
+def status(run: RunFolder, /, *, json: Json = False, quiet: Quiet = False) -> Call:
+    """Say where a run stands, from any terminal that sees its folder; exit code 1 where it failed or died.
+
+    JSON: state (running, finished, stopped, failed, dead), alive, what, phase, step, num_steps, left_s, metrics,
+    workers, pid, host, address, started_at, heard_at, silent_s, checkpoint, error, run_dir.
+    """
+    return Call("status", {"run": run}, json, quiet)
+
+
+@app.command
+def stop(
+    run: RunFolder,
+    /,
+    *,
+    wait: Annotated[bool, Parameter(help="Until it has ended.", negative=())] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> Call:
+    """Ask a run to write a checkpoint and end (its exit code is then 143), from any terminal that sees its folder.
+
+    JSON: as `anabranch status`.
+    """
+    return Call("stop", {"run": run, "wait": wait}, json, quiet)
+
+
+@app.command
 def models(*, json: Json = False, quiet: Quiet = False) -> Call:
     """List the ready networks with their parameters, multiply-adds and branches.
 
@@ -343,6 +380,10 @@ def run(call: Call) -> tuple[dict[str, Any] | None, int]:
     if call.function == "verify" and result is not None:
         # Written so that a difference of NaN fails.
         return result, 0 if result["max_relative_difference"] <= call.arguments["tolerance"] else 1
+    if call.function == "doctor" and result is not None:
+        return result, 0 if result["ok"] else 1
+    if call.function == "status" and result is not None:
+        return result, 1 if result["state"] in ("failed", "dead") else 0
     return result, 0
 
 
@@ -380,7 +421,7 @@ def _failure(error: BaseException) -> tuple[dict[str, Any], int]:
     from anabranch.schedulers.errors import PlanError
 
     if isinstance(error, StoppedError):
-        return {"error": str(error)}, (Terminated if error.reason == "terminate" else Interrupted).exit_code
+        return {"error": str(error)}, (Interrupted if error.reason == "interrupt" else Terminated).exit_code
     wrong_input = (ConfigError, ModelError, ClusterError, PlanError)
     if isinstance(error, wrong_input):
         return {"error": str(error)}, 2

@@ -23,7 +23,7 @@ from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
 from anabranch.runtime.launch import choose_launcher
 from anabranch.runtime.plan_report import print_candidates
-from anabranch.runtime.progress import print_placement
+from anabranch.runtime.progress import print_placement, print_status
 
 if TYPE_CHECKING:
     from anabranch.runtime.checkpoint import Checkpoint
@@ -189,7 +189,7 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     if result is None:
         return None
     if reason := result.pop("stopped"):
-        kind: type[Stopped] = Terminated if reason == "terminate" else Interrupted
+        kind: type[Stopped] = Interrupted if reason == "interrupt" else Terminated
         again = f"go on with: anabranch gross --resume {result['run_dir']}"
         raise kind(f"stopped, what was done is saved; {again}", result["run_dir"])
     print_table(console, result)
@@ -218,6 +218,34 @@ def plan(
     if devices or cluster:
         return plan_elsewhere(config, devices, interconnect, cluster, explain, output, console)
     return plan_here(config, explain, output, console)
+
+
+def doctor(config: Config, console: Console) -> dict[str, Any]:
+    """Says what would stop a run on the cluster; see `doctor_command`."""
+    from anabranch.runtime.doctor_command import doctor as examine
+
+    return examine(config, console)
+
+
+def status(run: Path, console: Console) -> dict[str, Any]:
+    """Says where a run stands; see `run_record.run_status`."""
+    from anabranch.runtime.run_record import run_status
+
+    found = run_status(run)
+    print_status(console, found)
+    return found
+
+
+def stop(run: Path, wait: bool, console: Console) -> dict[str, Any]:
+    """Asks a run to save and end; see `run_record.request_stop`."""
+    from anabranch.runtime.run_record import request_stop
+
+    found = request_stop(run, wait)
+    if wait:
+        print_status(console, found)
+    else:
+        console.print(f"asked: {found['what']}, process {found['pid']} on {found['host']}", highlight=False)
+    return found
 
 
 def models(console: Console) -> dict[str, Any]:
@@ -299,7 +327,7 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
 
 
 def _raise_stopped(reason: str, result: dict[str, Any]) -> None:
-    kind: type[Stopped] = Terminated if reason == "terminate" else Interrupted
+    kind: type[Stopped] = Interrupted if reason == "interrupt" else Terminated
     raise kind(
         f"stopped after step {result['steps']}, checkpoint saved; "
         f"go on with: anabranch train --resume {result['run_dir']}",

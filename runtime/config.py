@@ -195,9 +195,10 @@ class LaunchConfig:
 
     launcher: Literal["", "ray", "env", "none"] = ""
     """ray (actors on a cluster), env (torchrun or srun started this process as one rank), or none (one worker, in this
-    process). Empty: env where RANK and WORLD_SIZE are set, else ray."""
+    process). Empty: env where RANK and WORLD_SIZE are set and no address is given, else ray."""
     address: str = ""
-    """Address of the Ray cluster; empty: the running one (RAY_ADDRESS), else one on this machine for the run."""
+    """Address of the Ray cluster, HOST:PORT, or auto (this host's); ray:// and http:// ones are answered with the job
+    to submit. Empty: the running one (RAY_ADDRESS), else one on this machine for the run."""
     run_dir: str = ""
     """Folder for the run's config.toml, plan.toml, metrics.jsonl and checkpoints/; empty: a new one under runs/."""
     backend: Literal["", "gloo", "nccl"] = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from anabranch.cluster import RayRequest, WorkerError, connect, discover, ray_calls, run_on_ray
+from anabranch.cluster.doctor import is_remote, preflight
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_rules import mesh_axes
+from anabranch.runtime.doctor_command import run_folder
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
+from anabranch.runtime.job_line import check_address, outlive_note
 from anabranch.runtime.launch import choose_launcher, run_here
 from anabranch.runtime.progress import RunProgress
 from anabranch.runtime.recovery_policy import recovery_of
+from anabranch.runtime.run_record import RunRecord
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
 from anabranch.schedulers.cost_file import read_costs
 from anabranch.schedulers.registry import make_request
@@ -44,17 +49,24 @@ class Driver:
 
     def __init__(self, config: Config, console: Console) -> None:
         self.config, self.console = config, console
-        self.launcher = choose_launcher(config.launch.launcher)
+        # An address is Ray's, also where srun started this.
+        self.launcher = choose_launcher(config.launch.launcher or ("ray" if config.launch.address else ""))
         self._stack = ExitStack()
 
     def __enter__(self) -> Driver:
+        address = self.config.launch.address
+        if self.launcher == "ray":
+            check_address(address, sys.argv[1:])
+            if note := outlive_note(address, sys.argv[1:]):
+                self.console.print(note, highlight=False, soft_wrap=True, markup=False)
         try:
             with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, torch to import: both at once
                 prepared = beside.submit(self._prepare)
                 if self.launcher == "ray":
-                    self._stack.enter_context(connect(self.config.launch.address))
+                    self._stack.enter_context(connect(address))
                 prepared.result()
             self._make_plan()
+            self._check_hosts()
         except BaseException:
             self._stack.close()
             raise
@@ -126,6 +138,13 @@ class Driver:
             own = ("device", "cores")  # the workers', not this machine's
             costs.check_key({name: value for name, value in key.items() if name not in own}, mesh.costs)
 
+    def _check_hosts(self) -> None:
+        """What `anabranch doctor` finds quickly, on the plan's hosts of a cluster that was there before."""
+        launch = self.config.launch
+        if self.launcher == "ray" and self.cluster is not None and is_remote(launch.address):
+            names = {device.host for device in self.cluster.devices}
+            preflight(sorted(names), run_folder(launch.run_dir))
+
     def find_plan(self) -> dict[str, Any] | None:
         """Measures, plans and times plans on the workers; from then on `plan` is the one chosen.
 
@@ -174,7 +193,10 @@ class Driver:
         other = (
             self.launcher == "env" and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
         )
-        with RunProgress(Console(quiet=True) if other else self.console, what) as progress:
+        record = None
+        if kind in ("train", "profile", "gross") and not other:
+            record = RunRecord(launch.run_dir, what, launch.address)
+        with RunProgress(Console(quiet=True) if other else self.console, what, record) as progress:
             if self.launcher != "ray":
                 result = run_here(
                     job, progress.watch, self.launcher, backend=launch.backend, port=launch.port

@@ -33,6 +33,7 @@ SHORT_FLAGS = {
     "mesh.plan": "--plan",
     "checkpoint.resume": "--resume",
     "launch.launcher": "--launcher",
+    "launch.address": "--address",
     "launch.run_dir": "--run-dir",
 }
 

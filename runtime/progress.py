@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from anabranch.runtime.run_record import RunRecord
 from anabranch.schedulers import ModelSpec, Plan
 
 _LINE_S = 5.0  # between plain lines
@@ -52,10 +53,13 @@ def _branches(held: Sequence[int]) -> str:
 
 
 class RunProgress:
-    """Shows the workers' statuses; its `watch` is called about once a second with all of them."""
+    """Shows the workers' statuses and notes them in the run's record, if it has one.
 
-    def __init__(self, console: Console, what: str) -> None:
-        self._console, self._what = console, what
+    Its `watch` is called about once a second with all of them.
+    """
+
+    def __init__(self, console: Console, what: str, record: RunRecord | None = None) -> None:
+        self._console, self._what, self._record = console, what, record
         self._live = console.is_terminal and not console.quiet
         columns: list[ProgressColumn] = [
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
@@ -71,13 +75,18 @@ class RunProgress:
         self._task = self._bar.add_task(self._what, total=None, figures="starting")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._bar.stop()
+        if self._record:
+            self._record.close(error)
 
-    def watch(self, statuses: Sequence[Mapping[str, Any]]) -> None:
-        """Shows the first rank's figures, and whoever is behind it."""
-        if not statuses:
-            return
+    def watch(self, statuses: Sequence[Mapping[str, Any]]) -> str | None:
+        """Shows the first rank's figures, and whoever is behind it; "stop" where `anabranch stop` asked for it."""
+        if statuses:
+            self._show(statuses)
+        return self._record.watch(statuses) if self._record else None
+
+    def _show(self, statuses: Sequence[Mapping[str, Any]]) -> None:
         first = statuses[0]
         if (warning := first.get("warning")) and warning != self._warned:
             self._warned = warning
@@ -133,3 +142,18 @@ def _figures(status: Mapping[str, Any]) -> str:
     if memory := status.get("memory_bytes"):
         parts.append(f"{max(memory) / 2**30:.1f} GiB")
     return ", ".join(parts)
+
+
+def print_status(console: Console, status: Mapping[str, Any]) -> None:
+    """What `anabranch status` says of a run."""
+    where = f"process {status['pid']} on {status['host']}"
+    heard = f"last heard of {status['silent_s']:.0f} s ago"
+    console.print(f"{status['what']}: {status['state']} ({where}, {heard})", highlight=False, soft_wrap=True)
+    steps = {name: status[name] for name in ("step", "num_steps") if status.get("num_steps")}
+    figures = _figures({**status.get("metrics", {}), **steps})
+    left = f", {status['left_s']:.0f} s left" if status.get("left_s") and status["alive"] else ""
+    console.print(f"{status.get('phase', 'starting')} {figures}{left}", highlight=False, soft_wrap=True)
+    if status.get("error"):
+        console.print(status["error"], highlight=False, markup=False)
+    if status["checkpoint"]:
+        console.print(f"newest checkpoint: {status['checkpoint']}", highlight=False)

@@ -1,0 +1,53 @@
+"""`anabranch doctor`: what would stop a run on this cluster, as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from anabranch.cluster.checks import Check
+from anabranch.cluster.doctor import examine
+from anabranch.runtime.config import Config
+from anabranch.runtime.config_rules import mesh_axes
+
+
+def doctor(config: Config, console: Console) -> dict[str, Any]:
+    """Checks the cluster for a configuration: ok, checks (a list of {name, host, ok, found, remedy})."""
+    launch, mesh = config.launch, config.mesh
+    axes = mesh_axes(mesh.shape)
+    num_workers = mesh.num_workers or (axes[0] * axes[1] if axes else 0)
+    found = examine(
+        launch.address, run_folder(launch.run_dir), launch.port, num_workers, launch.cpus_per_worker
+    )
+    print_checks(console, found)
+    return {"ok": all(check.ok for check in found), "checks": [vars(check) for check in found]}
+
+
+def run_folder(run_dir: str) -> Path | None:
+    """Where runs are written on every host; None where that is a URL."""
+    return None if "://" in run_dir else Path(run_dir or "runs").absolute()
+
+
+def print_checks(console: Console, found: list[Check]) -> None:
+    """The failed checks last, each with its remedy below it."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("check", "host", "", "found"):
+        table.add_column(name, overflow="fold")
+    for check in sorted(found, key=lambda check: not check.ok):
+        color = "green" if check.ok else "red"
+        table.add_row(
+            check.name, check.host, f"[{color}]{'pass' if check.ok else 'FAIL'}[/]", escape(check.found)
+        )
+        if not check.ok:
+            table.add_row("", "", "", f"→ {escape(check.remedy)}")
+    console.print(table, highlight=False)
+    failed = sum(not check.ok for check in found)
+    console.print(f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks passed")
+
+
+def escape(text: str) -> str:
+    """Square brackets are no markup here."""
+    return text.replace("[", r"\[")
