@@ -30,7 +30,7 @@ VARIANTS = {
     "a": "deeper pre-resnet, torch DDP, plain",
     "b": "deeper pre-resnet, torch DDP, tuned",
     "c": "Multi-ResNet, torch DDP, branches one after another",
-    "d": "Multi-ResNet, ours, fused, data parallel",
+    "d": "Multi-ResNet, ours, branches fused where that is faster, data parallel",
     "e": "Multi-ResNet, ours, all branches split (the paper's)",
     "f": "Multi-ResNet, ours, automatic plan",
     "d_shared": 'as d with preact="shared": not the paper\'s network, fewer parameters',
@@ -114,6 +114,7 @@ def setting_of(row: Row, memory_format: str, world_size: int) -> StepSetting:
                 "bn_batch_size": row.batch // world_size,
                 "precision": row.precision,
             },
+            "mesh": {"memory_format": memory_format},  # fused or looped as the start-up's measurement says
             "optimizer": {"lr": 0.01},  # noise is learnt by heart without blowing up
         }
     )

@@ -22,6 +22,7 @@ from anabranch.cluster.errors import ClusterError, StoppedError
 from anabranch.cluster.failures import Failure, worker_error
 from anabranch.cluster.ray_calls import counted
 from anabranch.cluster.recovery import Recovery
+from anabranch.cluster.stop_signals import REASONS
 from anabranch.cluster.worker_group import WorkerGroup
 
 Watch = Callable[[list[dict[str, Any]]], str | None]
@@ -31,7 +32,6 @@ WATCH_S = 1.0
 STATUS_WAIT_S = 0.2
 # From Ctrl-C: the workers save; with Ray's own end (1.5 s) all processes are gone in ten seconds.
 STOP_S = 6.5
-SIGNALS = ("interrupt", "terminate")
 # After a failure, for the others' to arrive: a dead process is noticed later than its peers' lost connections.
 MORE_FAILURES_S = 1.0
 CAUSE_S = 5.0
@@ -110,7 +110,9 @@ class Supervisor:
             if self.stop.reason and not asked:
                 asked = True
                 self.group.request_stop(self.stop.reason)
-                if self.stop.reason in SIGNALS:  # whoever asked in another way waits for the checkpoint
+                if (
+                    self.stop.reason in REASONS.values()
+                ):  # whoever asked in another way waits for the checkpoint
                     self.deadline = min(self.deadline, time.monotonic() + STOP_S)
         if self.failures:
             raise worker_error(self.failures)
