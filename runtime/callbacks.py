@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anabranch.runtime.manifest import step_of
+
 if TYPE_CHECKING:
     from anabranch.runtime.parallel_network import ParallelNetwork
 
@@ -33,7 +35,7 @@ class Callback:
         """After every evaluation: step, epoch, test_loss, test_accuracy."""
 
     def on_checkpoint(self, path: Path) -> None:
-        """After a checkpoint is complete on disk."""
+        """After a checkpoint is complete on disk: some steps later, at the next one or at the run's end."""
 
     def on_warning(self, text: str) -> None:
         """Where something is not as it was: steps that take longer, and why."""
@@ -70,7 +72,7 @@ class MetricsFile(Callback):
         self._file.flush()
 
     def on_checkpoint(self, path: Path) -> None:
-        self._write("checkpoint", {"step": self._step, "path": str(path)})
+        self._write("checkpoint", {"step": step_of(path.name), "path": str(path)})
         self._file.flush()
 
     def on_warning(self, text: str) -> None:

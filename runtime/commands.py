@@ -273,10 +273,11 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     from anabranch.runtime.checkpoint import Checkpoints
     from anabranch.runtime.manifest import finished
     from anabranch.runtime.run_folder import RunFolder
+    from anabranch.runtime.storage import open_folder
 
     wanted, given = config.checkpoint.resume, config.launch.run_dir
     if not wanted:
-        if given and any(finished(Path(given) / "checkpoints")):
+        if given and finished(open_folder(Path(given) / "checkpoints")):
             raise ConfigError(
                 f"launch.run_dir {given} holds a run already: go on with it (--resume {given}), "
                 "or choose another folder"

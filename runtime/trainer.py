@@ -133,7 +133,7 @@ class Trainer:
             self.resume.load_into(self.network, self.optimizer)
             done = int(self.resume.position["step"])
             plateau.load(self.resume.position.get("plateau", {}))
-        checkpoints = Checkpoints(self.run_dir, config.checkpoint.num_to_keep) if self.run_dir else None
+        checkpoints = self._checkpoints()
         if self.run_dir and self.context.rank == 0:
             path = self.run_dir / "metrics.jsonl"
             self._callbacks.insert(0, MetricsFile(path, config.profile.metrics_every_steps, done))
@@ -205,8 +205,10 @@ class Trainer:
         if not stopped and not replan and tested_at != done:
             result = self._evaluate(done)
         train_seconds = time.perf_counter() - started
-        if checkpoints and saved_at != done:
-            self._save(checkpoints, done, plateau)
+        if checkpoints:
+            if saved_at != done:
+                self._save(checkpoints, done, plateau)
+            self._told_saved(checkpoints.finish(self.network))
         if not stopped and not replan:
             for callback in self._callbacks:
                 callback.on_trained(self.network)
@@ -320,7 +322,19 @@ class Trainer:
         logs = torch.stack([y.to(exact).log_softmax(1) for y in logits])
         return logs.logsumexp(0) - math.log(len(crops))
 
+    def _checkpoints(self) -> Checkpoints | None:
+        def on_failure(text: str) -> None:  # from the thread that saves
+            self.context.publish(warning=text)
+
+        keep = self.config.checkpoint.num_to_keep
+        return Checkpoints(self.run_dir, keep, on_failure=on_failure) if self.run_dir else None
+
+    def _told_saved(self, where: str) -> None:
+        if where:
+            self._tell("on_checkpoint", Path(where))
+
     def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau) -> None:
+        """Begins a checkpoint, which is written while the next steps run."""
         self.context.publish(phase="saving")
         check_replicas(self.network)
         position: dict[str, Any] = {
@@ -330,11 +344,11 @@ class Trainer:
         }
         if plateau.follows:
             position["plateau"] = plateau.state()
-        path = checkpoints.save(
+        before = checkpoints.save(
             self.network, self.optimizer, position=position, config_toml=self.config.to_toml(),
             plan_toml=format_plan(self.plan),
         )  # fmt: skip
-        self._tell("on_checkpoint", path)
+        self._told_saved(before)
 
     def _tell(self, event: str, *arguments: Any) -> None:
         if self.context.rank == 0:
