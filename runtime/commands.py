@@ -9,6 +9,8 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +23,10 @@ from anabranch.runtime.config import Config
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
-from anabranch.runtime.launch import choose_launcher
+from anabranch.runtime.launch import choose_launcher, leads
 from anabranch.runtime.plan_report import print_candidates
 from anabranch.runtime.progress import print_placement
+from anabranch.runtime.run_lock import RunLock
 
 if TYPE_CHECKING:
     from anabranch.runtime.checkpoint import Checkpoint
@@ -35,7 +38,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
 
     Raises Interrupted or Terminated when told to stop, after the checkpoint.
     """
-    with Driver(config, console) as driver:
+    with _locked(config) as lock, Driver(config, console) as driver:
         from anabranch.runtime.run_folder import RunFolder
 
         driver.config, checkpoint = _resumed(driver.config, console)
@@ -48,6 +51,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
+            lock.take(folder.path)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
             )
@@ -131,13 +135,14 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
     """Profiles a run's first steps: step_s, stragglers, suggestion, unattributed, overhead, files, run_dir."""
     if steps < 1:
         raise ConfigError(f"--steps is {steps}: profile at least 1")
-    with Driver(config, console) as driver:
+    with _locked(config) as lock, Driver(config, console) as driver:
         from anabranch.runtime.profile_command import print_result
         from anabranch.runtime.run_folder import RunFolder
 
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
+            lock.take(folder.path)
             mesh = replace(driver.config.mesh, costs=audit["costs"] if audit else driver.config.mesh.costs)
             launch = replace(driver.config.launch, run_dir=str(folder.path))
             driver.config = replace(driver.config, launch=launch, mesh=mesh)
@@ -173,7 +178,7 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     )
     if not importlib.util.find_spec("matplotlib"):
         console.print("without matplotlib there will be no plot: pip install matplotlib", style="yellow")
-    with Driver(config, console) as driver:
+    with _locked(config) as lock, Driver(config, console) as driver:
         from anabranch.runtime.gross_report import print_table
         from anabranch.runtime.gross_space import check_search
         from anabranch.runtime.run_folder import RunFolder
@@ -181,6 +186,7 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
         check_search(driver.network, driver.config)
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
+            lock.take(folder.path)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
             )
@@ -266,6 +272,31 @@ def export(run: Path, output: Path, checkpoint: str, console: Console) -> dict[s
     result = export_state(found, network, output)
     console.print(f"{found.path.name} written to {output}", highlight=False, soft_wrap=True)
     return {**result, "checkpoint": str(found.path)}
+
+
+@contextmanager
+def _locked(config: Config) -> Iterator[RunLock]:
+    """Locks the folder that is named, if one is, before anything starts; another is for the caller to lock.
+
+    Under torchrun and srun rank 0 does it for all. A folder that stays empty (the input was wrong) goes again.
+    """
+    resume = config.checkpoint.resume
+    given = config.launch.run_dir or (resume if resume != "auto" else "")
+    path = Path(given).absolute()
+    with ExitStack() as after, RunLock() as lock:
+        if given and leads(config.launch.launcher):
+            with suppress(OSError):  # RunFolder.create tells it
+                if not path.exists():
+                    path.mkdir(parents=True)
+                    after.callback(_remove_if_empty, path)
+            if path.is_dir():
+                lock.take(path)
+        yield lock
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +15,7 @@ from anabranch.runtime.config import Config
 from anabranch.runtime.config_rules import mesh_axes
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
-from anabranch.runtime.launch import choose_launcher, run_here
+from anabranch.runtime.launch import choose_launcher, leads, run_here
 from anabranch.runtime.progress import RunProgress
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
 from anabranch.schedulers.cost_file import read_costs
@@ -169,9 +168,7 @@ class Driver:
         job = Job(
             kind, self.config, self.plan, launch.run_dir, checkpoint, str(Path.cwd()), steps, self.cluster
         )
-        other = (
-            self.launcher == "env" and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
-        )
+        other = not leads(self.launcher)
         with RunProgress(Console(quiet=True) if other else self.console, what) as progress:
             if self.launcher != "ray":
                 result = run_here(

@@ -399,8 +399,8 @@ def test_saved_behind_the_training(tmp_path: Path) -> None:
     )
     assert re.fullmatch(r".*step-000003 is not saved, .*: rank 0 on .*No space.*", rank_0_failed)
     assert third == "OSError: [Errno 28] No space left on device"
-    assert second[0].startswith("RuntimeError: cannot write")
-    assert fourth == second[1] == ""
+    assert second[1].startswith("RuntimeError: cannot write")
+    assert fourth == second[2] == ""
     assert names_in(tmp_path / "checkpoints") == ["step-000001", "step-000004"]
     for name in names_in(tmp_path / "checkpoints"):
         assert stamped(Checkpoint.open(tmp_path / "checkpoints" / name)) == int(name[-1])
