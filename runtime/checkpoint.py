@@ -58,7 +58,11 @@ class Checkpoint:
         folder = place if isinstance(place, Folder) else open_folder(place)
         manifest = Manifest.read(folder)
         for name, record in manifest.files.items():
-            if (size := folder.size(name)) is None:
+            try:
+                size = folder.size(name)
+            except OSError as error:
+                raise CheckpointError(f"{folder}/{name} cannot be read: {error}") from error
+            if size is None:
                 raise damaged(folder, name, f"is missing, the manifest names it with {record.bytes} bytes")
             if size != record.bytes:
                 raise damaged(folder, name, f"has {size} bytes, the manifest says {record.bytes}")
@@ -127,18 +131,25 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Those of one run, in RUN/checkpoints/step-NNNNNN. Every rank has one of these.
+    """Those of one run, in RUN/checkpoints/step-NNNNNN or URL/step-NNNNNN. Every rank has one of these.
 
-    num_to_keep: how many of the newest stay, at least 1. on_failure: is told, from another thread, of a save that
-    failed while the training went on; `finish` raises it.
+    num_to_keep: how many of the newest stay, at least 1. keep_best: besides, the newest of those with the highest
+    position["test_accuracy"]. url: where they are, if not in RUN. on_failure: is told, from another thread, of a save
+    that failed while the training went on; `finish` raises it.
     """
 
     def __init__(
-        self, run_dir: Path, num_to_keep: int = 2, *, on_failure: Callable[[str], object] = lambda text: None
+        self,
+        run_dir: Path,
+        num_to_keep: int = 2,
+        *,
+        keep_best: bool = False,
+        url: str = "",
+        on_failure: Callable[[str], object] = lambda text: None,
     ) -> None:
         assert num_to_keep >= 1, "the configuration allows no less"
-        self.folder, self.num_to_keep = open_folder(run_dir / "checkpoints"), num_to_keep
-        self._on_failure = on_failure
+        self.folder, self.num_to_keep = open_folder(url or run_dir / "checkpoints"), num_to_keep
+        self._keep_best, self._on_failure = keep_best, on_failure
         self._pending: PendingSave | None = None
         self._saved_step = -1  # of the last save that went well: then there is nothing to clear up
 
@@ -147,7 +158,11 @@ class Checkpoints:
 
         on_bad: is told of each newer one that is torn, altered or of a newer schema.
         """
-        for folder in finished(self.folder):
+        try:
+            candidates = finished(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
+        for folder in candidates:
             try:
                 checkpoint = Checkpoint.open(folder)
                 checkpoint.verify()
@@ -266,11 +281,15 @@ class Checkpoints:
         whole = []
         for folder in finished(self.folder):
             try:
-                whole.append(Checkpoint.open(folder).folder)
+                whole.append(Checkpoint.open(folder))
             except CheckpointError:
                 continue
-        for folder in [folder for folder in whole if folder.name != newest.name][self.num_to_keep - 1 :]:
-            folder.remove(MANIFEST)
+        old = [each for each in whole if each.folder.name != newest.name][self.num_to_keep - 1 :]
+        best = max((_accuracy(each) for each in whole), default=-1.0) if self._keep_best else 2.0
+        kept = next((each for each in whole if _accuracy(each) == best >= 0), None)
+        for each in old:
+            if each is not kept:
+                each.folder.remove(MANIFEST)
 
 
 class _Stored(Mapping[str, Tensor]):
@@ -296,6 +315,12 @@ class _Stored(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.checkpoint.manifest.tensors)
+
+
+def _accuracy(checkpoint: Checkpoint) -> float:
+    """The test accuracy that it was saved with; -1 if it was not tested."""
+    found = checkpoint.position.get("test_accuracy")
+    return float(found) if isinstance(found, int | float) else -1.0
 
 
 def _copied(folder: Folder, network: ParallelNetwork, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                 (folder.path / "audit.json").write_text(json.dumps(audit, indent=1) + "\n")
             print_placement(console, driver.plan, driver.model)
             console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
-        path = str(checkpoint.path) if checkpoint else ""
+        path = str(checkpoint.folder) if checkpoint else ""
         while (result := driver.run("train", "training", checkpoint=path)) and result["stopped"] == "replan":
             audit = driver.plan_again()
             assert audit is not None, "the plan is automatic"
@@ -68,8 +68,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             print_candidates(console, audit)
             folder = RunFolder.create(driver.config, driver.plan)
             found = folder.checkpoint()
-            (folder.path / f"audit-{found.path.name}.json").write_text(json.dumps(audit, indent=1) + "\n")
-            path = str(found.path)
+            (folder.path / f"audit-{found.folder.name}.json").write_text(json.dumps(audit, indent=1) + "\n")
+            path = str(found.folder)
     if result is None:
         return None
     begun = result.pop("first_step_at")
@@ -99,12 +99,12 @@ def evaluate(run: Path, checkpoint: str, console: Console, *, crops: int = 0) ->
             mesh=replace(config.mesh, num_workers=1, shape="1x1", plan="data"),
         )
     with Driver(config, console) as driver:
-        result = driver.run("eval", "evaluating", checkpoint=str(found.path))
+        result = driver.run("eval", "evaluating", checkpoint=str(found.folder))
     if result is None:
         return None
     console.print(f"test accuracy {100 * result['test_accuracy']:.2f} %, test loss {result['test_loss']:.4f}")
     _warn_unreadable(console, result["unreadable"])
-    return {**result, "checkpoint": str(found.path), "crops": config.data.eval_crops}
+    return {**result, "checkpoint": str(found.folder), "crops": config.data.eval_crops}
 
 
 def verify(
@@ -169,6 +169,8 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     A folder that holds such a run is gone on with. Raises Interrupted or Terminated when told to stop.
     """
     resume = config.checkpoint.resume
+    if config.checkpoint.url:
+        raise ConfigError("checkpoint.url is set: gross keeps its stages in the run's folder, leave it empty")
     config = replace(
         config,
         launch=replace(
@@ -270,8 +272,8 @@ def export(run: Path, output: Path, checkpoint: str, console: Console) -> dict[s
     config = folder.config()
     network = prepare(make_network(config, make_data(config)))
     result = export_state(found, network, output)
-    console.print(f"{found.path.name} written to {output}", highlight=False, soft_wrap=True)
-    return {**result, "checkpoint": str(found.path)}
+    console.print(f"{found.folder.name} written to {output}", highlight=False, soft_wrap=True)
+    return {**result, "checkpoint": str(found.folder)}
 
 
 @contextmanager
@@ -306,19 +308,24 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     from anabranch.runtime.run_folder import RunFolder
     from anabranch.runtime.storage import open_folder
 
-    wanted, given = config.checkpoint.resume, config.launch.run_dir
+    wanted, given, url = config.checkpoint.resume, config.launch.run_dir, config.checkpoint.url
     if not wanted:
         if given and finished(open_folder(Path(given) / "checkpoints")):
             raise ConfigError(
                 f"launch.run_dir {given} holds a run already: go on with it (--resume {given}), "
                 "or choose another folder"
             )
+        if url and Checkpoints(Path(given), url=url).newest(on_bad=partial(_warn, console)):
+            raise ConfigError(
+                f"checkpoint.url {url} holds a run's checkpoints already: go on with it (--resume auto), "
+                "or choose another URL"
+            )
         return config, None
     checkpoint: Checkpoint | None
     if wanted == "auto":
         if not given:
             raise ConfigError('checkpoint.resume is "auto", which looks in launch.run_dir: give --run-dir')
-        checkpoint = Checkpoints(Path(given)).newest(on_bad=partial(_warn, console))
+        checkpoint = Checkpoints(Path(given), url=url).newest(on_bad=partial(_warn, console))
     else:
         folder = RunFolder.open(Path(wanted))
         checkpoint = folder.checkpoint("", partial(_warn, console))
@@ -326,7 +333,7 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     if checkpoint is None:
         return config, None
     step = checkpoint.position["step"]
-    console.print(f"going on from {checkpoint.path} (step {step})", highlight=False, soft_wrap=True)
+    console.print(f"going on from {checkpoint.folder} (step {step})", highlight=False, soft_wrap=True)
     return config, checkpoint
 
 

@@ -65,6 +65,8 @@ class Manifest:
             body = json.loads(folder.read(MANIFEST))
         except OSError as error:
             why = error.strerror or error
+            if not isinstance(error, FileNotFoundError):  # a service that does not answer has lost nothing
+                raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {why}") from error
             raise damaged(
                 folder, MANIFEST, f"cannot be read ({why}), so the checkpoint was never finished"
             ) from error

@@ -50,10 +50,11 @@ class RunFolder:
 
     def checkpoint(self, name: str = "", on_bad: object = None) -> Checkpoint:
         """The checkpoint of that name, else the newest whole one. Raises CheckpointError where there is none."""
+        saved = Checkpoints(self.path, url=self.config().checkpoint.url)
         if name:
-            return Checkpoint.open(self.path / "checkpoints" / name)
+            return Checkpoint.open(saved.folder.child(name))
         warnings: list[str] = []
-        newest = Checkpoints(self.path).newest(on_bad=warnings.append)
+        newest = saved.newest(on_bad=warnings.append)
         if newest is None:
             detail = "; ".join(warnings) or "the run was stopped before its first"
             raise CheckpointError(f"{self.path} has no whole checkpoint: {detail}")

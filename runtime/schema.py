@@ -69,7 +69,11 @@ def typed(key: str, value: Any, hint: Any) -> Any:
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         with suppress(OverflowError):
             return float(value)
-    elif isinstance(hint, type) and type(value) is hint and not (hint is int and abs(value) >= 2**63):
+    elif (
+        isinstance(hint, type)
+        and type(value) is hint
+        and not (isinstance(value, int) and abs(value) >= 2**63)
+    ):
         return value
     raise FieldError(f"{key} is {shown(value)}: it must be {_description(hint)}", key)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -135,6 +138,110 @@ class LocalFolder(Folder):
         sync(self.path.parent.parent)
 
 
+class UrlFolder(Folder):
+    """A URL that fsspec knows. Files are written once, by their name: no renaming, no locks, no order is asked for.
+
+    Tensors go through a temporary file of this machine, both ways.
+    """
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+        self.url, self.name = url.rstrip("/"), url.rstrip("/").rpartition("/")[2]
+        with _os_errors():
+            self._fs, self._path = url_to_fs(self.url)
+        self._copies: Path | None = None
+
+    def __str__(self) -> str:
+        return self.url
+
+    def child(self, name: str) -> UrlFolder:
+        return UrlFolder(f"{self.url}/{name}")
+
+    def parent(self) -> UrlFolder:
+        return UrlFolder(self.url.rpartition("/")[0])
+
+    def exists(self) -> bool:
+        return True
+
+    def names(self) -> list[str]:
+        self._fs.invalidate_cache()  # others write too
+        try:
+            with _os_errors():
+                return sorted(
+                    str(p).rstrip("/").rpartition("/")[2] for p in self._fs.ls(self._path, detail=False)
+                )
+        except FileNotFoundError:
+            return []
+
+    def size(self, name: str) -> int | None:
+        self._fs.invalidate_cache()
+        try:
+            with _os_errors():
+                info = self._fs.info(self._at(name))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def read(self, name: str) -> bytes:
+        with _os_errors():
+            return bytes(self._fs.cat_file(self._at(name)))
+
+    def local(self, name: str) -> Path:
+        if self._copies is None:
+            self._copies = Path(tempfile.mkdtemp(prefix="anabranch-"))
+            weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
+        path = self._copies / name
+        if not path.exists():
+            aside = path.with_name(f"{name}.part")
+            with _os_errors():
+                self._fs.get_file(self._at(name), str(aside))
+            aside.rename(path)
+        return path
+
+    def make(self) -> None:
+        with _os_errors():
+            self._fs.makedirs(self._path, exist_ok=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        with _os_errors():
+            self._fs.pipe_file(self._at(name), content)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+        with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
+            path = Path(folder, name)
+            written = write_copies(path, tensors)
+            with _os_errors():
+                self._fs.put_file(str(path), self._at(name))
+        return written
+
+    def delete(self, name: str) -> None:
+        with suppress(FileNotFoundError), _os_errors():
+            self._fs.rm_file(self._at(name))
+
+    def remove(self, first: str) -> None:
+        self.delete(first)
+        with suppress(FileNotFoundError), _os_errors():
+            self._fs.rm(self._path, recursive=True)
+
+    def sync(self) -> None:
+        pass
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}/{name}"
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Every service has errors of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def open_folder(place: str | Path) -> Folder:
-    """The folder at a path."""
-    return LocalFolder(Path(place))
+    """The folder at a path or a URL ("…://…")."""
+    return UrlFolder(str(place)) if "://" in str(place) else LocalFolder(Path(place))

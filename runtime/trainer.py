@@ -190,7 +190,7 @@ class Trainer:
                     result, tested_at = self._evaluate(done), done
                     plateau.observe(**result)
                 if checkpoints and config.checkpoint.every_epochs and done % save_every == 0:
-                    self._save(checkpoints, done, plateau)
+                    self._save(checkpoints, done, plateau, result if tested_at == done else {})
                     saved_at = done
                 # The times are the same on all ranks, hence so is this.
                 slower = slower or bool(warning)
@@ -203,11 +203,11 @@ class Trainer:
                     replan = True
                     break
         if not stopped and not replan and tested_at != done:
-            result = self._evaluate(done)
+            result, tested_at = self._evaluate(done), done
         train_seconds = time.perf_counter() - started
         if checkpoints:
             if saved_at != done:
-                self._save(checkpoints, done, plateau)
+                self._save(checkpoints, done, plateau, result if tested_at == done else {})
             self._told_saved(checkpoints.finish(self.network))
         if not stopped and not replan:
             for callback in self._callbacks:
@@ -327,13 +327,17 @@ class Trainer:
             self.context.publish(warning=text)
 
         keep = self.config.checkpoint.num_to_keep
-        return Checkpoints(self.run_dir, keep, on_failure=on_failure) if self.run_dir else None
+        url = self.config.checkpoint.url
+        if self.run_dir is None:
+            return None
+        best = self.config.checkpoint.keep_best
+        return Checkpoints(self.run_dir, keep, keep_best=best, url=url, on_failure=on_failure)
 
     def _told_saved(self, where: str) -> None:
         if where:
-            self._tell("on_checkpoint", Path(where))
+            self._tell("on_checkpoint", where if "://" in where else Path(where))
 
-    def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau) -> None:
+    def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau, tested: dict[str, Any]) -> None:
         """Begins a checkpoint, which is written while the next steps run."""
         self.context.publish(phase="saving")
         check_replicas(self.network)
@@ -344,6 +348,8 @@ class Trainer:
         }
         if plateau.follows:
             position["plateau"] = plateau.state()
+        if "test_accuracy" in tested:
+            position["test_accuracy"] = tested["test_accuracy"]
         before = checkpoints.save(
             self.network, self.optimizer, position=position, config_toml=self.config.to_toml(),
             plan_toml=format_plan(self.plan),

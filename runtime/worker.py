@@ -54,7 +54,7 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
             plan = parse_plan(outcome["plan"]).resolve(spec_of(prepare(make_network(config, data))))
             config = settle(config, plan)
         run_dir = _run_dir(job, config, plan, context)
-        checkpoint = Checkpoint.open(Path(job.checkpoint)) if job.checkpoint else None
+        checkpoint = Checkpoint.open(job.checkpoint) if job.checkpoint else None
         callbacks = [tracker(name, run_dir) for name in config.profile.trackers] if context.rank == 0 else []
         trainer = Trainer(
             make_network(config, data), data, config, plan=plan, context=context, loss=make_loss(config),
@@ -147,7 +147,7 @@ def eval_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
         trainer = Trainer(
             make_network(config, data), data, config, plan=plan, context=context, loss=make_loss(config)
         )
-        return trainer.evaluate(Checkpoint.open(Path(job.checkpoint)))
+        return trainer.evaluate(Checkpoint.open(job.checkpoint))
 
 
 def verify_worker(job: Job, context: WorkerContext) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fsspec  # type: ignore[import-untyped]
 import torch
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from parity_cases import seeded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -473,3 +475,93 @@ def two_writers(folder: Folder, step: int, crash: tuple[int, int] | None) -> lis
 
     with mock.patch.object(PendingSave, "_run", run):
         return [part(0), part(1)]
+
+
+# ------------------------------------------------------------------------------------------------------------- at a URL
+
+
+def save_at_url(rank: int, world_size: int, run_dir: Path, url: str) -> None:
+    """Saves steps 1 to 3, and loads the last."""
+    network, optimizer = tuple_place(world_size)
+    saved = Checkpoints(run_dir, url=url)
+    for step in (1, 2, 3):
+        stamp(network, optimizer, step)
+        position = {"epoch": 0, "step_in_epoch": step, "step": step}
+        saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+        assert saved.finish(network) == f"{url}/step-{step:06d}"
+    stamp(network, optimizer, 9)
+    Checkpoint.open(f"{url}/step-000003").load_into(network, optimizer)
+    assert all(bool((p == 3).all()) for p in network.parameters())
+
+
+class Bucket(LocalFileSystem):  # type: ignore[misc]
+    """Files that cannot be renamed; its `left`-th call from now on breaks off, half done."""
+
+    protocol = "bucket"
+    cachable = False
+    left = -1
+
+    def _tick(self) -> bool:
+        Bucket.left -= 1
+        return Bucket.left == -1
+
+    def mv(self, *args: Any, **options: Any) -> None:
+        raise NotImplementedError
+
+    mv_file = rename = move = mv
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        if self._tick():
+            super().pipe_file(path, value[: len(value) // 2])
+            raise ConnectionResetError("bucket")
+        super().pipe_file(path, value)
+
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        if self._tick():
+            super().pipe_file(rpath, Path(lpath).read_bytes()[:100])
+            raise RuntimeError("a service's own error")
+        super().put_file(lpath, rpath)
+
+    def rm_file(self, path: str) -> None:
+        if self._tick():
+            raise ConnectionResetError("bucket")
+        super().rm_file(path)
+
+    def rm(self, path: str, **options: Any) -> None:
+        if self._tick():
+            raise ConnectionResetError("bucket")
+        super().rm(path, **options)
+
+
+def save_without_renaming(rank: int, world_size: int, folder: Path) -> int:
+    """Breaks off the save of step 3 at its first, second, … call; the next one is whole. How many calls there are."""
+    fsspec.register_implementation("bucket", Bucket)
+    network, optimizer = tuple_place(world_size)
+
+    def save(saved: Checkpoints, step: int) -> str:
+        stamp(network, optimizer, step)
+        position = {"epoch": 0, "step_in_epoch": step, "step": step}
+        saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+        return message_of(lambda: saved.finish(network))
+
+    for call in itertools.count():
+        Bucket.left = -1
+        url = f"bucket://{folder}/run{call}"
+        saved = Checkpoints(folder, url=url)
+        assert [save(saved, step) for step in (1, 2)] == ["", ""]
+        Bucket.left = call
+        failed = save(saved, 3)
+        survived = Bucket.left >= 0
+        Bucket.left = -1
+        assert bool(failed) != survived, (call, failed)
+        newest = Checkpoints(folder, url=url).newest(lambda text: None)
+        assert newest is not None, f"none left at call {call}"
+        step = int(newest.position["step"])
+        Checkpoint.open(newest.folder).load_into(network, optimizer)
+        assert step in (2, 3)
+        assert all(bool((p == step).all()) for p in network.parameters())
+        assert save(saved, 4) == ""
+        assert "step-000004" in saved.folder.names()
+        if survived:
+            return call
+    raise AssertionError

@@ -38,13 +38,14 @@ from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.plan_reader import read_plan
 
 TOKENS = [
-    "NaN", "-Infinity", "inf", "nan", "1e999", "-1", "0", "9" * 5000, "0x" + "f" * 6000, "1000000000000", "1e15", "null",
-    "true", "[]", "{}", '""', '"../../etc/passwd"', '"/etc/passwd"', '"\\u0000"', "\x00", "2020-01-01", "[" * 3000,
-    '{"a":' * 3000, "a." * 3000 + "b = 1", "[[blocks]]", "\n[mesh]\n", "'", '"', "=", "\\", "\U0001f600", '"</script><script>alert(1)</script>"', '{"__class__": "os.system"}',
+    "NaN", "-Infinity", "inf", "nan", "1e999", "-1", "0", "9" * 5000, "0x" + "f" * 6000, "1000000000000", "1e15",
+    "null", "true", "[]", "{}", '""', '"../../etc/passwd"', '"/etc/passwd"', '"\\u0000"', "\x00", "2020-01-01", "'",
+    "[" * 3000, '{"a":' * 3000, "a." * 3000 + "b = 1", "[[blocks]]", "\n[mesh]\n", '"', "=", "\\", "\U0001f600",
+    '"</script><script>alert(1)</script>"', '{"__class__": "os.system"}',
 ]  # fmt: skip
 VALUES: list[Any] = [
-    None, True, -1, 0, 10**12, 10**400, 1e308, float("nan"), float("inf"), -0.5, "", "x", "../../etc/passwd", "\x00", [],
-    {}, [[]], [None], {"": None}, [1, 2, 3], "<script>", "9" * 400,
+    None, True, -1, 0, 10**12, 10**400, 1e308, float("nan"), float("inf"), -0.5, "", "x", "../../etc/passwd", "\x00",
+    [], {}, [[]], [None], {"": None}, [1, 2, 3], "<script>", "9" * 400,
 ]  # fmt: skip
 FORGED = b"cos\nsystem\n(S'touch ran'\ntR."
 
@@ -121,10 +122,10 @@ class Kind:
             self.path.write_bytes(content)
             try:
                 self.read()
-            except self.errors as error:
+            except self.errors as caught:
                 refused += 1
-                assert str(error).strip(), content
-                assert len(str(error)) < 20_000, (len(str(error)), content[:200])
+                message = str(caught)
+                assert 0 < len(message.strip()) < 20_000, (len(message), content[:200])
             except Exception as error:
                 (self.path.parent / "failed").write_bytes(content)
                 raise AssertionError(
@@ -221,7 +222,8 @@ def clusters(folder: Path) -> Kind:
     path = folder / "cluster.toml"
     path.write_text(
         '[[hosts]]\nname = "a"\nkind = "H200"\ndevices = 8\nmemory_gb = 141\n[[hosts]]\nname = "b"\nkind = "H200"\n'
-        'speeds = [1.0, 0.5]\n[links]\nlocal = "300GB/s"\nacross = "200Gbit/s"\nlocal_latency_s = 1e-5\noccupancy = 0.0\n'
+        'speeds = [1.0, 0.5]\n[links]\nlocal = "300GB/s"\nacross = "200Gbit/s"\n'
+        "local_latency_s = 1e-5\noccupancy = 0.0\n"
     )
     return Kind(path, lambda: read_cluster(path), (PlanError,))
 
