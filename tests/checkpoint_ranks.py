@@ -222,6 +222,16 @@ def save_steps(rank: int, world_size: int, run_dir: Path, steps: list[int], keep
         save_stamped(run_dir, here, step, keep)
 
 
+def save_tested(rank: int, world_size: int, run_dir: Path, accuracies: dict[int, float | None]) -> None:
+    """Saves these steps with these test accuracies, two and the best of which stay."""
+    network, optimizer = tuple_place(world_size)
+    saved = Checkpoints(run_dir, 2, keep_best=True)
+    for step, accuracy in accuracies.items():
+        position = {"step": step} if accuracy is None else {"step": step, "test_accuracy": accuracy}
+        saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+        saved.finish(network)
+
+
 def save_until_killed(rank: int, world_size: int, run_dir: Path, delay_s: float) -> None:
     """Saves checkpoint after checkpoint, noting each finished one, and is killed after delay_s."""
     here = tuple_place(world_size)

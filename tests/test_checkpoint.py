@@ -29,6 +29,7 @@ from checkpoint_ranks import (
     save_apart,
     save_behind,
     save_steps,
+    save_tested,
     save_until_killed,
     stamped,
     tensors_of,
@@ -344,6 +345,15 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
         1, save_steps, tmp_path, [13], 1
     )  # gone on from 12 in spite of the later one: the new one stays
     assert names_in(folder) == ["notes", "step-000010", "step-000013"]
+
+
+def test_keeps_the_best(tmp_path: Path) -> None:
+    """Besides the newest, the one with the highest accuracy, until a better one comes."""
+    accuracies = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.4, 6: 0.3, 7: 0.2}
+    run_ranks(1, save_tested, tmp_path, accuracies)
+    assert names_in(tmp_path / "checkpoints") == ["step-000004", "step-000006", "step-000007"]
+    run_ranks(1, save_tested, tmp_path, {8: 0.95, 9: 0.1, 10: 0.1})
+    assert names_in(tmp_path / "checkpoints") == ["step-000008", "step-000009", "step-000010"]
 
 
 def test_a_whole_one_stays(run_dir: Path) -> None:
