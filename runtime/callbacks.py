@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anabranch.runtime.manifest import step_of
+
 if TYPE_CHECKING:
     from anabranch.runtime.parallel_network import ParallelNetwork
 
@@ -32,8 +34,9 @@ class Callback:
     def on_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """After every evaluation: step, epoch, test_loss, test_accuracy."""
 
-    def on_checkpoint(self, path: Path) -> None:
-        """After a checkpoint is complete on disk."""
+    def on_checkpoint(self, path: Path | str) -> None:
+        """After a checkpoint is complete on disk: some steps later, at the next one or at the run's
+        end. path: a str where it is a URL."""
 
     def on_warning(self, text: str) -> None:
         """Where something is not as it was: steps that take longer, and why."""
@@ -73,8 +76,8 @@ class MetricsFile(Callback):
         self._write("evaluation", metrics)
         self._file.flush()
 
-    def on_checkpoint(self, path: Path) -> None:
-        self._write("checkpoint", {"step": self._step, "path": str(path)})
+    def on_checkpoint(self, path: Path | str) -> None:
+        self._write("checkpoint", {"step": step_of(Path(path).name), "path": str(path)})
         self._file.flush()
 
     def on_warning(self, text: str) -> None:

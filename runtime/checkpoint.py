@@ -1,20 +1,21 @@
 """Checkpoints of a run: one safetensors file a writer and a manifest, which is written last.
 
                      every rank                               rank 0 alone
-    prepare                                                   clear what killed runs left, make the folder
-    write            own tensors → rank-NNNN.safetensors
-    commit                                                    manifest, then older checkpoints go
+    at the step                                               clear what killed runs left, make the folder
+                     copy own tensors to the CPU's memory
+    meanwhile        write them (`pending_save`)              manifest, then older checkpoints go
+    finish           tell how it went
 
-Between the lines the ranks tell each other how it went, as JSON: a rank that cannot write ends the save on all. A kill
-at any moment leaves the previous checkpoint or this one. RUN must be a folder that all ranks see. Nothing is pickled.
+Between the first lines and at the end the ranks tell each other how it went, as JSON: a rank that cannot write ends
+the save on all. A kill at any moment leaves the previous checkpoint or this one. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from anabranch.runtime.agreement import on_all_ranks
-from anabranch.runtime.durable import sync, write_tensors
+from anabranch.runtime.durable import sha256
 from anabranch.runtime.errors import CheckpointError
 from anabranch.runtime.keyed_state import StateError, load_network, load_optimizer, written_by_this_rank
 from anabranch.runtime.manifest import (
@@ -31,36 +32,46 @@ from anabranch.runtime.manifest import (
     FileRecord,
     Manifest,
     damaged,
-    file_name,
     finished,
     folder_name,
     step_of,
     versions,
 )
 from anabranch.runtime.parallel_network import ParallelNetwork
+from anabranch.runtime.pending_save import PendingSave, host_copies
+from anabranch.runtime.storage import Folder, open_folder
 
 
 class Checkpoint:
     """One finished checkpoint. Its files are hashed once, the first time each is read.
 
-    path: its folder. manifest: what it holds.
+    folder: where it is. manifest: what it holds.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
         self._verified: set[str] = set()
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, place: str | Path | Folder) -> Checkpoint:
         """Raises CheckpointError, naming the file and the remedy, unless manifest and file sizes are right."""
-        manifest = Manifest.read(path)
+        folder = place if isinstance(place, Folder) else open_folder(place)
+        manifest = Manifest.read(folder)
         for name, record in manifest.files.items():
-            file = path / name
-            if not file.is_file():
-                raise damaged(file, f"is missing, the manifest names it with {record.bytes} bytes")
-            if (size := file.stat().st_size) != record.bytes:
-                raise damaged(file, f"has {size} bytes, the manifest says {record.bytes}")
-        return cls(path, manifest)
+            try:
+                size = folder.size(name)
+            except OSError as error:
+                raise CheckpointError(f"{folder}/{name} cannot be read: {error}") from error
+            if size is None:
+                raise damaged(folder, name, f"is missing, the manifest names it with {record.bytes} bytes")
+            if size != record.bytes:
+                raise damaged(folder, name, f"has {size} bytes, the manifest says {record.bytes}")
+        return cls(folder, manifest)
+
+    @property
+    def path(self) -> Path:
+        """Its folder, where that is a local one."""
+        return Path(str(self.folder))
 
     @property
     def position(self) -> dict[str, Any]:
@@ -83,13 +94,12 @@ class Checkpoint:
             if name in self._verified:
                 continue
             try:
-                found = _sha256(self.path / name)
+                found = sha256(self.folder.local(name))
             except OSError as error:
-                raise damaged(self.path / name, f"cannot be read ({error.strerror})") from error
+                raise damaged(self.folder, name, f"cannot be read ({error.strerror or error})") from error
             if found != (wanted := self.manifest.files[name].sha256):
-                raise damaged(
-                    self.path / name, f"was altered: its sha256 is {found}, the manifest says {wanted}"
-                )
+                problem = f"was altered: its sha256 is {found}, the manifest says {wanted}"
+                raise damaged(self.folder, name, problem)
             self._verified.add(name)
 
     def check(self, network: nn.Module) -> None:
@@ -97,7 +107,7 @@ class Checkpoint:
         try:
             load_network(_Stored(self), network)
         except StateError as error:
-            raise CheckpointError(f"checkpoint {self.path} cannot be used: {error}") from error
+            raise CheckpointError(f"checkpoint {self.folder} cannot be used: {error}") from error
 
     def load_into(self, network: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Fills a one-device network, or this rank's part of one, and the optimizer of its parameters (None: no state).
@@ -115,29 +125,46 @@ class Checkpoint:
                     raise StateError(f"its optimizer is {wanted}, this run's is {kind}: go on with {wanted}")
                 fill.append(load_optimizer(stored, network, optimizer))
         except StateError as error:
-            raise CheckpointError(f"checkpoint {self.path} cannot be used: {error}") from error
+            raise CheckpointError(f"checkpoint {self.folder} cannot be used: {error}") from error
         for each in fill:
             each()
 
 
 class Checkpoints:
-    """Those of one run, in RUN/checkpoints/step-NNNNNN. Every rank has one of these.
+    """Those of one run, in RUN/checkpoints/step-NNNNNN or URL/step-NNNNNN. Every rank has one of these.
 
-    num_to_keep: how many of the newest stay, at least 1.
+    num_to_keep: how many of the newest stay, at least 1. keep_best: besides, the newest of those with the highest
+    position["test_accuracy"]. url: where they are, if not in RUN. on_failure: is told, from another thread, of a save
+    that failed while the training went on; `finish` raises it.
     """
 
-    def __init__(self, run_dir: Path, num_to_keep: int = 2) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        num_to_keep: int = 2,
+        *,
+        keep_best: bool = False,
+        url: str = "",
+        on_failure: Callable[[str], object] = lambda text: None,
+    ) -> None:
         assert num_to_keep >= 1, "the configuration allows no less"
-        self.folder, self.num_to_keep = run_dir / "checkpoints", num_to_keep
+        self.folder, self.num_to_keep = open_folder(url or run_dir / "checkpoints"), num_to_keep
+        self._keep_best, self._on_failure = keep_best, on_failure
+        self._pending: PendingSave | None = None
+        self._saved_step = -1  # of the last save that went well: then there is nothing to clear up
 
     def newest(self, on_bad: Callable[[str], object] = warnings.warn) -> Checkpoint | None:
         """The newest one whose every file is what was written; None if there is none. Not collective.
 
         on_bad: is told of each newer one that is torn, altered or of a newer schema.
         """
-        for path in finished(self.folder):
+        try:
+            candidates = finished(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
+        for folder in candidates:
             try:
-                checkpoint = Checkpoint.open(path)
+                checkpoint = Checkpoint.open(folder)
                 checkpoint.verify()
             except CheckpointError as error:
                 on_bad(str(error))
@@ -153,63 +180,116 @@ class Checkpoints:
         position: Mapping[str, Any],
         config_toml: str,
         plan_toml: str,
-    ) -> Path:
-        """Writes the checkpoint of position["step"] and returns its folder, the same on all ranks; each must call it.
+    ) -> str:
+        """Begins the checkpoint of position["step"]; each rank must call it. Returns when the state is copied.
 
-        When it returns the checkpoint is on the disk. One of this step that is there and whole stays as it is. Raises
-        OSError if this rank cannot write, RuntimeError naming another that cannot, CheckpointError if the optimizer's
-        state cannot be kept by branch.
+        The save before is ended first (its failure was told): where its checkpoint is, "" if there is none. A
+        checkpoint of this step that is there and whole stays as it is. Raises OSError if this rank cannot write,
+        RuntimeError naming another that cannot, CheckpointError if the optimizer's state cannot be kept by branch.
         """
-        folder, is_first = self.folder / folder_name(position["step"]), network.mesh.rank == 0
+        before = ""
+        with suppress(OSError, RuntimeError):
+            before = self.finish(network)
+        step, mesh = position["step"], network.mesh
+        folder, is_first = self.folder.child(folder_name(step)), mesh.rank == 0
         device = next(network.parameters()).device
 
         def together(work: Callable[[], Any]) -> list[Any]:
-            return on_all_ranks(network.mesh, device, work, f"write {folder}")
+            return on_all_ranks(mesh, device, work, f"write {folder}")
 
-        if not together(lambda: is_first and self._prepare(folder))[0]:
-            return folder
-        records = together(lambda: _write(folder, network, optimizer))
+        attempt = together(lambda: self._prepare(folder, step) if is_first else "")[0]
+        if not attempt:
+            return before
+        tensors: dict[str, Tensor] = {}
+        writes = together(lambda: tensors.update(_copied(folder, network, optimizer)) or bool(tensors))
 
-        def commit() -> None:
-            files = {r["name"]: FileRecord(r["bytes"], r["sha256"]) for r in records if r}
-            tensors = {key: r["name"] for r in records if r for key in r["keys"]}
+        def commit(records: list[dict[str, Any]]) -> None:
+            folder.sync()
+            files = {r["name"]: FileRecord(r["bytes"], r["sha256"]) for r in records}
+            keys = {key: r["name"] for r in records for key in r["keys"]}
             kind = type(optimizer).__name__
-            Manifest(dict(position), config_toml, plan_toml, kind, files, tensors, versions()).write(folder)
+            Manifest(dict(position), config_toml, plan_toml, kind, files, keys, versions()).write(folder)
+            self._saved_step = step
             self._retire(folder)
 
-        together(lambda: commit() if is_first else None)
-        return folder
+        others = [rank for rank, does in enumerate(writes) if does and rank]
+        self._pending = PendingSave(
+            folder, mesh.rank, attempt, tensors, others, commit if is_first else None, self._on_failure
+        )
+        return before
 
-    def _prepare(self, folder: Path) -> bool:
-        """Makes room for a new checkpoint; False if there is a whole one. Clears what killed runs left."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if step_of(path) is not None and not (path / MANIFEST).exists():
-                shutil.rmtree(path)
-        if folder.exists():
-            try:
-                Checkpoint.open(folder).verify()
-            except CheckpointError:
-                _remove(folder)
-            else:
-                self._retire(folder)
-                return False
-        folder.mkdir()
-        sync(self.folder)
-        sync(self.folder.parent)
-        return True
+    def finish(self, network: ParallelNetwork) -> str:
+        """Waits for the save that was begun; each rank must call it. Where the checkpoint is, "" if none was begun.
 
-    def _retire(self, newest: Path) -> None:
+        When it returns the checkpoint is on the disk. Raises as `save`, for what failed in between.
+        """
+        pending, self._pending = self._pending, None
+        mesh, device = network.mesh, next(network.parameters()).device
+        what = f"write {pending.folder if pending else self.folder}"
+
+        def own_part() -> str:
+            if pending is not None and mesh.rank:  # waits for no other rank
+                pending.join()
+            return pending.attempt if pending else ""
+
+        def commit() -> str:
+            if pending is None:
+                return ""
+            pending.join()
+            return str(pending.folder)
+
+        try:
+            attempts = set(on_all_ranks(mesh, device, own_part, what))
+            if len(attempts) > 1:
+                raise RuntimeError(f"cannot {what}: a rank was replaced meanwhile")
+        except (OSError, RuntimeError) as error:
+            if pending is not None and mesh.rank == 0:
+                pending.give_up(str(error))
+                with suppress(OSError):
+                    pending.join()
+            raise
+        if pending is not None:
+            pending.others_are_done()
+        saved: str = on_all_ranks(mesh, device, lambda: "" if mesh.rank else commit(), what)[0]
+        return saved
+
+    def _prepare(self, folder: Folder, step: int) -> str:
+        """Makes room for a new checkpoint and names the attempt; "" if there is a whole one."""
+        if not 0 <= self._saved_step < step:
+            self._clear()
+            if folder.size(MANIFEST) is not None:
+                try:
+                    Checkpoint.open(folder).verify()
+                except CheckpointError:
+                    folder.remove(MANIFEST)
+                else:
+                    self._retire(folder)
+                    return ""
+        self._saved_step = -1
+        folder.make()
+        return secrets.token_hex(8)
+
+    def _clear(self) -> None:
+        """Removes what killed runs left."""
+        for name in self.folder.names():
+            left = self.folder.child(name)
+            if step_of(name) is not None and left.size(MANIFEST) is None:
+                left.remove(MANIFEST)
+
+    def _retire(self, newest: Folder) -> None:
         """Removes the oldest; a checkpoint that cannot be read is left for the user to see, and counts for nothing."""
         whole = []
-        for path in finished(self.folder):
+        for folder in finished(self.folder):
             try:
-                whole.append(Checkpoint.open(path).path)
+                whole.append(Checkpoint.open(folder))
             except CheckpointError:
                 continue
-        whole.remove(newest)
-        for path in whole[self.num_to_keep - 1 :]:
-            _remove(path)
+        old = [each for each in whole if each.folder.name != newest.name][self.num_to_keep - 1 :]
+        best = max((_accuracy(each) for each in whole), default=-1.0) if self._keep_best else 2.0
+        kept = next((each for each in whole if _accuracy(each) == best >= 0), None)
+        for each in old:
+            if each is not kept:
+                each.folder.remove(MANIFEST)
 
 
 class _Stored(Mapping[str, Tensor]):
@@ -220,14 +300,14 @@ class _Stored(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         name = self.checkpoint.manifest.tensors[key]
-        path = self.checkpoint.path / name
+        folder = self.checkpoint.folder
         try:
             if name not in self._files:
                 self.checkpoint.verify([name])
-                self._files[name] = safe_open(path, "pt")
+                self._files[name] = safe_open(folder.local(name), "pt")
             tensor: Tensor = self._files[name].get_tensor(key)
         except SafetensorError as error:
-            raise damaged(path, f"cannot be read as safetensors ({error})") from error
+            raise damaged(folder, name, f"cannot be read as safetensors ({error})") from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -237,30 +317,20 @@ class _Stored(Mapping[str, Tensor]):
         return len(self.checkpoint.manifest.tensors)
 
 
-def _remove(folder: Path) -> None:
-    """Ends a checkpoint: the manifest first, so that a half-removed one does not exist."""
-    (folder / MANIFEST).unlink()
-    sync(folder)
-    shutil.rmtree(folder)
+def _accuracy(checkpoint: Checkpoint) -> float:
+    """The test accuracy that it was saved with; -1 if it was not tested."""
+    found = checkpoint.position.get("test_accuracy")
+    return float(found) if isinstance(found, int | float) else -1.0
 
 
-def _write(folder: Path, network: ParallelNetwork, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Writes this rank's file, if it has anything to write, and says what is in it."""
+def _copied(folder: Folder, network: ParallelNetwork, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """This rank's part, in memory that the next step does not change."""
     try:
         tensors = written_by_this_rank(network, optimizer)
     except StateError as error:
         raise CheckpointError(f"a checkpoint cannot be written: {error}") from error
-    if not tensors:
-        return None
-    if not folder.is_dir():
+    if tensors and not folder.exists():
         raise OSError(
             f"{folder} is not there, though rank 0 made it: the run's folder must be one that all ranks share"
         )
-    path = folder / file_name(network.mesh.rank)
-    write_tensors(path, tensors)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "keys": list(tensors)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return host_copies(tensors)

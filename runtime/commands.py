@@ -9,6 +9,8 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,9 +23,10 @@ from anabranch.runtime.config import Config
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
-from anabranch.runtime.launch import choose_launcher
+from anabranch.runtime.launch import choose_launcher, leads
 from anabranch.runtime.plan_report import print_candidates
 from anabranch.runtime.progress import print_placement, print_status
+from anabranch.runtime.run_lock import RunLock
 
 if TYPE_CHECKING:
     from anabranch.runtime.checkpoint import Checkpoint
@@ -35,7 +38,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
 
     Raises Interrupted or Terminated when told to stop, after the checkpoint.
     """
-    with Driver(config, console) as driver:
+    with _locked(config) as lock, Driver(config, console) as driver:
         from anabranch.runtime.run_folder import RunFolder
 
         driver.config, checkpoint = _resumed(driver.config, console)
@@ -48,6 +51,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
+            lock.take(folder.path)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
             )
@@ -56,7 +60,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                 (folder.path / "audit.json").write_text(json.dumps(audit, indent=1) + "\n")
             print_placement(console, driver.plan, driver.model)
             console.print(f"run folder: {folder.path}", highlight=False, soft_wrap=True)
-        path = str(checkpoint.path) if checkpoint else ""
+        path = str(checkpoint.folder) if checkpoint else ""
         while (result := driver.run("train", "training", checkpoint=path)) and result["stopped"] == "replan":
             audit = driver.plan_again()
             assert audit is not None, "the plan is automatic"
@@ -64,8 +68,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             print_candidates(console, audit)
             folder = RunFolder.create(driver.config, driver.plan)
             found = folder.checkpoint()
-            (folder.path / f"audit-{found.path.name}.json").write_text(json.dumps(audit, indent=1) + "\n")
-            path = str(found.path)
+            (folder.path / f"audit-{found.folder.name}.json").write_text(json.dumps(audit, indent=1) + "\n")
+            path = str(found.folder)
     if result is None:
         return None
     begun = result.pop("first_step_at")
@@ -95,12 +99,12 @@ def evaluate(run: Path, checkpoint: str, console: Console, *, crops: int = 0) ->
             mesh=replace(config.mesh, num_workers=1, shape="1x1", plan="data"),
         )
     with Driver(config, console) as driver:
-        result = driver.run("eval", "evaluating", checkpoint=str(found.path))
+        result = driver.run("eval", "evaluating", checkpoint=str(found.folder))
     if result is None:
         return None
     console.print(f"test accuracy {100 * result['test_accuracy']:.2f} %, test loss {result['test_loss']:.4f}")
     _warn_unreadable(console, result["unreadable"])
-    return {**result, "checkpoint": str(found.path), "crops": config.data.eval_crops}
+    return {**result, "checkpoint": str(found.folder), "crops": config.data.eval_crops}
 
 
 def verify(
@@ -131,13 +135,14 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
     """Profiles a run's first steps: step_s, stragglers, suggestion, unattributed, overhead, files, run_dir."""
     if steps < 1:
         raise ConfigError(f"--steps is {steps}: profile at least 1")
-    with Driver(config, console) as driver:
+    with _locked(config) as lock, Driver(config, console) as driver:
         from anabranch.runtime.profile_command import print_result
         from anabranch.runtime.run_folder import RunFolder
 
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
+            lock.take(folder.path)
             mesh = replace(driver.config.mesh, costs=audit["costs"] if audit else driver.config.mesh.costs)
             launch = replace(driver.config.launch, run_dir=str(folder.path))
             driver.config = replace(driver.config, launch=launch, mesh=mesh)
@@ -164,6 +169,8 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     A folder that holds such a run is gone on with. Raises Interrupted or Terminated when told to stop.
     """
     resume = config.checkpoint.resume
+    if config.checkpoint.url:
+        raise ConfigError("checkpoint.url is set: gross keeps its stages in the run's folder, leave it empty")
     config = replace(
         config,
         launch=replace(
@@ -173,7 +180,7 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     )
     if not importlib.util.find_spec("matplotlib"):
         console.print("without matplotlib there will be no plot: pip install matplotlib", style="yellow")
-    with Driver(config, console) as driver:
+    with _locked(config) as lock, Driver(config, console) as driver:
         from anabranch.runtime.gross_report import print_table
         from anabranch.runtime.gross_space import check_search
         from anabranch.runtime.run_folder import RunFolder
@@ -181,6 +188,7 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
         check_search(driver.network, driver.config)
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
+            lock.take(folder.path)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
             )
@@ -292,8 +300,33 @@ def export(run: Path, output: Path, checkpoint: str, console: Console) -> dict[s
     config = folder.config()
     network = prepare(make_network(config, make_data(config)))
     result = export_state(found, network, output)
-    console.print(f"{found.path.name} written to {output}", highlight=False, soft_wrap=True)
-    return {**result, "checkpoint": str(found.path)}
+    console.print(f"{found.folder.name} written to {output}", highlight=False, soft_wrap=True)
+    return {**result, "checkpoint": str(found.folder)}
+
+
+@contextmanager
+def _locked(config: Config) -> Iterator[RunLock]:
+    """Locks the folder that is named, if one is, before anything starts; another is for the caller to lock.
+
+    Under torchrun and srun rank 0 does it for all. A folder that stays empty (the input was wrong) goes again.
+    """
+    resume = config.checkpoint.resume
+    given = config.launch.run_dir or (resume if resume != "auto" else "")
+    path = Path(given).absolute()
+    with ExitStack() as after, RunLock() as lock:
+        if given and leads(config.launch.launcher):
+            with suppress(OSError):  # RunFolder.create tells it
+                if not path.exists():
+                    path.mkdir(parents=True)
+                    after.callback(_remove_if_empty, path)
+            if path.is_dir():
+                lock.take(path)
+        yield lock
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | None]:
@@ -301,20 +334,26 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     from anabranch.runtime.checkpoint import Checkpoints
     from anabranch.runtime.manifest import finished
     from anabranch.runtime.run_folder import RunFolder
+    from anabranch.runtime.storage import open_folder
 
-    wanted, given = config.checkpoint.resume, config.launch.run_dir
+    wanted, given, url = config.checkpoint.resume, config.launch.run_dir, config.checkpoint.url
     if not wanted:
-        if given and any(finished(Path(given) / "checkpoints")):
+        if given and finished(open_folder(Path(given) / "checkpoints")):
             raise ConfigError(
                 f"launch.run_dir {given} holds a run already: go on with it (--resume {given}), "
                 "or choose another folder"
+            )
+        if url and Checkpoints(Path(given), url=url).newest(on_bad=partial(_warn, console)):
+            raise ConfigError(
+                f"checkpoint.url {url} holds a run's checkpoints already: go on with it (--resume auto), "
+                "or choose another URL"
             )
         return config, None
     checkpoint: Checkpoint | None
     if wanted == "auto":
         if not given:
             raise ConfigError('checkpoint.resume is "auto", which looks in launch.run_dir: give --run-dir')
-        checkpoint = Checkpoints(Path(given)).newest(on_bad=partial(_warn, console))
+        checkpoint = Checkpoints(Path(given), url=url).newest(on_bad=partial(_warn, console))
     else:
         folder = RunFolder.open(Path(wanted))
         checkpoint = folder.checkpoint("", partial(_warn, console))
@@ -322,7 +361,7 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     if checkpoint is None:
         return config, None
     step = checkpoint.position["step"]
-    console.print(f"going on from {checkpoint.path} (step {step})", highlight=False, soft_wrap=True)
+    console.print(f"going on from {checkpoint.folder} (step {step})", highlight=False, soft_wrap=True)
     return config, checkpoint
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 
 from anabranch.runtime.config_rules import check_rules
 from anabranch.runtime.gross_config import GrossConfig
+from anabranch.runtime.redact import redacted
 from anabranch.runtime.schema import check_keys, typed
 
 
@@ -184,7 +185,12 @@ class CheckpointConfig:
     every_epochs: float = 1.0
     """Epochs (parts of one too) from one checkpoint to the next; 0: only at the end."""
     num_to_keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; they are written while the training goes on."""
+    keep_best: bool = True
+    """Besides these, the one with the best test accuracy of those that were tested."""
+    url: str = ""
+    """Where checkpoints go instead of run_dir, as "s3://bucket/run"; one run's own. What its protocol needs (s3fs,
+    gcsfs) is to be installed, and credentials are the environment's. Empty: run_dir."""
     resume: str = ""
     """Run folder to go on from, or "auto": the newest checkpoint in run_dir, if there is one. Empty: start anew."""
 
@@ -277,10 +283,10 @@ class Config:
         return asdict(self)
 
     def to_toml(self) -> str:
-        """The whole configuration as TOML, which reads back identically."""
+        """The whole configuration as TOML, which reads back identically but for secrets in URLs: they are "***"."""
         import tomli_w
 
-        return tomli_w.dumps(self.to_dict())
+        return tomli_w.dumps(redacted(self.to_dict()))
 
     def check(self) -> None:
         """Raise FieldError for the first value that is out of its range or at odds with another."""

@@ -23,7 +23,7 @@ def load_config(name_or_path: str, given: Mapping[str, Mapping[str, Any]] | None
     """
     given = given or {}
     path = find_config(name_or_path)
-    text, data = _read(path)
+    text, data = read_toml(path)
     try:
         config = Config.from_dict(data, given)
         config.check()
@@ -43,7 +43,7 @@ def load_resumed(run: Path, given: Mapping[str, Mapping[str, Any]], *, made_plan
     path = run / "config.toml"
     if not path.is_file():
         raise ConfigError(f"checkpoint.resume {run} is no run: it has no config.toml; give a run's folder")
-    _, data = _read(path)
+    _, data = read_toml(path)
     for section in ("launch", *(["mesh"] if "mesh" in given else [])):
         data.pop(section, None)
     if made_plan and "mesh" not in given and (run / "plan.toml").is_file():
@@ -73,7 +73,7 @@ def find_config(name_or_path: str) -> Path:
 def require_section(name_or_path: str, section: str) -> None:
     """Raises ConfigError unless the file has the section."""
     path = find_config(name_or_path)
-    if section not in _read(path)[1]:
+    if section not in read_toml(path)[1]:
         raise ConfigError(f"{path} has no [{section}] section: add one, or give a file that has it")
 
 
@@ -83,7 +83,8 @@ def shipped_configs() -> dict[str, str]:
     return {file.stem: file.read_text().partition("\n")[0].lstrip("# ") for file in files}
 
 
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
+def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
+    """A TOML file's text and what it says. Raises ConfigError, with the file and the line."""
     try:
         text = path.read_text(encoding="utf-8")
         return text, tomllib.loads(text)
@@ -94,6 +95,8 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{path}:{line}: not valid TOML: {message}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    except (ValueError, RecursionError) as error:  # a number too long, tables too deep in one another
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from anabranch.runtime.redact import redacted
 from anabranch.runtime.schema import FieldError, suggest
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
                 "profile.trackers",
                 f"has {tracker}, which is not installed: pip install 'anabranch[{tracker}]'",
             )
+    if problem := _url_problem(url := config.checkpoint.url):
+        yield "checkpoint.url", f"is {redacted(url)}{problem}"
     if schedule.name == "plateau" and not train.eval_every_epochs:
         yield "lr_schedule.name", "is plateau, and train.eval_every_epochs is 0: it needs tests to follow"
     if ":" not in data.name and data.name not in DATASETS:
@@ -157,6 +160,24 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
             "launch.launcher",
             f"is none, which runs one worker, and [mesh] asks for {num_ranks}: take ray, or one worker",
         )
+
+
+def _url_problem(url: str) -> str:
+    """What is wrong with a URL of checkpoints; empty if nothing."""
+    if not url:
+        return ""
+    if redacted(url) != url:
+        return ", which holds a secret: it would be written to files; give credentials by the environment"
+    protocol, found, _ = url.partition("://")
+    if not found:
+        return ': it must have a protocol, as in "s3://bucket/run"; for a folder use launch.run_dir'
+    from fsspec import get_filesystem_class  # type: ignore[import-untyped]
+
+    try:
+        get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        return f": {error}"
+    return ""
 
 
 def mesh_axes(shape: str) -> tuple[int, int] | None:

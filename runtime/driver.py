@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from anabranch.runtime.doctor_command import run_folder
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.job_line import check_address, outlive_note
-from anabranch.runtime.launch import choose_launcher, run_here
+from anabranch.runtime.launch import choose_launcher, leads, run_here
 from anabranch.runtime.progress import RunProgress
 from anabranch.runtime.recovery_policy import recovery_of
 from anabranch.runtime.run_record import RunRecord
@@ -190,9 +189,7 @@ class Driver:
         job = Job(
             kind, self.config, self.plan, launch.run_dir, checkpoint, str(Path.cwd()), steps, self.cluster
         )
-        other = (
-            self.launcher == "env" and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0
-        )
+        other = not leads(self.launcher)
         record = None
         if kind in ("train", "profile", "gross") and not other:
             record = RunRecord(launch.run_dir, what, launch.address)
@@ -237,10 +234,11 @@ class Driver:
 def _with_remedy(error: WorkerError, num_failures: int, run_dir: str) -> WorkerError:
     """The same with what was tried before, and how to go on."""
     from anabranch.runtime.manifest import finished
+    from anabranch.runtime.storage import open_folder
 
     text = str(error)
     if num_failures:
         text += f"\nBefore this {num_failures} lost workers were replaced (launch.max_failures)."
-    if any(finished(Path(run_dir) / "checkpoints")):
+    if any(finished(open_folder(Path(run_dir) / "checkpoints"))):
         text += f"\nGo on from the last checkpoint with: anabranch train --resume {run_dir}"
     return WorkerError(text, error.worker_failures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,15 +37,29 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file; tensors may be views of one another, on any device. Raises OSError."""
+    write_copies(path, {key: own_copy(tensor) for key, tensor in tensors.items()})
+
+
+def write_copies(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """The same of contiguous tensors on the CPU, each in memory of its own; the file's bytes and sha256."""
     aside = aside_of(path)
     aside.touch()
     mode = aside.stat().st_mode
     try:
-        save_file({key: own_copy(tensor) for key, tensor in tensors.items()}, aside)
+        save_file(dict(tensors), aside)
     except SafetensorError as error:  # a full disk too
+        aside.unlink()
         raise OSError(f"{path} cannot be written: {error}") from error
     aside.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask
+    size, found = aside.stat().st_size, sha256(aside)
     replace_file(path, aside)
+    return size, found
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def aside_of(path: Path) -> Path:

@@ -45,6 +45,12 @@ def choose_launcher(launcher: str = "", environ: Mapping[str, str] = os.environ)
     return "env" if launcher == "env" or torchrun or slurm else "ray"
 
 
+def leads(launcher: str = "", environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process speaks and writes for the whole run: under torchrun and srun only rank 0 does."""
+    rank = int(environ.get("RANK", environ.get("SLURM_PROCID", "0")))
+    return choose_launcher(launcher, environ) != "env" or rank == 0
+
+
 def run_here(
     target: Target,
     watch: Watch,

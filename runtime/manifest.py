@@ -14,11 +14,10 @@ import platform
 import re
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import CheckpointError
+from anabranch.runtime.storage import Folder
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -53,44 +52,48 @@ class Manifest:
     tensors: dict[str, str]
     versions: dict[str, str]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Folder) -> None:
         """Makes the checkpoint exist; its files must be on the disk already."""
         body = {"schema": SCHEMA, **asdict(self)}
         text = json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False)
-        write_bytes(folder / MANIFEST, text.encode())
+        folder.write(MANIFEST, text.encode())
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Folder) -> Manifest:
         """A checkpoint's manifest. Raises CheckpointError if there is none, or not a whole one of a known schema."""
-        path = folder / MANIFEST
         try:
-            body = json.loads(path.read_bytes())
+            body = json.loads(folder.read(MANIFEST))
         except OSError as error:
+            why = error.strerror or error
+            if not isinstance(error, FileNotFoundError):  # a service that does not answer has lost nothing
+                raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {why}") from error
             raise damaged(
-                path, f"cannot be read ({error.strerror}), so the checkpoint was never finished"
+                folder, MANIFEST, f"cannot be read ({why}), so the checkpoint was never finished"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise damaged(path, f"is not JSON ({error})") from error
+            raise damaged(folder, MANIFEST, f"is not JSON ({error})") from error
         schema = body.get("schema") if isinstance(body, dict) else None
         if not isinstance(schema, int) or schema < 1:
-            raise damaged(path, f"is no checkpoint's manifest: its schema is {schema!r}, not {SCHEMA}")
+            raise damaged(
+                folder, MANIFEST, f"is no checkpoint's manifest: its schema is {schema!r}, not {SCHEMA}"
+            )
         if schema > SCHEMA:
             raise CheckpointError(
-                f"{path} was written by a newer anabranch: its schema is {schema}, this program reads up to {SCHEMA}; "
-                "update anabranch, or name an older checkpoint"
+                f"{folder}/{MANIFEST} was written by a newer anabranch: its schema is {schema}, this program reads "
+                f"up to {SCHEMA}; update anabranch, or name an older checkpoint"
             )
         if body.pop("sha256", None) != _digest(body):
-            raise damaged(path, "was altered: its contents do not have the sha256 that it names")
+            raise damaged(folder, MANIFEST, "was altered: its contents do not have the sha256 that it names")
         if problem := _problem(body):
-            raise damaged(path, problem)
+            raise damaged(folder, MANIFEST, problem)
         del body["schema"]
         files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
         return cls(files=files, **body)
 
 
-def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name; None for any other folder."""
-    match = _FOLDER.fullmatch(folder.name)
+def step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder; None for any other name."""
+    match = _FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
@@ -104,21 +107,19 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:04d}.safetensors"
 
 
-def finished(checkpoints: Path) -> list[Path]:
+def finished(checkpoints: Folder) -> list[Folder]:
     """The folders that have a manifest, newest (highest step) first; whether it is valid is another question."""
-    if not checkpoints.is_dir():
-        return []
-    steps = {path: step for path in checkpoints.iterdir() if (step := step_of(path)) is not None}
-    return sorted((path for path in steps if (path / MANIFEST).exists()), key=lambda path: -steps[path])
+    steps = {name: step for name in checkpoints.names() if (step := step_of(name)) is not None}
+    newest_first = [checkpoints.child(name) for name in sorted(steps, key=lambda name: -steps[name])]
+    return [folder for folder in newest_first if folder.size(MANIFEST) is not None]
 
 
-def damaged(path: Path, problem: str) -> CheckpointError:
+def damaged(folder: Folder, name: str, problem: str) -> CheckpointError:
     """The error for a file of a checkpoint, with what to do about it."""
-    folder = path.parent
-    step = step_of(folder)
-    older = [other for other in finished(folder.parent) if step is not None and (step_of(other) or 0) < step]
+    step = step_of(folder.name)
+    older = [o for o in finished(folder.parent()) if step is not None and (step_of(o.name) or 0) < step]
     remedy = f"the previous one is {older[0]}" if older else "there is no older one, so the run starts anew"
-    return CheckpointError(f"{path} {problem}; delete {folder}, {remedy}")
+    return CheckpointError(f"{folder}/{name} {problem}; delete {folder}, {remedy}")
 
 
 def versions() -> dict[str, str]:

@@ -32,6 +32,7 @@ from typing import Any
 
 from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import ConfigError
+from anabranch.schedulers.wording import shown
 
 SCHEMA = 1
 
@@ -45,14 +46,16 @@ def read_profile(path: Path) -> dict[str, Any]:
     """Raises ConfigError where it is torn, no profile, or of another schema."""
     try:
         profile = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the profile: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path}: not a profile (no valid JSON: {error}): run `anabranch profile` again"
         ) from None
     schema = profile.get("schema") if isinstance(profile, dict) else None
     if schema != SCHEMA:
         raise ConfigError(
-            f"{path}: a profile of schema {schema}, this version reads schema {SCHEMA}: "
+            f"{path}: a profile of schema {shown(schema)}, this version reads schema {SCHEMA}: "
             "use the version that wrote it, or run `anabranch profile` again"
         )
     return dict(profile)

@@ -36,7 +36,7 @@ def recovery_of(
             "leader": decision.leader,
         }
         if decision.action == "rewind":
-            path, step = _newest(Path(launch.run_dir), checkpoint)
+            path, step = _newest(Path(launch.run_dir), config.checkpoint.url, checkpoint)
             found |= {"checkpoint": path, "step": step}
         return found
 
@@ -49,14 +49,14 @@ def _rank_state(state: dict[str, Any]) -> RankState | None:
     return RankState(state["committed"], state["prepared"], state["tended"])
 
 
-def _newest(run_dir: Path, first: str) -> tuple[str, int]:
+def _newest(run_dir: Path, url: str, first: str) -> tuple[str, int]:
     """The newest whole checkpoint of the run, else the one that it began from: its folder and step."""
     from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
 
-    found = Checkpoints(run_dir).newest(on_bad=lambda text: None)
+    found = Checkpoints(run_dir, url=url).newest(on_bad=lambda text: None)
     if found is None:
-        return (first, int(Checkpoint.open(Path(first)).position["step"])) if first else ("", 0)
-    return str(found.path), int(found.position["step"])
+        return (first, int(Checkpoint.open(first).position["step"])) if first else ("", 0)
+    return str(found.folder), int(found.position["step"])
 
 
 def _retries(failure: Failure) -> bool:

@@ -45,7 +45,10 @@ def read_run(path: Path) -> RunData:
     if profile is None:
         notes.append("no profile: `anabranch profile` measures blocks and ranks")
     audit_path = path / "audit.json"
-    audit = json.loads(audit_path.read_text(encoding="utf-8")) if audit_path.is_file() else None
+    try:
+        audit = json.loads(audit_path.read_text(encoding="utf-8")) if audit_path.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{audit_path}: no audit of a plan ({error}): delete it, or plan again") from None
     placements = _placements(path / "plan.toml", profile)
     steps, evaluations = (
         [line for line in lines if line.get("kind") == kind] for kind in ("step", "evaluation")
@@ -60,7 +63,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             last = f", the last step is {found[-1].get('step')}" if found else ""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
 from anabranch.runtime.config import Config
+from anabranch.runtime.config_file import read_toml
 from anabranch.runtime.errors import CheckpointError, ConfigError
 from anabranch.schedulers import Plan, format_plan
 
@@ -46,15 +46,15 @@ class RunFolder:
 
     def config(self) -> Config:
         """The configuration that the run was started with."""
-        with (self.path / "config.toml").open("rb") as file:
-            return Config.from_dict(tomllib.load(file))
+        return Config.from_dict(read_toml(self.path / "config.toml")[1])
 
     def checkpoint(self, name: str = "", on_bad: object = None) -> Checkpoint:
         """The checkpoint of that name, else the newest whole one. Raises CheckpointError where there is none."""
+        saved = Checkpoints(self.path, url=self.config().checkpoint.url)
         if name:
-            return Checkpoint.open(self.path / "checkpoints" / name)
+            return Checkpoint.open(saved.folder.child(name))
         warnings: list[str] = []
-        newest = Checkpoints(self.path).newest(on_bad=warnings.append)
+        newest = saved.newest(on_bad=warnings.append)
         if newest is None:
             detail = "; ".join(warnings) or "the run was stopped before its first"
             raise CheckpointError(f"{self.path} has no whole checkpoint: {detail}")

@@ -6,11 +6,13 @@ import ast
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 from anabranch.runtime.errors import ConfigError
+from anabranch.schedulers.wording import shown
 
 
 class FieldError(ConfigError):
@@ -40,7 +42,7 @@ def check_keys(data: Mapping[str, Any], sections: Mapping[str, type[Any]]) -> No
             hint = f"; did you mean {elsewhere[0]}?" if elsewhere else suggest(section, [*sections, *known])
             raise FieldError(f"unknown key {section}{hint}", section)
         if not isinstance(given, Mapping):
-            raise FieldError(f"{section} is {given!r}: it must be a table, [{section}]", section)
+            raise FieldError(f"{section} is {shown(given)}: it must be a table, [{section}]", section)
         for name in given:
             key = f"{section}.{name}"
             if key not in known:
@@ -57,7 +59,7 @@ def typed(key: str, value: Any, hint: Any) -> Any:
             return value
         names = ", ".join(choice or '""' for choice in choices)
         near = suggest(value, choices) if isinstance(value, str) else ""
-        raise FieldError(f"{key} is {value!r}: it must be one of {names}{near}", key)
+        raise FieldError(f"{key} is {shown(value)}: it must be one of {names}{near}", key)
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
         args = get_args(hint)
         if args[-1] is ... or len(args) == len(value):
@@ -65,10 +67,15 @@ def typed(key: str, value: Any, hint: Any) -> Any:
     elif get_origin(hint) is dict and isinstance(value, Mapping):
         return dict(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(hint, type) and type(value) is hint:
+        with suppress(OverflowError):
+            return float(value)
+    elif (
+        isinstance(hint, type)
+        and type(value) is hint
+        and not (isinstance(value, int) and abs(value) >= 2**63)
+    ):
         return value
-    raise FieldError(f"{key} is {value!r}: it must be {_description(hint)}", key)
+    raise FieldError(f"{key} is {shown(value)}: it must be {_description(hint)}", key)
 
 
 def _description(hint: Any) -> str:
@@ -76,7 +83,12 @@ def _description(hint: Any) -> str:
         first, *rest = get_args(hint)
         number = "whole numbers" if first is int else "numbers"
         return f"a list of {number}" if ... in rest else f"a list of {1 + len(rest)} {number}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
+    words = {
+        int: "a whole number of at most 63 bits",
+        float: "a number",
+        bool: "true or false",
+        str: "text in quotes",
+    }
     return words.get(hint, "a table")
 
 

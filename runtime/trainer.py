@@ -255,7 +255,7 @@ class Trainer:
         self._plateau = Plateau(self.config.lr_schedule)
         self._plateau.load(self.position.plateau)
         if self.checkpoints is None and self.run_dir:
-            self.checkpoints = Checkpoints(self.run_dir, self.config.checkpoint.num_to_keep)
+            self.checkpoints = self._checkpoints()
             self._record(self.run_dir, self.position)
         self.context.publish(step=self.position.done)
         if self.position.done == self.last_step:
@@ -374,7 +374,7 @@ class Trainer:
                 and done % save_every == 0
                 and p.saved_at != done
             ):
-                self._save(self.checkpoints, done, self._plateau)
+                self._save(self.checkpoints, done, self._plateau, p.result if p.tested_at == done else {})
                 p.saved_at = done
             if config.mesh.replan and p.slower and done % self.steps_per_epoch == 0 and done < self.last_step:
                 p.replan = True
@@ -385,9 +385,11 @@ class Trainer:
         if not interrupted and p.tested_at != done:
             p.result, p.tested_at = self._evaluate(done), done
         train_seconds = time.perf_counter() - self._started
-        if self.checkpoints and p.saved_at != done:
-            self._save(self.checkpoints, done, self._plateau)
-            p.saved_at = done
+        if self.checkpoints:
+            if p.saved_at != done:
+                self._save(self.checkpoints, done, self._plateau, p.result if p.tested_at == done else {})
+                p.saved_at = done
+            self._told_saved(self.checkpoints.finish(self.network))
         if not interrupted:
             for callback in self._callbacks:
                 callback.on_trained(self.network)
@@ -502,7 +504,23 @@ class Trainer:
         logs = torch.stack([y.to(exact).log_softmax(1) for y in logits])
         return logs.logsumexp(0) - math.log(len(crops))
 
-    def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau) -> None:
+    def _checkpoints(self) -> Checkpoints | None:
+        def on_failure(text: str) -> None:  # from the thread that saves
+            self.context.publish(warning=text)
+
+        keep = self.config.checkpoint.num_to_keep
+        url = self.config.checkpoint.url
+        if self.run_dir is None:
+            return None
+        best = self.config.checkpoint.keep_best
+        return Checkpoints(self.run_dir, keep, keep_best=best, url=url, on_failure=on_failure)
+
+    def _told_saved(self, where: str) -> None:
+        if where:
+            self._tell("on_checkpoint", where if "://" in where else Path(where))
+
+    def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau, tested: dict[str, Any]) -> None:
+        """Begins a checkpoint, which is written while the next steps run."""
         self.context.publish(phase="saving")
         check_replicas(self.network)
         position: dict[str, Any] = {
@@ -513,11 +531,13 @@ class Trainer:
         }
         if plateau.follows:
             position["plateau"] = plateau.state()
-        path = checkpoints.save(
+        if "test_accuracy" in tested:
+            position["test_accuracy"] = tested["test_accuracy"]
+        before = checkpoints.save(
             self.network, self.optimizer, position=position, config_toml=self.config.to_toml(),
             plan_toml=format_plan(self.plan),
         )  # fmt: skip
-        self._tell("on_checkpoint", path)
+        self._told_saved(before)
 
     def _tell(self, event: str, *arguments: Any) -> None:
         if self.context.rank == 0:

@@ -59,7 +59,7 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
             order = context.await_order(committed=None)
             start = order.get("checkpoint", start)
         while True:
-            checkpoint = Checkpoint.open(Path(start)) if start else None
+            checkpoint = Checkpoint.open(start) if start else None
             callbacks = (
                 [tracker(name, run_dir) for name in config.profile.trackers] if context.rank == 0 else []
             )
@@ -158,7 +158,7 @@ def eval_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
         trainer = Trainer(
             make_network(config, data), data, config, plan=plan, context=context, loss=make_loss(config)
         )
-        return trainer.evaluate(Checkpoint.open(Path(job.checkpoint)))
+        return trainer.evaluate(Checkpoint.open(job.checkpoint))
 
 
 def verify_worker(job: Job, context: WorkerContext) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from typing import Any
 from anabranch.schedulers.cluster import Cluster, Device, Link
 from anabranch.schedulers.device_table import device_kind, local_link
 from anabranch.schedulers.errors import PlanError
-from anabranch.schedulers.wording import did_you_mean, quote
+from anabranch.schedulers.wording import did_you_mean, quote, shown
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _ACROSS_LATENCY_S = 3e-5
+_MOST_DEVICES = 10_000
 _HOST = {"name": str, "kind": str, "devices": int, "speeds": list, "memory_gb": (int, float)}
 _LINKS = {
     "local": str,
@@ -71,7 +72,7 @@ def read_cluster(path: str | Path) -> Cluster:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"{path}: cannot read the cluster file: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid TOML: {error}") from None
     try:
         return _cluster(content)
@@ -93,10 +94,14 @@ def _cluster(content: dict[str, Any]) -> Cluster:
             raise PlanError(
                 f"[[hosts]] needs name, kind, and either devices or speeds; it has {', '.join(host)}"
             )
+        if host.get("devices", 0) > _MOST_DEVICES:
+            raise PlanError(
+                f"host {quote(host['name'])} has {shown(host['devices'])} devices: at most {_MOST_DEVICES}"
+            )
         speeds = host.get("speeds", [1.0] * host.get("devices", 0))
         if not speeds or not all(isinstance(speed, int | float) and speed > 0 for speed in speeds):
             raise PlanError(
-                f"host {quote(host['name'])} has speeds {speeds}: give a positive number for each"
+                f"host {quote(host['name'])} has speeds {shown(speeds)}: give a positive number for each"
             )
         kind = device_kind(host["kind"])
         memory = int(host["memory_gb"] * 1e9) if "memory_gb" in host else kind.memory_bytes
@@ -117,7 +122,7 @@ def _check(table: dict[str, Any], keys: dict[str, Any], what: str) -> None:
     for key, value in table.items():
         if key not in keys:
             raise PlanError(
-                f"{what} has no key {quote(key)}{did_you_mean(key, keys)}; it has {', '.join(keys)}"
+                f"{what} has no key {quote(key[:200])}{did_you_mean(key, keys)}; it has {', '.join(keys)}"
             )
         if not isinstance(value, keys[key]) or isinstance(value, bool):
-            raise PlanError(f"{key} is {value!r}: see the example in the documentation of cluster files")
+            raise PlanError(f"{key} is {shown(value)}: see the example in the documentation of cluster files")

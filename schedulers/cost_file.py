@@ -10,6 +10,7 @@ from typing import Any
 
 from anabranch.schedulers.costs import Costs, Curve, ElementCost, GroupCost, ModelCosts, ParameterBytes, Work
 from anabranch.schedulers.errors import PlanError
+from anabranch.schedulers.wording import shown
 
 _SCHEMA = 1
 
@@ -35,17 +36,19 @@ def read_costs(path: str | Path) -> Costs:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"{path}: cannot read the cost file: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a cost file (no valid JSON: {error}): measure again") from None
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != _SCHEMA:
-        raise PlanError(f"{path}: not a cost file of schema {_SCHEMA} (schema is {schema}): measure again")
+        raise PlanError(
+            f"{path}: not a cost file of schema {_SCHEMA} (schema is {shown(schema)}): measure again"
+        )
     try:
         return Costs(
             tuple(map(_model, content["models"])),
             tuple(GroupCost(**{**group, "seconds": _curve(group["seconds"])}) for group in content["groups"]),
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PlanError(
             f"{path}: a damaged cost file ({type(error).__name__}: {error}): measure again"
         ) from None

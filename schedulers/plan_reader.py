@@ -13,11 +13,19 @@ from typing import Any
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.plan import check_devices, check_samples
 from anabranch.schedulers.plan_file import BlockRule, PinRule, PlanFile, located
-from anabranch.schedulers.wording import did_you_mean, quote
+from anabranch.schedulers.wording import did_you_mean, quote, shown
 
 
 def _is_int(value: object, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**31
+
+
+def _shown(value: object) -> str:
+    """The value as TOML has it, or nearly."""
+    try:
+        return shown_text if len(shown_text := json.dumps(value, default=str)) <= 200 else shown(value)
+    except (ValueError, RecursionError):
+        return shown(value)
 
 
 def _is_list(value: object, right: Callable[[Any], bool]) -> bool:
@@ -105,11 +113,11 @@ class _Text:
             at = f"{self.path}:{self.find(key, start)}"
             if key not in keys:
                 raise PlanError(
-                    f"{at}: {what} has no key {quote(key)}{did_you_mean(key, keys)}; it has {', '.join(keys)}"
+                    f"{at}: {what} has no key {quote(key[:200])}{did_you_mean(key, keys)}; it has {', '.join(keys)}"
                 )
             is_right, remedy = keys[key]
             if not is_right(value):
-                raise PlanError(f"{at}: {key} is {json.dumps(value, default=str)}: write {remedy}")
+                raise PlanError(f"{at}: {key} is {_shown(value)}: write {remedy}")
         for key in required:
             if key not in table:
                 raise PlanError(f"{self.path}:{start}: {what} has no {key}: write {keys[key][1]}")
@@ -132,7 +140,7 @@ def parse_plan(text: str, path: str = "plan") -> PlanFile:
     lines = text.split("\n")
     try:
         content = tomllib.loads(text)
-    except ValueError as error:  # TOMLDecodeError, or a number too long for int
+    except (ValueError, RecursionError) as error:  # a number too long for int, tables too deep in one another
         found = re.search(r"at line (\d+)", str(error))
         raise PlanError(f"{path}:{found[1] if found else len(lines)}: not valid TOML: {error}") from None
     return _plan_file(content, _Text(path, lines))

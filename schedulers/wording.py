@@ -23,6 +23,15 @@ def quote(name: str) -> str:
     return f'"{name}"'
 
 
+def shown(value: object) -> str:
+    """A user's value as Python writes it, shortened: it may be of any size and depth."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of lists in one another
+        text = f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def lists(rows: Iterable[Iterable[int]]) -> str:
     """Rows of numbers as a plan file writes them: [[0, 1], [2]]."""
     return str([list(row) for row in rows])

@@ -8,13 +8,15 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fsspec  # type: ignore[import-untyped]
 import torch
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from parity_cases import seeded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,12 +30,15 @@ from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.errors import CheckpointError
 from anabranch.runtime.loss import cross_entropy
+from anabranch.runtime.manifest import FileRecord, Manifest, folder_name, step_of
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors, parallelize
+from anabranch.runtime.pending_save import PendingSave
 from anabranch.runtime.reference import ReferenceStep
 from anabranch.runtime.step import TrainStep
+from anabranch.runtime.storage import Folder, open_folder
 from anabranch.runtime.verify import Trial, micro_batches
 from anabranch.schedulers import BranchPlacement, Plan
 
@@ -102,9 +107,11 @@ def work(rank: int, world_size: int, jobs: list[Job]) -> None:
             step.apply(OPTIMIZERS[job.optimizer].lr)
             if index + 1 in job.save_after:
                 position = {"epoch": 0, "step_in_epoch": index + 1, "step": index + 1}
-                Checkpoints(job.run_dir).save(
+                saved = Checkpoints(job.run_dir)
+                saved.save(
                     parallel, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML
                 )
+                saved.finish(parallel)
 
 
 def trial() -> Trial:
@@ -194,11 +201,12 @@ def stamped(checkpoint: Checkpoint) -> int:
 
 def save_stamped(
     run_dir: Path, place_of: tuple[ParallelNetwork, torch.optim.Optimizer], step: int, keep: int = 2
-) -> Path:
+) -> None:
     stamp(*place_of, step)
     position = {"epoch": 0, "step_in_epoch": step, "step": step}
     saved = Checkpoints(run_dir, keep)
-    return saved.save(*place_of, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+    saved.save(*place_of, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+    saved.finish(place_of[0])
 
 
 def tuple_place(world_size: int) -> tuple[ParallelNetwork, torch.optim.Optimizer]:
@@ -207,10 +215,21 @@ def tuple_place(world_size: int) -> tuple[ParallelNetwork, torch.optim.Optimizer
     )
 
 
-def save_steps(rank: int, world_size: int, run_dir: Path, steps: list[int], keep: int = 2) -> list[Path]:
+def save_steps(rank: int, world_size: int, run_dir: Path, steps: list[int], keep: int = 2) -> None:
     """Saves stamped checkpoints of these steps."""
     here = tuple_place(world_size)
-    return [save_stamped(run_dir, here, step, keep) for step in steps]
+    for step in steps:
+        save_stamped(run_dir, here, step, keep)
+
+
+def save_tested(rank: int, world_size: int, run_dir: Path, accuracies: dict[int, float | None]) -> None:
+    """Saves these steps with these test accuracies, two and the best of which stay."""
+    network, optimizer = tuple_place(world_size)
+    saved = Checkpoints(run_dir, 2, keep_best=True)
+    for step, accuracy in accuracies.items():
+        position = {"step": step} if accuracy is None else {"step": step, "test_accuracy": accuracy}
+        saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+        saved.finish(network)
 
 
 def save_until_killed(rank: int, world_size: int, run_dir: Path, delay_s: float) -> None:
@@ -265,12 +284,15 @@ def crash_everywhere(rank: int, world_size: int, folder: Path, damaged: bool) ->
     raise AssertionError
 
 
-def crashes_at(moment: int, save: Callable[[], object]) -> bool:
-    """Runs `save` with a crash before its moment-th change of the file system; whether it came through."""
+def crashes_at(moment: int, save: Callable[[], object], thread: int | None = None) -> bool:
+    """Runs `save` with a crash before its moment-th change of the file system; whether it came through.
+
+    thread: the one whose changes count; None: every thread's.
+    """
     left = itertools.count(moment, -1)
 
     def tick() -> bool:
-        return next(left) == 0
+        return thread in (None, threading.get_ident()) and next(left) == 0
 
     def before(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -347,3 +369,209 @@ def save_apart(rank: int, world_size: int, folder: Path) -> str:
     """What saving says where each rank has a run folder of its own."""
     here = tuple_place(world_size)
     return message_of(lambda: save_stamped(folder / f"rank{rank}", here, 1))
+
+
+# ------------------------------------------------------------------------------------------------------- asynchronously
+
+
+def save_behind(rank: int, world_size: int, run_dir: Path) -> list[str]:
+    """Saves steps 1 to 4 while the state goes on changing: 2 fails on rank 1's disk, 3 on rank 0's.
+
+    What `on_failure` was told, then what `finish` raised after 3 and gave after 4.
+    """
+    network, optimizer = tuple_place(world_size)
+    told: list[str] = []
+    saved = Checkpoints(run_dir, on_failure=told.append)
+    allowed, held = {step: threading.Event() for step in (1, 2, 3, 4)}, real_save_file_of(durable)
+
+    def save_file_when_allowed(tensors: dict[str, Tensor], path: Path) -> None:
+        step = step_of(path.parent.name) or 0
+        assert allowed[step].wait(60), "the save was not meant to be waited for"
+        if step == (2 if rank else 3):
+            raise OSError(28, "No space left on device")
+        held(tensors, path)
+
+    ended = []
+    with mock.patch.object(durable, "save_file", save_file_when_allowed):
+        for step in (1, 2, 3, 4):
+            stamp(network, optimizer, step)
+            position = {"epoch": 0, "step_in_epoch": step, "step": step}
+            saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+            stamp(network, optimizer, 99)  # the next training step, long before anything is written
+            allowed[step].set()
+            if step >= 3:
+                ended.append(message_of(lambda: saved.finish(network)))
+    return [*told, *ended]
+
+
+def real_save_file_of(module: Any) -> Callable[[dict[str, Tensor], Path], None]:
+    function: Callable[[dict[str, Tensor], Path], None] = module.save_file
+    return function
+
+
+def replaced_behind(rank: int, world_size: int, run_dir: Path) -> str:
+    """What `finish` says where rank 1's process is another than the one that began the save, and wrote nothing."""
+    network, optimizer = tuple_place(world_size)
+    stamp(network, optimizer, 1)
+    saved = Checkpoints(run_dir)
+    dead = mock.patch.object(PendingSave, "_run") if rank else nullcontext()
+    with dead:
+        position = {"epoch": 0, "step_in_epoch": 1, "step": 1}
+        saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+    return message_of(lambda: (Checkpoints(run_dir) if rank else saved).finish(network))
+
+
+def crash_either(folder: Path, crashing: int) -> tuple[int, int]:
+    """Two ranks' threads write checkpoint 3, and one ends at its first, second, … change of the file system.
+
+    Afterwards checkpoint 2 is the newest, or 3 is whole. How many such moments there are; after how many 3 is there.
+    """
+    done = 0
+    for moment in itertools.count():
+        store = open_folder(folder / f"run{moment}" / "checkpoints")
+        for step in (2, 3):
+            target = store.child(folder_name(step))
+            target.make()
+            saves = two_writers(target, step, None if step == 2 else (crashing, moment))
+            survived = True
+            for save in reversed(saves):
+                try:
+                    save.join()
+                except Crash:
+                    survived = False
+                    saves[0].give_up("the other rank is dead")
+                except OSError:
+                    survived = False
+        newest = Checkpoints(folder / f"run{moment}").newest(lambda text: None)
+        assert newest is not None, f"none left at moment {moment}"
+        newest.verify()
+        stored, step = tensors_of(newest.path), int(newest.position["step"])
+        assert stored.keys() == newest.manifest.tensors.keys() == {"0", "1"}
+        assert all(bool((tensor == step).all()) for tensor in stored.values())
+        assert step == 3 or not survived
+        done += step == 3
+        if survived:
+            assert names_in(newest.path) == [
+                "manifest.json",
+                "rank-0000.safetensors",
+                "rank-0001.safetensors",
+            ]
+            return moment, done
+    raise AssertionError
+
+
+def two_writers(folder: Folder, step: int, crash: tuple[int, int] | None) -> list[PendingSave]:
+    """Both ranks' parts of one save, in threads of this process."""
+
+    def commit(records: list[dict[str, Any]]) -> None:
+        files = {r["name"]: FileRecord(r["bytes"], r["sha256"]) for r in records}
+        keys = {key: r["name"] for r in records for key in r["keys"]}
+        Manifest({"step": step}, CONFIG_TOML, PLAN_TOML, "SGD", files, keys, {}).write(folder)
+
+    def part(rank: int) -> PendingSave:
+        tensors = {str(rank): torch.full((64,), float(step))}
+        return PendingSave(
+            folder, rank, "attempt", tensors, [] if rank else [1], None if rank else commit, lambda text: None
+        )
+
+    real = PendingSave._run
+
+    def run(save: PendingSave) -> None:
+        rank = save._rank
+        if crash is None or rank != crash[0]:
+            return real(save)
+        crashes_at(crash[1], lambda: real(save), threading.get_ident())
+        return None
+
+    with mock.patch.object(PendingSave, "_run", run):
+        return [part(0), part(1)]
+
+
+# ------------------------------------------------------------------------------------------------------------- at a URL
+
+
+def save_at_url(rank: int, world_size: int, run_dir: Path, url: str) -> None:
+    """Saves steps 1 to 3, and loads the last."""
+    network, optimizer = tuple_place(world_size)
+    saved = Checkpoints(run_dir, url=url)
+    for step in (1, 2, 3):
+        stamp(network, optimizer, step)
+        position = {"epoch": 0, "step_in_epoch": step, "step": step}
+        saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+        assert saved.finish(network) == f"{url}/step-{step:06d}"
+    stamp(network, optimizer, 9)
+    Checkpoint.open(f"{url}/step-000003").load_into(network, optimizer)
+    assert all(bool((p == 3).all()) for p in network.parameters())
+
+
+class Bucket(LocalFileSystem):  # type: ignore[misc]
+    """Files that cannot be renamed; its `left`-th call from now on breaks off, half done."""
+
+    protocol = "bucket"
+    cachable = False
+    left = -1
+
+    def _tick(self) -> bool:
+        Bucket.left -= 1
+        return Bucket.left == -1
+
+    def mv(self, *args: Any, **options: Any) -> None:
+        raise NotImplementedError
+
+    mv_file = rename = move = mv
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        if self._tick():
+            super().pipe_file(path, value[: len(value) // 2])
+            raise ConnectionResetError("bucket")
+        super().pipe_file(path, value)
+
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        if self._tick():
+            super().pipe_file(rpath, Path(lpath).read_bytes()[:100])
+            raise RuntimeError("a service's own error")
+        super().put_file(lpath, rpath)
+
+    def rm_file(self, path: str) -> None:
+        if self._tick():
+            raise ConnectionResetError("bucket")
+        super().rm_file(path)
+
+    def rm(self, path: str, **options: Any) -> None:
+        if self._tick():
+            raise ConnectionResetError("bucket")
+        super().rm(path, **options)
+
+
+def save_without_renaming(rank: int, world_size: int, folder: Path) -> int:
+    """Breaks off the save of step 3 at its first, second, … call; the next one is whole. How many calls there are."""
+    fsspec.register_implementation("bucket", Bucket)
+    network, optimizer = tuple_place(world_size)
+
+    def save(saved: Checkpoints, step: int) -> str:
+        stamp(network, optimizer, step)
+        position = {"epoch": 0, "step_in_epoch": step, "step": step}
+        saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+        return message_of(lambda: saved.finish(network))
+
+    for call in itertools.count():
+        Bucket.left = -1
+        url = f"bucket://{folder}/run{call}"
+        saved = Checkpoints(folder, url=url)
+        assert [save(saved, step) for step in (1, 2)] == ["", ""]
+        Bucket.left = call
+        failed = save(saved, 3)
+        survived = Bucket.left >= 0
+        Bucket.left = -1
+        assert bool(failed) != survived, (call, failed)
+        newest = Checkpoints(folder, url=url).newest(lambda text: None)
+        assert newest is not None, f"none left at call {call}"
+        step = int(newest.position["step"])
+        Checkpoint.open(newest.folder).load_into(network, optimizer)
+        assert step in (2, 3)
+        assert all(bool((p == step).all()) for p in network.parameters())
+        assert save(saved, 4) == ""
+        assert "step-000004" in saved.folder.names()
+        if survived:
+            return call
+    raise AssertionError

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,18 @@ import torch
 from checkpoint_ranks import (
     Job,
     batch,
+    crash_either,
     crash_everywhere,
     flip_bit,
     load_parts,
     make_plan,
     names_in,
     one_device,
+    replaced_behind,
     save_apart,
+    save_behind,
     save_steps,
+    save_tested,
     save_until_killed,
     stamped,
     tensors_of,
@@ -342,6 +347,15 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     assert names_in(folder) == ["notes", "step-000010", "step-000013"]
 
 
+def test_keeps_the_best(tmp_path: Path) -> None:
+    """Besides the newest, the one with the highest accuracy, until a better one comes."""
+    accuracies = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.4, 6: 0.3, 7: 0.2}
+    run_ranks(1, save_tested, tmp_path, accuracies)
+    assert names_in(tmp_path / "checkpoints") == ["step-000004", "step-000006", "step-000007"]
+    run_ranks(1, save_tested, tmp_path, {8: 0.95, 9: 0.1, 10: 0.1})
+    assert names_in(tmp_path / "checkpoints") == ["step-000008", "step-000009", "step-000010"]
+
+
 def test_a_whole_one_stays(run_dir: Path) -> None:
     """Saving a step again leaves a whole checkpoint of it as it is, and replaces a torn one."""
     folder = run_dir / "checkpoints/step-000002"
@@ -383,6 +397,38 @@ def test_one_rank_cannot_write(tmp_path: Path) -> None:
     )
     assert "must be one that all ranks share" in first
     assert Checkpoints(tmp_path / "rank0").newest() is None
+
+
+def test_saved_behind_the_training(tmp_path: Path) -> None:
+    """A checkpoint holds the state of its step, whatever comes after; a disk that is full is told, and none is torn."""
+    first, second = run_ranks(2, save_behind, tmp_path)
+    rank_1_failed, rank_0_failed, third, fourth = first
+    assert re.fullmatch(
+        r".*step-000002 is not saved, the checkpoint before it stays: .* rank 1 on .*No space.*",
+        rank_1_failed,
+    )
+    assert re.fullmatch(r".*step-000003 is not saved, .*: rank 0 on .*No space.*", rank_0_failed)
+    assert third == "OSError: [Errno 28] No space left on device"
+    assert second[1].startswith("RuntimeError: cannot write")
+    assert fourth == second[2] == ""
+    assert names_in(tmp_path / "checkpoints") == ["step-000001", "step-000004"]
+    for name in names_in(tmp_path / "checkpoints"):
+        assert stamped(Checkpoint.open(tmp_path / "checkpoints" / name)) == int(name[-1])
+
+
+def test_a_rank_is_replaced_while_saving(tmp_path: Path) -> None:
+    """Nobody waits for what a dead rank was to write."""
+    messages = run_ranks(2, replaced_behind, tmp_path)
+    assert all("a rank was replaced meanwhile" in message for message in messages)
+    assert Checkpoints(tmp_path).newest() is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_killed_at_every_write(tmp_path: Path, rank: int) -> None:
+    """The other's thread ends too, and the previous checkpoint or the new one is whole."""
+    moments, done = crash_either(tmp_path, rank)
+    assert moments >= 5
+    assert 1 <= done <= moments - 3
 
 
 def current_umask() -> int:

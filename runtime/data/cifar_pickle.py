@@ -48,7 +48,8 @@ _STANDINS: dict[tuple[str, str], type] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+# The unpickler in Python: the one in C makes a table as long as the largest index in the file, up to 64 GB.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in _STANDINS:
             raise DataError(f"it names {module}.{name}, which no CIFAR file does: it was not loaded")
@@ -62,6 +63,8 @@ def read_pickle(raw: bytes, label_key: str, where: str) -> tuple[Tensor, Tensor]
         array, labels = content["data"], content[label_key]
         if array.dtype.code != "u1":
             raise DataError(f"its data are of numpy type {array.dtype.code}, not u1")
+        if not isinstance(labels, list) or any(type(label) is not int for label in labels):
+            raise DataError(f"its {label_key} are no list of whole numbers")
         pixels = torch.frombuffer(bytearray(array.raw, "latin1"), dtype=torch.uint8)
         rows = pixels.view(array.shape[::-1]).T if array.fortran else pixels.view(array.shape)
         return rows.reshape(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)

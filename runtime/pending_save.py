@@ -1,0 +1,140 @@
+"""A checkpoint on its way to storage: a thread of each rank writes while the training goes on.
+
+    every rank                              rank 0
+    rank-NNNN.safetensors                   its own
+    rank-NNNN.json: keys, bytes, sha256     waits for the other writers' records, and takes them away
+                                            manifest.json, then older checkpoints go
+
+No collective runs here: the training's run meanwhile, and two threads must not mix theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.runtime.manifest import file_name
+from anabranch.runtime.storage import Folder
+
+_POLL_S = 0.05
+_VISIBLE_S = 60.0  # for what another host has written to be seen here (NFS keeps names for up to a minute)
+_EXIT_S = 5.0  # for the other ranks, once the program is ending
+
+Commit = Callable[[list[dict[str, Any]]], object]
+
+
+class PendingSave:
+    """One rank's part of one save, begun when it is made.
+
+    attempt: the save's name, the same on all ranks; a record of another one counts for nothing. tensors: on the CPU,
+    this save's own. others: the other ranks that write. commit: on rank 0, ends the save, given every record.
+    on_failure: is told, in the thread, what went wrong.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        rank: int,
+        attempt: str,
+        tensors: Mapping[str, Tensor],
+        others: list[int],
+        commit: Commit | None,
+        on_failure: Callable[[str], object],
+    ) -> None:
+        self.folder, self.attempt = folder, attempt
+        self._rank, self._tensors, self._others, self._commit = rank, tensors, others, commit
+        self._on_failure = on_failure
+        self._error: BaseException | None = None
+        self._given_up = ""
+        self._deadline = float("inf")
+        # Not a daemon: a program that ends (of an error, too) first finishes what it has begun to save.
+        self._thread = threading.Thread(target=self._run, name=f"save {folder.name} on rank {rank}")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits for the end; raises what this rank's part raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def others_are_done(self) -> None:
+        """What they have written is there, or will not be: from now on rank 0 waits only until it is seen."""
+        self._deadline = time.monotonic() + _VISIBLE_S
+
+    def give_up(self, reason: str) -> None:
+        """Rank 0 waits for nobody any more."""
+        self._given_up = reason
+
+    def _run(self) -> None:
+        try:
+            records = [self._write()] if self._tensors else []
+            self._tensors = {}
+            if self._commit is not None:
+                records += [self._record_of(rank) for rank in self._others]
+                for rank in self._others:
+                    self.folder.delete(_record_name(rank))
+                self._commit(records)
+            elif records:
+                self._tell(records[0])
+        except Exception as error:
+            self._error = error
+            text = f"rank {self._rank} on {socket.gethostname()}: {type(error).__name__}: {error}"
+            with suppress(OSError):  # the disk may be full; the ranks tell each other besides
+                if self._commit is None:
+                    self._tell({"error": text})
+            self._on_failure(f"{self.folder} is not saved, the checkpoint before it stays: {text}")
+        except BaseException as error:
+            self._error = error
+
+    def _write(self) -> dict[str, Any]:
+        name = file_name(self._rank)
+        size, sha256 = self.folder.write_tensors(name, self._tensors)
+        return {"name": name, "bytes": size, "sha256": sha256, "keys": list(self._tensors)}
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        content = json.dumps({"attempt": self.attempt, **record})
+        self.folder.write(_record_name(self._rank), content.encode())
+
+    def _record_of(self, rank: int) -> dict[str, Any]:
+        """What another rank says of its file. Raises OSError when it failed, or will not come."""
+        while True:
+            record: dict[str, Any] = {}
+            with suppress(OSError, ValueError):  # not there yet, or half of it
+                record = json.loads(self.folder.read(_record_name(rank)))
+            if record.get("attempt") == self.attempt:
+                break
+            if self._given_up:
+                raise OSError(self._given_up)
+            if time.monotonic() > self._deadline:
+                raise OSError(
+                    f"rank {rank} has written its part, it is not to be seen here: all ranks must share the folder"
+                )
+            if not threading.main_thread().is_alive():
+                self._deadline = min(self._deadline, time.monotonic() + _EXIT_S)
+            time.sleep(_POLL_S)
+        if "error" in record:
+            raise OSError(record["error"])
+        return record
+
+
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values in contiguous memory of their own on the CPU; a GPU's through pinned memory, all at once."""
+    copies = {}
+    for key, tensor in tensors.items():
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[key] = copy.copy_(tensor.detach(), non_blocking=True)
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
+
+
+def _record_name(rank: int) -> str:
+    return f"rank-{rank:04d}.json"

@@ -1,0 +1,78 @@
+"""Checkpoints at a URL: the same promises where nothing can be renamed and writes break off half-way."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_ranks import save_at_url, save_without_renaming
+from ranks import run_ranks
+
+from anabranch.runtime.checkpoint import Checkpoints
+from anabranch.runtime.config import Config
+from anabranch.runtime.redact import redacted
+from anabranch.runtime.schema import FieldError
+
+
+def test_saved_and_read(tmp_path: Path) -> None:
+    """Two ranks; the newest two stay; another process reads them."""
+    url = f"file://{tmp_path}/bucket/run"
+    run_ranks(2, save_at_url, tmp_path / "nothing", url)
+    assert sorted(path.name for path in (tmp_path / "bucket/run").iterdir()) == ["step-000002", "step-000003"]
+    assert not (tmp_path / "nothing").exists()
+    newest = Checkpoints(tmp_path, url=url).newest()
+    assert newest is not None
+    assert str(newest.folder) == f"{url}/step-000003"
+    newest.verify()
+    file = tmp_path / "bucket/run/step-000003/rank-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    told: list[str] = []
+    older = Checkpoints(tmp_path, url=url).newest(told.append)
+    assert older is not None
+    assert older.folder.name == "step-000002"
+    assert "step-000003/rank-0001.safetensors was altered" in told[0]
+    assert told[0].endswith(f"delete {url}/step-000003, the previous one is {url}/step-000002")
+
+
+def test_no_renaming_and_broken_writes(tmp_path: Path) -> None:
+    """At whichever call of the file system a save breaks off, a whole checkpoint is the newest readable one."""
+    [calls] = run_ranks(1, save_without_renaming, tmp_path)
+    assert calls >= 4
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("s3:/bucket", "must have a protocol"),
+        ("nothing://bucket", "Protocol not known: nothing"),
+        ("s3://me:secret@bucket/run", r"is s3://\*\*\*@bucket/run, which holds a secret"),
+        ("https://a/b?sig=secret", r"is https://a/b\?sig=\*\*\*, which holds a secret"),
+    ],
+)
+def test_wrong_url(url: str, problem: str) -> None:
+    with pytest.raises(FieldError, match=problem) as caught:
+        Config.from_dict({"checkpoint": {"url": url}}).check()
+    assert "secret@" not in str(caught.value)
+    assert "=secret" not in str(caught.value)
+
+
+def test_protocol_that_is_not_installed() -> None:
+    if find_spec("s3fs") is None:
+        with pytest.raises(FieldError, match=r"checkpoint\.url is s3://bucket/run: .*[Ii]nstall s3fs"):
+            Config.from_dict({"checkpoint": {"url": "s3://bucket/run"}}).check()
+
+
+def test_secrets_stay_out_of_files() -> None:
+    options: dict[str, Any] = {
+        "source": "https://me:hunter2@host/data?token=hunter2&x=1",
+        "many": ["ftp://hunter2@h/"],
+    }
+    text = Config.from_dict({"data": {"name": "a:b", "options": options}}).to_toml()
+    assert "hunter2" not in text
+    assert "https://***@host/data?token=***&x=1" in text
+    plain = "git@host:path, a@b.c, https://host/a@b?x=1, s3://bucket/key"
+    assert redacted(plain) == plain
+    assert re.search(r"://\*\*\*@", redacted("redis://:pw@host"))
