@@ -228,7 +228,12 @@ class Supervisor:
             if time.monotonic() > until:
                 del round.asked[rank]
                 self._give_up(rank, "does not answer")
-        if set(round.states) != set(range(len(self.group.seats))) or self.results:
+        if self.results:  # the run's work is done: nothing is left to wait for
+            for rank in {*round.states, *self._newcomers} & set(self.running.values()):
+                self._give_up(rank, "the run is over")
+            self._round = None
+            return
+        if set(round.states) != set(range(len(self.group.seats))):
             return
         assert self.recovery is not None, "there is a round"
         states = [round.states[rank] for rank in sorted(round.states)]
@@ -266,7 +271,10 @@ class Supervisor:
         now = time.monotonic()
         if not waiting or self._given_up:
             self._cut_at = now
-        elif now - self._cut_at > CUT_S and self.recovery and not self.results:
+        elif self.results:
+            for rank in waiting:
+                self._give_up(rank, "the run is over")
+        elif now - self._cut_at > CUT_S and self.recovery:
             if self.num_failures >= self.recovery.max_failures:
                 for rank in waiting:  # its end is the run's
                     self._give_up(rank, "lost its connections to the others")
