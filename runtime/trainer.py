@@ -151,9 +151,11 @@ class Trainer:
             ).to(self.device)
             self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
             self.dtype = next(self.network.parameters()).dtype
+            self._is_set_up = True
         else:
             self.network.regroup(self.mesh)
-            self.step.close()
+            if "step" in vars(self):
+                self.step.close()
         self.step = TrainStep(
             self.network,
             self.optimizer,
@@ -162,7 +164,6 @@ class Trainer:
             clip_norm=self.config.optimizer.clip_norm,
             penalty=make_penalty(self.config),
         )
-        self._is_set_up = True
 
     def _fit(self) -> dict[str, Any]:
         """Trains, generation after generation: where another rank was lost, this one waits for an order and goes on.
@@ -248,9 +249,8 @@ class Trainer:
             path = run_dir / "metrics.jsonl"
             file = MetricsFile(path, profile.metrics_every_steps, done)
             self._callbacks.insert(0, file)
-            if (
-                p.metrics and file.last_told < done
-            ):  # the one before was lost between a step and telling of it
+            # The one before was lost between a step and telling of it.
+            if p.metrics and file.last_told < done:
                 self._tell("on_step", p.metrics)
         if every := profile.basis_every_steps:
             self._callbacks.append(BasisRecord(self.network, run_dir / "basis", every, done))
