@@ -252,7 +252,12 @@ class Supervisor:
         self._steps = (-1, [], time.monotonic())
         for event in round.events:
             lost = max(event["step"] - 1 - order["step"], 0)
-            event |= {"action": order["action"], "resumed_from": order["step"], "lost_steps": lost}
+            event |= {
+                "at": round.began,
+                "action": order["action"],
+                "resumed_from": order["step"],
+                "lost_steps": lost,
+            }
         self._pending.append((round, self.generation))
 
     def _give_up(self, rank: int, why: str) -> None:

@@ -141,6 +141,13 @@ MOMENTS = ("forward", "reduction", "vote", "voted", "apply", "evaluate", "evalua
 def test_every_moment(run: Run, undisturbed: Callable[[str], dict[str, Any]], moment: str, rank: int) -> None:
     step = 12 if "eval" in moment else 8 if "save" in moment else 5
     found = run(f"{moment}-{rank}", "2x2", [fault(rank, step, moment)], spares=1)
+    happened = float(Path("fired-0").read_text())
+    print(
+        moment,
+        rank,
+        *(round(f["at"] + f["seconds"] - happened, 2) for f in found["failures"]),
+        "s from the kill",
+    )
     assert [failure["spare"] for failure in found["failures"]] == [True]
     assert found["failures"][0]["lost_steps"] == 0
     assert_same(found, undisturbed("2x2"))
