@@ -312,7 +312,7 @@ class Supervisor:
             limit *= _HANG_STEPS
         if now - self._steps[2] < limit or self._given_up:
             return
-        places = {rank: self.group.whereabouts(rank, QUIESCE_S) for rank in self.running.values()}
+        places = self.group.whereabouts(self.running.values(), QUIESCE_S)
         stuck = [rank for rank, place in places.items() if place is None or not place["waits"]]
         for rank in stuck or list(places):
             place = places[rank]
