@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from anabranch.cluster.failures import Failure, in_collective
 from anabranch.cluster.worker_context import WorkerContext
 
 _STACK_FRAMES = 8
+# The controller asks every second. A rank that nobody asks has lost its host's network, or its controller: it must not
+# go on beside its replacement.
+_ORPHANED_S = 60.0
 Target = Callable[[WorkerContext], dict[str, Any]]
 
 
@@ -43,6 +47,7 @@ class Worker:
         os.environ.update(variables)
         self._context: WorkerContext | None = None
         self._running = threading.Event()
+        self._asked_at = time.monotonic()
         self._held: socket.socket | None = None
 
     def probe(self, port: int) -> Probe:
@@ -69,6 +74,9 @@ class Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         self._context = context = WorkerContext(**place)
         self._running.set()
+        if context.recovers:
+            self._asked_at = time.monotonic()
+            threading.Thread(target=self._end_orphaned, daemon=True, name="anabranch-orphan").start()
         if context.generation < 0:
             os.environ.update(interface_variables(_address()))
         try:
@@ -78,8 +86,19 @@ class Worker:
             failure = Failure.of(context.rank, context.host, error)
             return replace(failure, step=context.status().get("step", -1))
 
+    def _end_orphaned(self) -> None:
+        while time.monotonic() - self._asked_at < _ORPHANED_S:
+            time.sleep(1.0)
+        print(
+            f"anabranch: nobody has asked for {_ORPHANED_S:g} s, the process ends",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
     def status(self) -> dict[str, Any]:
         """What the target published."""
+        self._asked_at = time.monotonic()
         return self._context.status() if self._context else {}
 
     def quiesce(self, generation: int, wait_s: float) -> dict[str, Any] | None:

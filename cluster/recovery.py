@@ -14,9 +14,10 @@ class Recovery:
     """How `run_on_ray` replaces lost ranks.
 
     decide: gets every rank's state, as its target gave it to `await_order` (with "committed": None for a newcomer);
-    returns the order for all: "action", "step" and whatever else their targets need. retries: whether another try
-    could end otherwise than this failure did. told: gets an event when its outcome is known, plain data: rank, host,
-    cause, step, action, spare, seconds (None where the run ended before another step), text (one line).
+    returns the order for all: "action", "step" and whatever else their targets need.
+    retries: whether another try could end otherwise than this failure did.
+    told: gets an event when its outcome is known, plain data: rank, host, cause, step, action, spare, at (time.time()
+    when it was noticed), seconds (None where the run ended before another step), text (one line).
     max_failures: that are recovered from in a run. spares: processes that wait. hang_s: the least time without a
     step, or ten of them, that counts as a hang.
     """

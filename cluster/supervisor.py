@@ -84,7 +84,7 @@ class Supervisor:
             tuple[_Round, int]
         ] = []  # recovered, until their ranks have stepped in that generation
         self._statuses: list[dict[str, Any]] = []
-        self._steps = (-1, time.monotonic())
+        self._steps: tuple[int, list[str], float] = (-1, [], time.monotonic())
         self._cut_at = time.monotonic()
         self._step_times: deque[float] = deque(maxlen=25)
 
@@ -232,7 +232,12 @@ class Supervisor:
             if time.monotonic() > until:
                 del round.asked[rank]
                 self._give_up(rank, "does not answer")
-        if set(round.states) != set(range(len(self.group.seats))) or self.results:
+        if self.results:  # the run's work is done: nothing is left to wait for
+            for rank in {*round.states, *self._newcomers} & set(self.running.values()):
+                self._give_up(rank, "the run is over")
+            self._round = None
+            return
+        if set(round.states) != set(range(len(self.group.seats))):
             return
         assert self.recovery is not None, "there is a round"
         states = [round.states[rank] for rank in sorted(round.states)]
@@ -248,10 +253,15 @@ class Supervisor:
             return
         self.generation += 1
         self._round, self._newcomers = None, set()
-        self._steps = (-1, time.monotonic())
+        self._steps = (-1, [], time.monotonic())
         for event in round.events:
             lost = max(event["step"] - 1 - order["step"], 0)
-            event |= {"action": order["action"], "resumed_from": order["step"], "lost_steps": lost}
+            event |= {
+                "at": round.began,
+                "action": order["action"],
+                "resumed_from": order["step"],
+                "lost_steps": lost,
+            }
         self._pending.append((round, self.generation))
 
     def _give_up(self, rank: int, why: str) -> None:
@@ -270,7 +280,10 @@ class Supervisor:
         now = time.monotonic()
         if not waiting or self._given_up:
             self._cut_at = now
-        elif now - self._cut_at > CUT_S and self.recovery and not self.results:
+        elif self.results:
+            for rank in waiting:
+                self._give_up(rank, "the run is over")
+        elif now - self._cut_at > CUT_S and self.recovery:
             if self.num_failures >= self.recovery.max_failures:
                 for rank in waiting:  # its end is the run's
                     self._give_up(rank, "lost its connections to the others")
@@ -293,20 +306,23 @@ class Supervisor:
     def _find_hang(self, statuses: list[dict[str, Any]], hang_s: float) -> None:
         """All answer, none steps."""
         step, now = self._step(), time.monotonic()
-        if step != self._steps[0] or any(status.get("phase") != "training" for status in statuses):
-            self._steps = (step, now)
+        phases = [str(status.get("phase")) for status in statuses]
+        if (step, phases) != self._steps[:2] or not set(phases) <= {"training", "evaluating", "saving"}:
+            self._steps = (step, phases, now)
             self._step_times.extend(s["step_time_s"] for s in statuses[:1] if "step_time_s" in s)
             return
         limit = max(hang_s, _HANG_STEPS * median(self._step_times) if self._step_times else 0.0)
-        if now - self._steps[1] < limit or self._given_up:
+        if set(phases) != {"training"}:  # tests and checkpoints may take many steps' time
+            limit *= _HANG_STEPS
+        if now - self._steps[2] < limit or self._given_up:
             return
-        places = {rank: self.group.whereabouts(rank, QUIESCE_S) for rank in self.running.values()}
+        places = self.group.whereabouts(self.running.values(), QUIESCE_S)
         stuck = [rank for rank, place in places.items() if place is None or not place["waits"]]
         for rank in stuck or list(places):
             place = places[rank]
             self._stacks[rank] = place["stack"] if place else ""
             where = f", {place['where']}" if place else ", and it does not answer"
-            self._give_up(rank, f"hangs: no step for {now - self._steps[1]:.0f} s{where}")
+            self._give_up(rank, f"hangs: no step for {now - self._steps[2]:.0f} s{where}")
 
     def _tell(self, round: _Round, seconds: float | None) -> None:
         assert self.recovery is not None, "there was a round"

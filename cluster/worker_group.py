@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,16 +245,19 @@ class WorkerGroup:
         """Ask a rank to leave its process groups: a ref to its state, None if it does not within `wait_s`."""
         return counted("quiesce", self._actors[rank].quiesce.remote, generation, wait_s)
 
-    def whereabouts(self, rank: int, wait_s: float) -> dict[str, Any] | None:
-        """A rank's stack and whether it waits for others there; None if it does not answer."""
+    def whereabouts(self, ranks: Iterable[int], wait_s: float) -> dict[int, dict[str, Any] | None]:
+        """Each rank's stack and whether it waits for others there; None where it does not answer in time."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayError
+        from ray.exceptions import RayError
 
-        ref = counted("whereabouts", self._actors[rank].whereabouts.remote)
-        with suppress(RayError, GetTimeoutError):
-            found: dict[str, Any] = counted("result", ray.get, ref, timeout=wait_s)
-            return found
-        return None
+        refs = {rank: counted("whereabouts", self._actors[rank].whereabouts.remote) for rank in ranks}
+        found: dict[int, dict[str, Any] | None] = dict.fromkeys(refs)
+        ready, _ = counted("watch_wait", ray.wait, list(refs.values()), num_returns=len(refs), timeout=wait_s)
+        for rank, ref in refs.items():
+            with suppress(RayError):
+                place: Any = counted("result", ray.get, ref) if ref in ready else None
+                found[rank] = place
+        return found
 
     def give_orders(self, order: dict[str, Any], generation: int, states: list[dict[str, Any]]) -> None:
         """Send every rank, all quiesced, into the next generation. Raises RayError when rank 0 does not answer."""
@@ -285,6 +289,8 @@ class WorkerGroup:
         for rank, actor in enumerate(self._actors):
             if self._status_refs[rank] is None:
                 self._status_refs[rank] = counted("watch_status", actor.status.remote)
+        for spare in self._spares:
+            counted("watch_status", spare.actor.status.remote)  # for it to know that it is not forgotten
         refs = list(self._status_refs)
         ready, _ = counted("watch_wait", ray.wait, refs, num_returns=len(refs), timeout=wait_s)
         now = time.monotonic()

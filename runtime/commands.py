@@ -72,6 +72,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             path = str(found.folder)
     if result is None:
         return None
+    result.setdefault("failures", [])  # only Ray's workers are replaced
     begun = result.pop("first_step_at")
     result["start_to_first_step_s"] = begun - _process_start() if begun else None
     if reason := result.pop("stopped"):

@@ -50,6 +50,7 @@ class Driver:
         self.config, self.console = config, console
         # An address is Ray's, also where srun started this.
         self.launcher = choose_launcher(config.launch.launcher or ("ray" if config.launch.address else ""))
+        self.failures: list[dict[str, Any]] = []  # that training was recovered from
         self._stack = ExitStack()
 
     def __enter__(self) -> Driver:
@@ -212,14 +213,13 @@ class Driver:
             )
             if kind != "train":
                 return {**run_on_ray(job, request, progress.watch)[0], "ray_calls": dict(ray_calls)}
-            failures: list[dict[str, Any]] = []
 
             def told(failure: dict[str, Any]) -> None:
                 text = failure.pop("text")
                 self.console.print(
                     f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False
                 )
-                failures.append(failure)
+                self.failures.append(failure)
                 with (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**failure, "text": text}) + "\n")
 
@@ -227,8 +227,8 @@ class Driver:
             try:
                 results = run_on_ray(job, request, progress.watch, recovery)
             except WorkerError as error:
-                raise _with_remedy(error, len(failures), launch.run_dir) from error.__cause__
-            return {**results[0], "failures": failures, "ray_calls": dict(ray_calls)}
+                raise _with_remedy(error, len(self.failures), launch.run_dir) from error.__cause__
+            return {**results[0], "failures": self.failures, "ray_calls": dict(ray_calls)}
 
 
 def _with_remedy(error: WorkerError, num_failures: int, run_dir: str) -> WorkerError:

@@ -156,9 +156,11 @@ class Trainer:
             self.how_to_run.apply(self.network)
             self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
             self.dtype = next(self.network.parameters()).dtype
+            self._is_set_up = True
         else:
             self.network.regroup(self.mesh)
-            self.step.close()
+            if "step" in vars(self):
+                self.step.close()
         self.step: TrainStep = TrainStep(
             self.network,
             self.optimizer,
@@ -167,7 +169,6 @@ class Trainer:
             clip_norm=self.config.optimizer.clip_norm,
             penalty=make_penalty(self.config),
         )
-        self._is_set_up = True
 
     def _how_to_run(self, ours: bool) -> HowToRun:
         """What the run that is resumed was run with, else as configured or measured."""
@@ -270,9 +271,8 @@ class Trainer:
             path = run_dir / "metrics.jsonl"
             file = MetricsFile(path, profile.metrics_every_steps, done)
             self._callbacks.insert(0, file)
-            if (
-                p.metrics and file.last_told < done
-            ):  # the one before was lost between a step and telling of it
+            # The one before was lost between a step and telling of it.
+            if p.metrics and file.last_told < done:
                 self._tell("on_step", p.metrics)
         if every := profile.basis_every_steps:
             self._callbacks.append(BasisRecord(self.network, run_dir / "basis", every, done))

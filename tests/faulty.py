@@ -1,4 +1,4 @@
-"""A user's model whose module kills, stops, hangs or breaks one rank at an exact moment of its training, once.
+"""A user's model whose module kills, stops, hangs, cuts off or breaks a rank at an exact moment of training, once.
 
 What and when is in FAULTS, a JSON file in the working directory: [{"rank", "step", "moment", "how"}, …]. Each fires
 once: its marker file says that it has.
@@ -44,6 +44,9 @@ def fire(trainer: Trainer, moment: str) -> None:
             raise ValueError("a user's bug")
         if how == "hang":
             time.sleep(1000)
+        if how == "cut":  # the network breaks, nobody dies
+            trainer.context.abort()
+            continue
         if how == "exit":
             os._exit(137)
         os.kill(os.getpid(), signal.Signals[how])

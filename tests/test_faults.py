@@ -115,6 +115,7 @@ def test_killed_ranks_are_replaced_without_a_trace(
     assert_same(found, undisturbed("2x2"))
 
 
+@pytest.mark.optin
 def test_without_a_peer_all_go_back_to_the_checkpoint(
     run: Run, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
@@ -140,6 +141,13 @@ MOMENTS = ("forward", "reduction", "vote", "voted", "apply", "evaluate", "evalua
 def test_every_moment(run: Run, undisturbed: Callable[[str], dict[str, Any]], moment: str, rank: int) -> None:
     step = 12 if "eval" in moment else 8 if "save" in moment else 5
     found = run(f"{moment}-{rank}", "2x2", [fault(rank, step, moment)], spares=1)
+    happened = float(Path("fired-0").read_text())
+    print(
+        moment,
+        rank,
+        *(round(f["at"] + f["seconds"] - happened, 2) for f in found["failures"]),
+        "s from the kill",
+    )
     assert [failure["spare"] for failure in found["failures"]] == [True]
     assert found["failures"][0]["lost_steps"] == 0
     assert_same(found, undisturbed("2x2"))
@@ -156,6 +164,15 @@ def test_stopped_and_hanging_ranks(run: Run, undisturbed: Callable[[str], dict[s
     assert "hangs: no step for" in hanging["cause"]
     assert "in idle" in hanging["cause"]
     assert "time.sleep(1000)" in hanging["stack"]
+    assert_same(found, undisturbed("2x2"))
+
+
+@pytest.mark.optin
+def test_broken_connections(run: Run, undisturbed: Callable[[str], dict[str, Any]]) -> None:
+    """Nobody dies: all form their groups again; at the very end there is nothing left to wait for."""
+    found = run("cut", "2x2", [fault(2, 5, "reduction", "cut"), fault(1, 12, "evaluated", "cut")])
+    assert found["failures"][0]["spare"] is None
+    assert found["failures"][0]["cause"] == "lost its connections to the others"
     assert_same(found, undisturbed("2x2"))
 
 
