@@ -102,6 +102,26 @@ def never_slower(*, workers: Workers = 2, rounds: Rounds = 24) -> None:
 
 
 @app.command
+def faults(
+    *,
+    cells: Annotated[tuple[str, ...], Parameter(help="Names, or patterns like kill-*; default: all.", consume_multiple=True)] = (),
+    resume: Annotated[bool, Parameter(help="Leave out cells that the record has.", negative=())] = False,
+) -> None:
+    """Faults at exact moments of real runs: did each go on by itself, or resume, and end bit-equal?"""
+    from rich.console import Console
+
+    from anabranch.benchmarks import faults as case
+
+    record = case.run(only=cells, resume=resume)
+    Console().print(case.table(record["cells"]))
+    broken = [name for name, cell in record["cells"].items() if not cell.get("kept", True)]
+    kept = f", their folders in {record['kept']}" if broken else ""
+    print(f"{len(broken)} of {len(record['cells'])} cells broke their promise{kept}; {record['path']}")
+    if broken:
+        raise SystemExit(1)
+
+
+@app.command
 def mixing(
     *, mbit_per_s: Annotated[float, Parameter(help="Rate of the wire.")] = 100.0, rounds: Rounds = 8
 ) -> None:

@@ -51,7 +51,6 @@ timeout_s = 120.0
 """
 GOOD = ("recovered", "resumed")
 LEFT_S = 15.0
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,12 @@ def config_text(**options: str) -> str:
     return text
 
 
+def python_path() -> str:
+    """PYTHONPATH for a process that starts in another folder."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(str(Path(path).absolute()) for path in given if path)
+
+
 def prepare(folder: Path, faults: Sequence[Fault], text: str) -> None:
     """What a run and its injector read, in the folder that the command is started from."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +115,7 @@ def start(folder: Path, *flags: str, prefix: Sequence[str] = ()) -> subprocess.P
         *prefix, sys.executable, "-m", "anabranch.runtime", "train", "run.toml", "--json",
         "--run-dir", str(folder / "run"), *flags,
     ]  # fmt: skip
-    paths = [str(_ROOT / ".typing"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)), "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("ab") as err:
         process = subprocess.Popen(command, cwd=folder, env=environ, stdout=out, stderr=err)
     (folder / "driver.pid").write_text(str(process.pid))
