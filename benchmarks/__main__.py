@@ -104,7 +104,10 @@ def never_slower(*, workers: Workers = 2, rounds: Rounds = 24) -> None:
 @app.command
 def faults(
     *,
-    cells: Annotated[tuple[str, ...], Parameter(help="Names, or patterns like kill-*; default: all.", consume_multiple=True)] = (),
+    cells: Annotated[
+        tuple[str, ...],
+        Parameter(help="Names, or patterns like kill-*; default: all.", consume_multiple=True),
+    ] = (),
     resume: Annotated[bool, Parameter(help="Leave out cells that the record has.", negative=())] = False,
 ) -> None:
     """Faults at exact moments of real runs: did each go on by itself, or resume, and end bit-equal?"""

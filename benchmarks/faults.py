@@ -1,14 +1,14 @@
 """The matrix of faults: each cell one run of the real command line with a fault at an exact rank, step and moment.
 
-    kind       what happens                                   where
-    kill       SIGKILL (the kernel's out-of-memory kill too)  rank 0, another, 5 moments; D=1; during recovery; spares
-    stop       SIGSTOP                                        rank 0, another, 5 moments
-    exception  the worker's code raises                       rank 0, another, 5 moments
-    memory     memory taken, then exit 137                    rank 0, another, 5 moments
-    raylet     SIGKILL of the node's raylet                   one host: 5 moments
-    driver     SIGKILL of the command                         5 moments
-    disk       the run folder's file system (tmpfs) is full   before and while a checkpoint is written; needs root
-    network    the wire between two hosts goes down           5 moments, in `host_faults`; needs root
+kind       what happens                                   where
+kill       SIGKILL (the kernel's out-of-memory kill too)  rank 0, another, 5 moments; D=1; during recovery; spares
+stop       SIGSTOP                                        rank 0, another, 5 moments
+exception  the worker's code raises                       rank 0, another, 5 moments
+memory     memory taken, then exit 137                    rank 0, another, 5 moments
+raylet     SIGKILL of the node's raylet                   one host: 5 moments
+driver     SIGKILL of the command                         5 moments
+disk       the run folder's file system (tmpfs) is full   before and while a checkpoint is written; needs root
+network    the wire between two hosts goes down           5 moments, in `host_faults`; needs root
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from anabranch.benchmarks import fault_runs
-from anabranch.benchmarks.fault_runs import Fault, Outcome, config_text, judge, prepare, weights
+from anabranch.benchmarks.fault_judge import Outcome, judge, weights
+from anabranch.benchmarks.fault_runs import Fault, config_text, prepare
 from anabranch.benchmarks.injector import MOMENTS
 from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.cluster import connect
 
-LIMIT_S = 150.0
-_TMPFS_BYTES = 4 * 2**20
+LIMIT_S = 120.0
+_TMPFS_BYTES = 24 * 2**20
 _IN_WORKER = ("kill", "stop", "exception", "memory")
 
 
@@ -97,7 +99,8 @@ def _fault(kind: str, rank: int, moment: str) -> Fault:
 
 
 def _of_the_node(kind: str, void: str) -> list[Cell]:
-    run = [Cell(f"{kind}-rank0-{moment}", (_fault(kind, 0, moment),), ("resumed",)) for moment in MOMENTS]
+    promise = ("resumed",) if kind == "driver" else ("resumed", "recovered")  # before the workers notice
+    run = [Cell(f"{kind}-rank0-{moment}", (_fault(kind, 0, moment),), promise) for moment in MOMENTS]
     return run + [Cell(f"{kind}-another-{moment}", void=void) for moment in MOMENTS]
 
 
@@ -122,8 +125,8 @@ def run(
             record[cell.name] = {"void": cell.void} if cell.void else bench.measure(cell)
             console.print(_line(cell.name, record[cell.name]), highlight=False, soft_wrap=True)
             path = write_record("faults", {"cells": record}, folder)
-    if not any(root.iterdir()):
-        root.rmdir()
+    if all(cell.get("kept", True) for cell in record.values()):
+        shutil.rmtree(root)
     return {"cells": record, "path": str(path if record else ""), "kept": str(root) if root.exists() else ""}
 
 
@@ -132,7 +135,7 @@ class Bench:
 
     def __init__(self, root: Path, stack: ExitStack) -> None:
         self.root, self._stack = root, stack
-        self._undisturbed: dict[str, dict[str, bytes]] = {}
+        self._undisturbed: dict[str, dict[str, Tensor]] = {}
         self._address = ""
 
     def measure(self, cell: Cell) -> dict[str, Any]:
@@ -158,7 +161,7 @@ class Bench:
             ended = fault_runs.run(place, LIMIT_S, *flags)
             return judge(place, faults, ended, wanted, LIMIT_S, flags)
 
-    def undisturbed(self, mesh: str) -> dict[str, bytes]:
+    def undisturbed(self, mesh: str) -> dict[str, Tensor]:
         """Weights of the run without faults. Raises RuntimeError where it fails."""
         if mesh not in self._undisturbed:
             place = self.root / f"undisturbed-{mesh}"
@@ -167,7 +170,6 @@ class Bench:
             step, self._undisturbed[mesh] = weights(place / "run")
             if ended.code or step != fault_runs.STEPS:
                 raise RuntimeError(f"the undisturbed run failed:\n{ended.stderr[-4000:]}")
-            shutil.rmtree(place)
         return self._undisturbed[mesh]
 
     def address(self) -> str:
@@ -195,16 +197,22 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def table(record: dict[str, Any]) -> Table:
-    """Outcomes of all cells."""
-    found = Table("cell", "outcome", "promised", "to go on, s", "steps redone", "whole, s", box=None, pad_edge=False)
+    """Outcomes of the cells that were run."""
+    found = Table(
+        "cell", "outcome", "promised", "to go on, s", "steps redone", "whole, s", box=None, pad_edge=False
+    )
     for name, cell in record.items():
         if cell.get("void"):
-            found.add_row(name, "void", cell["void"])
             continue
         seconds = ", ".join("–" if s is None else f"{s:.1f}" for s in cell["recovery_s"])
         outcome = cell["outcome"] if cell["kept"] else f"[red]{cell['outcome']}[/red]"
         found.add_row(
-            name, outcome, " or ".join(cell["promise"]), seconds, str(cell["redone"]), f"{cell['seconds']:.0f}"
+            name,
+            outcome,
+            " or ".join(cell["promise"]),
+            seconds,
+            str(cell["redone"]),
+            f"{cell['seconds']:.0f}",
         )
     return found
 

@@ -34,6 +34,7 @@ from anabranch.cluster import WorkerContext
 MOMENTS = ("forward", "branch_all_reduce", "reduction", "optimizer", "checkpoint")
 KINDS = ("kill", "stop", "exception", "memory", "raylet", "driver", "disk", "network")
 _FILLER = "filler"
+_SLOW_S = 1.0  # of a step from then on, where the process itself stays: a short run would be over before anyone notices
 
 
 class PlantedError(RuntimeError):
@@ -62,16 +63,19 @@ class Injector:
         self.faults: list[dict[str, Any]] = json.loads((folder / "faults.json").read_text())
         self.rank, self.step, self.num_groups = -1, 0, 0
         self.began_late = any(folder.glob("fired-*.json"))
-        self._in_forward = False
+        self._in_forward = self._slow = False
         self._trace = folder / f"trace-{os.getpid()}.jsonl"
 
     def told(self, rank: int, status: dict[str, Any]) -> None:
         """The worker published its status."""
         if self.rank < 0:
             started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-            self._write({"pid": os.getpid(), "parent": os.getppid(), "started": started})
+            interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+            self._write({"pid": os.getpid(), "started": started, "rank": rank, "interface": interface})
         self.rank = rank
         if "step" in status or "phase" in status:
+            if self._slow and status.get("phase") == "training":
+                time.sleep(_SLOW_S)
             self.step = status.get("step", self.step)
             self._write({"rank": rank, "step": self.step, "phase": status.get("phase")})
 
@@ -106,7 +110,7 @@ class Injector:
 
     def synced(self, descriptor: int) -> None:
         """A file is about to be synced; training may be steps ahead of the checkpoint that it belongs to."""
-        if found := re.search(r"/checkpoints/\D*(\d+)", os.readlink(f"/proc/self/fd/{descriptor}")):
+        if found := re.search(r"/checkpoints/\D*(\d+)", str(Path(f"/proc/self/fd/{descriptor}").readlink())):
             self.at("checkpoint", int(found[1]))
 
     def at(self, moment: str, step: int | None = None) -> None:
@@ -125,6 +129,7 @@ class Injector:
                     file.write(json.dumps(record))
             except FileExistsError:
                 continue
+            self._slow = fault["kind"] in ("raylet", "driver", "network")
             set_off(fault["kind"], fault["argument"], self.folder)
 
     def _write(self, record: dict[str, Any]) -> None:
