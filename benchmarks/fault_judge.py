@@ -7,6 +7,7 @@ HANG        it did not end within the limit
 LOST        what a finished checkpoint held was gone, or the second command failed
 DIFFERENT   it ended, with other weights
 LEFT        processes of the run were there LEFT_S after its end
+MISPLACED   ranks or network interfaces on two hosts were wrong
 MISSED      a planted fault did not go off: the harness's own error
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isnan
@@ -26,7 +27,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anabranch.benchmarks.fault_runs import Ended, Fault, fired, run, traces
-from anabranch.benchmarks.injector import empty
 
 LEFT_S = 15.0
 
@@ -83,10 +83,14 @@ def judge(
     limit_s: float,
     flags: Sequence[str],
     tolerance: float = 0.0,
+    *,
+    repair: Callable[[], None] = lambda: None,
+    prefix: Sequence[str] = (),
 ) -> Outcome:
     """The outcome of a run that `run` ended; one that did not succeed is gone on with by a second command.
 
-    tolerance: largest relative difference of a tensor; 0: to the bit.
+    tolerance: largest relative difference of a tensor; 0: to the bit. repair: called before the second command, which
+    `prefix` runs where it belongs.
     """
     seconds, said = ended.seconds, _said(ended)
     recovery = tuple(_recovery_s(folder, index) for index in range(len(faults)))
@@ -108,12 +112,10 @@ def judge(
         driver_killed = any(fault.kind == "driver" for fault in faults)
         if not driver_killed and not _is_named(ended):
             return outcome("UNNAMED", ended.stderr[-2000:])
-        for fault in faults:
-            if fault.kind == "disk":
-                empty(Path(fault.argument))
+        repair()
         before, _ = weights(folder / "run")
         (folder / "stderr").write_text("")
-        again = run(folder, limit_s, "--resume", "auto", *flags)
+        again = run(folder, limit_s, "--resume", "auto", *flags, prefix=prefix)
         seconds += again.seconds
         if again.code is None:
             return outcome("HANG", f"the second command did not end in {limit_s:g} s")

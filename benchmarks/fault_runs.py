@@ -15,7 +15,7 @@ from typing import Any
 
 STEPS = 24
 CHECKPOINT_EVERY = 5
-_CONFIG = f"""
+CONFIG = f"""
 [model]
 name = "multi_resnet"
 options = {{ depth = 8, num_branches = 4 }}
@@ -57,25 +57,17 @@ class Ended:
     seconds: float
 
 
-def config_text(**options: str) -> str:
-    """The runs' configuration; options: lines to add, by section."""
-    text = _CONFIG
-    for section, lines in options.items():
-        text = text.replace(f"[{section}]\n", f"[{section}]\n{lines}\n")
-    return text
-
-
 def python_path() -> str:
     """PYTHONPATH for a process that starts in another folder."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join(str(Path(path).absolute()) for path in given if path)
 
 
-def prepare(folder: Path, faults: Sequence[Fault], text: str) -> None:
+def prepare(folder: Path, faults: Sequence[Fault]) -> None:
     """What a run and its injector read, in the folder that the command is started from."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
-    (folder / "run.toml").write_text(text)
+    (folder / "run.toml").write_text(CONFIG)
 
 
 def start(folder: Path, *flags: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
@@ -107,10 +99,10 @@ def finish(folder: Path, process: subprocess.Popen[bytes], limit_s: float, begun
     return Ended(code, result, stderr, time.monotonic() - begun)
 
 
-def run(folder: Path, limit_s: float, *flags: str) -> Ended:
+def run(folder: Path, limit_s: float, *flags: str, prefix: Sequence[str] = ()) -> Ended:
     """`start` and `finish`."""
     begun = time.monotonic()
-    return finish(folder, start(folder, *flags), limit_s, begun)
+    return finish(folder, start(folder, *flags, prefix=prefix), limit_s, begun)
 
 
 def traces(folder: Path) -> list[dict[str, Any]]:

@@ -1,15 +1,4 @@
-"""The matrix of faults: each cell one run of the real command line with a fault at an exact rank, step and moment.
-
-kind       what happens                                   where
-kill       SIGKILL (the kernel's out-of-memory kill too)  rank 0, another, 5 moments; D=1; during recovery; spares
-stop       SIGSTOP                                        rank 0, another, 5 moments
-exception  the worker's code raises                       rank 0, another, 5 moments
-memory     memory taken, then exit 137                    rank 0, another, 5 moments
-raylet     SIGKILL of the node's raylet                   one host: 5 moments
-driver     SIGKILL of the command                         5 moments
-disk       the run folder's file system (tmpfs) is full   before and while a checkpoint is written; needs root
-network    the wire between two hosts goes down           5 moments, in `host_faults`; needs root
-"""
+"""Runs the matrix of faults: each cell one run of the real command line, against one without faults."""
 
 from __future__ import annotations
 
@@ -22,7 +11,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,77 +21,17 @@ from rich.table import Table
 from torch import Tensor
 
 from anabranch.benchmarks import fault_runs
+from anabranch.benchmarks.fault_cells import Cell, cells
 from anabranch.benchmarks.fault_judge import Outcome, judge, weights
-from anabranch.benchmarks.fault_runs import Fault, config_text, prepare
-from anabranch.benchmarks.injector import MOMENTS
+from anabranch.benchmarks.fault_runs import prepare
+from anabranch.benchmarks.host_faults import run_on_hosts
+from anabranch.benchmarks.injector import empty
 from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.cluster import connect
 
 LIMIT_S = 120.0
 _TMPFS_BYTES = 24 * 2**20
 _IN_WORKER = ("kill", "stop", "exception", "memory")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """faults: by `fault_runs`. promise: outcomes that DESIGN.md promises. void: why it is not run. flags: of train."""
-
-    name: str
-    faults: tuple[Fault, ...] = ()
-    promise: tuple[str, ...] = ("recovered",)
-    void: str = ""
-    mesh: str = "2x2"
-    flags: tuple[str, ...] = ()
-
-
-def cells() -> list[Cell]:
-    """All of the matrix, void ones too."""
-    found = [cell for kind in ("kill", "stop", "exception", "memory") for cell in _in_worker(kind)]
-    found += _of_the_node("raylet", "all ranks are this raylet's: the other host's is in `host_faults`")
-    found += _of_the_node("driver", "there is one driver, whichever rank's moment it is")
-    for moment in MOMENTS:
-        named = f"disk-rank0-{moment}"
-        if moment in ("optimizer", "checkpoint"):
-            step = 14 if moment == "optimizer" else 15  # the next thing written is a checkpoint, or is one
-            found.append(Cell(named, (Fault("disk", 0, moment, step),), ("recovered", "resumed")))
-        else:
-            found.append(Cell(named, void="nothing is written then: as disk-rank0-optimizer"))
-        found.append(Cell(f"disk-another-{moment}", void="one file system: full for all, whoever fills it"))
-    newcomer = Fault("kill", 3, "reduction")
-    found += [
-        Cell(f"kill-during-recovery-{name}", (newcomer, Fault("kill", rank, moment)))
-        for name, rank, moment in (
-            ("survivor0", 0, "recovery"), ("survivor2", 2, "recovery"), ("newcomer", 3, "newcomer"),
-        )
-    ]  # fmt: skip
-    both = tuple(Fault("kill", rank, "branch_all_reduce") for rank in (1, 3))
-    found.append(Cell("kill-both-holders-of-a-branch", both))
-    found += [
-        Cell(f"one-replica-kill-rank{rank}-{moment}", (_fault("kill", rank, moment),), mesh="1x2")
-        for rank in (0, 1)
-        for moment in ("forward", "optimizer", "checkpoint")
-    ]
-    return found
-
-
-def _in_worker(kind: str) -> list[Cell]:
-    return [
-        Cell(f"{kind}-{'another' if rank else 'rank0'}-{moment}", (_fault(kind, rank, moment),))
-        for rank in (0, 3)
-        for moment in MOMENTS
-    ]
-
-
-def _fault(kind: str, rank: int, moment: str) -> Fault:
-    if moment == "checkpoint":  # ranks of the first replica write
-        return Fault(kind, min(rank, 1), moment, 10)
-    return Fault(kind, rank, moment)
-
-
-def _of_the_node(kind: str, void: str) -> list[Cell]:
-    promise = ("resumed",) if kind == "driver" else ("resumed", "recovered")  # before the workers notice
-    run = [Cell(f"{kind}-rank0-{moment}", (_fault(kind, 0, moment),), promise) for moment in MOMENTS]
-    return run + [Cell(f"{kind}-another-{moment}", void=void) for moment in MOMENTS]
 
 
 def run(
@@ -148,29 +78,34 @@ class Bench:
 
     def run(self, cell: Cell) -> Outcome:
         """Runs one cell in root/NAME."""
-        place, flags = self.root / cell.name, ["--mesh", cell.mesh, *cell.flags]
-        wanted = self.undisturbed(cell.mesh)
+        precision = "fp64" if cell.tolerance else "fp32"
+        place, wanted = self.root / cell.name, self.undisturbed(cell.mesh, precision)
+        if cell.hosts:
+            return run_on_hosts(place, cell, wanted, LIMIT_S)
+        flags = ["--mesh", cell.mesh, *cell.flags]
         if all(fault.kind in _IN_WORKER for fault in cell.faults):
             flags += ["--launch.address", self.address()]
         with ExitStack() as stack:
-            faults = cell.faults
+            faults, run_dir = cell.faults, place / "run"
             if any(fault.kind == "disk" for fault in faults):
-                run_dir = stack.enter_context(small_disk(place / "run"))
+                stack.enter_context(small_disk(run_dir))
                 faults = tuple(replace(fault, argument=str(run_dir)) for fault in faults)
-            prepare(place, faults, config_text())
+            prepare(place, faults)
             ended = fault_runs.run(place, LIMIT_S, *flags)
-            return judge(place, faults, ended, wanted, LIMIT_S, flags)
+            return judge(place, faults, ended, wanted, LIMIT_S, flags, repair=partial(empty, run_dir))
 
-    def undisturbed(self, mesh: str) -> dict[str, Tensor]:
-        """Weights of the run without faults. Raises RuntimeError where it fails."""
-        if mesh not in self._undisturbed:
-            place = self.root / f"undisturbed-{mesh}"
-            prepare(place, (), config_text())
-            ended = fault_runs.run(place, LIMIT_S, "--mesh", mesh, "--launch.address", self.address())
-            step, self._undisturbed[mesh] = weights(place / "run")
+    def undisturbed(self, mesh: str, precision: str = "fp32") -> dict[str, Tensor]:
+        """Weights of the run without faults, whose folder stays. Raises RuntimeError where it fails."""
+        name = f"undisturbed-{mesh}-{precision}"
+        if name not in self._undisturbed:
+            place = self.root / name
+            prepare(place, ())
+            flags = ["--mesh", mesh, "--train.precision", precision, "--launch.address", self.address()]
+            ended = fault_runs.run(place, LIMIT_S, *flags)
+            step, self._undisturbed[name] = weights(place / "run")
             if ended.code or step != fault_runs.STEPS:
                 raise RuntimeError(f"the undisturbed run failed:\n{ended.stderr[-4000:]}")
-        return self._undisturbed[mesh]
+        return self._undisturbed[name]
 
     def address(self) -> str:
         """Of the shared cluster, which lives as long as the stack."""

@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from anabranch.cluster import WorkerContext
 
 MOMENTS = ("forward", "branch_all_reduce", "reduction", "optimizer", "checkpoint")
-KINDS = ("kill", "stop", "exception", "memory", "raylet", "driver", "disk", "network")
+KINDS = ("kill", "stop", "exception", "memory", "raylet", "driver", "disk", "network", "host")
 _FILLER = "filler"
-_SLOW_S = 1.0  # of a step from then on, where the process itself stays: a short run would be over before anyone notices
+# Where ranks stay, their steps take so long from then on: a short run would be over before anyone notices.
+_OF_OTHERS, _SLOW_S = ("raylet", "driver", "network", "host"), 1.0
 
 
 class PlantedError(RuntimeError):
@@ -63,7 +65,8 @@ class Injector:
         self.faults: list[dict[str, Any]] = json.loads((folder / "faults.json").read_text())
         self.rank, self.step, self.num_groups = -1, 0, 0
         self.began_late = any(folder.glob("fired-*.json"))
-        self._in_forward = self._slow = False
+        self._in_forward = False
+        self._slow_after = any(fault["kind"] in _OF_OTHERS for fault in self.faults)
         self._trace = folder / f"trace-{os.getpid()}.jsonl"
 
     def told(self, rank: int, status: dict[str, Any]) -> None:
@@ -74,7 +77,8 @@ class Injector:
             self._write({"pid": os.getpid(), "started": started, "rank": rank, "interface": interface})
         self.rank = rank
         if "step" in status or "phase" in status:
-            if self._slow and status.get("phase") == "training":
+            training = status.get("phase") == "training" and "step" in status
+            if training and self._slow_after and (self.folder / "fired-0.json").exists():
                 time.sleep(_SLOW_S)
             self.step = status.get("step", self.step)
             self._write({"rank": rank, "step": self.step, "phase": status.get("phase")})
@@ -129,7 +133,6 @@ class Injector:
                     file.write(json.dumps(record))
             except FileExistsError:
                 continue
-            self._slow = fault["kind"] in ("raylet", "driver", "network")
             set_off(fault["kind"], fault["argument"], self.folder)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -138,7 +141,7 @@ class Injector:
 
 
 def set_off(kind: str, argument: str, folder: Path) -> None:
-    """The fault itself. argument: of disk the folder to fill, of network the device to take down."""
+    """The fault itself. argument: of disk a folder to fill, of network a device to take down, of host its namespace."""
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "stop":
@@ -154,6 +157,12 @@ def set_off(kind: str, argument: str, folder: Path) -> None:
         os.kill(int((folder / "driver.pid").read_text()), signal.SIGKILL)
     elif kind == "disk":
         fill(Path(argument))
+    elif kind == "host":
+        found = subprocess.run(["ip", "netns", "pids", argument], capture_output=True, text=True, check=True)
+        pids = [int(pid) for pid in found.stdout.split() if int(pid) != os.getpid()]
+        for pid in [*pids, os.getpid()]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     elif kind == "network":
         subprocess.run(["ip", "link", "set", argument, "down"], check=True)
 
