@@ -171,7 +171,7 @@ def _left(folder: Path) -> list[str]:
         if "started" in record:
             begun[record["pid"]] = record["started"]
     deadline = time.monotonic() + LEFT_S
-    while left := [pid for pid, started in begun.items() if _started(pid) == started]:
+    while left := [pid for pid, at in begun.items() if started(pid) == at]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
@@ -181,7 +181,7 @@ def _left(folder: Path) -> list[str]:
     return [f"worker {pid} was there {LEFT_S:g} s after the end" for pid in left]
 
 
-def _started(pid: int) -> int:
+def started(pid: int) -> int:
     """When a process began, in ticks; −1 where it is gone (or only its parent has not noticed)."""
     with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
