@@ -61,6 +61,9 @@ def cells() -> list[Cell]:
         )
     ]  # fmt: skip
     both = tuple(Fault("kill", rank, "branch_all_reduce") for rank in (1, 3))
+    none_allowed = ("--launch.max-failures", "0")
+    found.append(Cell("kill-without-retries", (newcomer,), ("resumed",), flags=none_allowed))
+    found.append(Cell("kill-with-a-spare", (newcomer,), flags=("--launch.spares", "1")))
     found.append(Cell("kill-both-holders-of-a-branch", both))
     found += [
         Cell(f"one-replica-kill-rank{rank}-{moment}", (_fault("kill", rank, moment),), mesh="1x2")
