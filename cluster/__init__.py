@@ -3,12 +3,14 @@
 from anabranch.cluster.errors import ClusterError, StoppedError, WorkerError
 from anabranch.cluster.ray_calls import ray_calls
 from anabranch.cluster.ray_session import connect, discover
+from anabranch.cluster.recovery import Recovery
 from anabranch.cluster.run import RayRequest, run_on_ray
 from anabranch.cluster.worker_context import WorkerContext
 
 __all__ = [
     "ClusterError",
     "RayRequest",
+    "Recovery",
     "StoppedError",
     "WorkerContext",
     "WorkerError",

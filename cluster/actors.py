@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anabranch.cluster.environment import hold_port, interface_variables
-from anabranch.cluster.failures import Failure
+from anabranch.cluster.failures import Failure, in_collective
 from anabranch.cluster.worker_context import WorkerContext
 
+_STACK_FRAMES = 8
 Target = Callable[[WorkerContext], dict[str, Any]]
 
 
@@ -38,13 +42,14 @@ class Worker:
         """Set the environment before anything imports torch: Ray has set some of it for its own purposes."""
         os.environ.update(variables)
         self._context: WorkerContext | None = None
+        self._running = threading.Event()
         self._held: socket.socket | None = None
 
     def probe(self, port: int) -> Probe:
         """Where this is; and set the interface that the node's Ray address belongs to, for gloo and NCCL."""
         import ray
 
-        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        address = _address()
         os.environ.update(interface_variables(address))
         self._held = hold_port(port)
         ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -53,7 +58,7 @@ class Worker:
             socket.gethostname(),
             self._held.getsockname()[1] if self._held else None,
             tuple(map(str, ids)),
-            str(Path("/proc/self/fd/2").resolve()),
+            _stderr(),
         )
 
     def run(self, pickled_target: bytes, place: dict[str, Any], gpu: str | None) -> dict[str, Any] | Failure:
@@ -63,6 +68,9 @@ class Worker:
         if gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         self._context = context = WorkerContext(**place)
+        self._running.set()
+        if context.generation < 0:
+            os.environ.update(interface_variables(_address()))
         try:
             target: Target = cloudpickle.loads(pickled_target)
             return target(context)
@@ -73,7 +81,41 @@ class Worker:
         """What the target published."""
         return self._context.status() if self._context else {}
 
+    def quiesce(self, generation: int, wait_s: float) -> dict[str, Any] | None:
+        """The target's state once it has left its process groups and waits for an order; None: not within `wait_s`."""
+        self._running.wait(wait_s)
+        state = self._context.quiesce(generation, wait_s) if self._context else None
+        return state and {**state, "stderr": _stderr()}
+
+    def give_order(self, order: dict[str, Any]) -> None:
+        """Where the waiting target goes on, and how."""
+        assert self._context is not None, "it waits"
+        self._context.give_order(order)
+
+    def meeting_point(self) -> str:
+        """Where the next generation's process group gathers, if this is rank 0: "tcp://address:port"."""
+        self._held = hold_port(0)
+        assert self._held is not None, "any port"
+        return f"tcp://{_address()}:{self._held.getsockname()[1]}"
+
+    def whereabouts(self) -> dict[str, Any]:
+        """Of a rank that may hang: its target's stack, and whether it waits for others there."""
+        assert self._context is not None, "it runs"
+        frames = traceback.extract_stack(sys._current_frames()[self._context.thread])
+        waits = any(in_collective(frame) for frame in frames[-3:])
+        return {"stack": "".join(traceback.format_list(frames[-_STACK_FRAMES:])), "waits": waits}
+
     def request_stop(self, reason: str) -> None:
         """Ask the target to save and return."""
         if self._context:
             self._context.request_stop(reason)
+
+
+def _address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _stderr() -> str:
+    return str(Path("/proc/self/fd/2").resolve())

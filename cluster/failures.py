@@ -27,7 +27,7 @@ _PEER_LOST = (
 class Failure:
     """One worker's end. text: what the user reads. in_collective: it may only have noticed another's failure.
 
-    exception: the pickled exception, where it can be pickled.
+    exception: the pickled exception, where it can be pickled. died: the process is gone, or was given up.
     """
 
     rank: int
@@ -35,6 +35,7 @@ class Failure:
     text: str
     in_collective: bool
     exception: bytes | None = None
+    died: bool = False
 
     @classmethod
     def of(cls, rank: int, host: str, error: BaseException, skip_frames: int = 1) -> Failure:
@@ -67,6 +68,11 @@ def failed_in_collective(error: BaseException) -> bool:
         if isinstance(link, RuntimeError | OSError) and any(word in str(link).lower() for word in _PEER_LOST):
             return True
     return False
+
+
+def in_collective(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame of a running stack waits for other ranks: inside torch.distributed, or on a collective's work."""
+    return "/torch/distributed/" in frame.filename or "work.wait(" in (frame.line or "")
 
 
 def worker_error(failures: Sequence[Failure]) -> WorkerError:

@@ -83,6 +83,27 @@ def place(
     return tuple(seats)
 
 
+def place_spares(
+    hosts: tuple[Host, ...], seats: tuple[Seat, ...], num: int, use_gpu: bool, cpus_per_worker: float
+) -> tuple[Host, ...]:
+    """Hosts for `num` processes more than the seats, one after another where there is most room.
+
+    Raises ClusterError when there is not enough.
+    """
+    free = {h: _free(h, use_gpu, cpus_per_worker) - sum(seat.host == h for seat in seats) for h in hosts}
+    chosen: list[Host] = []
+    for _ in range(num):
+        host = max(hosts, key=lambda host: free[host])
+        if free[host] < 1:
+            raise ClusterError(
+                f"launch.spares is {num}, beside {len(seats)} workers the cluster has room for {len(chosen)}: "
+                "ask for fewer, or a larger cluster"
+            )
+        free[host] -= 1
+        chosen.append(host)
+    return tuple(chosen)
+
+
 def _places(host: Host, cpus: float, gpus: int, use_gpu: bool, cpus_per_worker: float) -> int:
     by_cpu = int(cpus / cpus_per_worker + 1e-6)
     return min(gpus, by_cpu) if use_gpu else by_cpu

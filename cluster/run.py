@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from anabranch.cluster.actors import Target
 from anabranch.cluster.errors import ClusterError, StoppedError
-from anabranch.cluster.failures import Failure, worker_error
-from anabranch.cluster.placement import Devices, Host, place
+from anabranch.cluster.placement import Devices, Host, place, place_spares
 from anabranch.cluster.ray_calls import counted
 from anabranch.cluster.ray_session import connect, hosts
+from anabranch.cluster.recovery import Recovery
 from anabranch.cluster.stop_signals import stop_signals
+from anabranch.cluster.supervisor import WATCH_S, Stop, Supervisor, Watch
 from anabranch.cluster.worker_group import WorkerGroup
-
-Watch = Callable[[list[dict[str, Any]]], str | None]
-"""Gets the workers' statuses, by rank. Returns None, or the reason for which they should save and end."""
-
-WATCH_S = 1.0
-STATUS_WAIT_S = 0.2
-# From Ctrl-C: the workers save; with Ray's own end (1.5 s) all processes are gone in ten seconds.
-STOP_S = 6.5
-# After a failure, for the others' to arrive: a dead process is noticed later than its peers' lost connections.
-MORE_FAILURES_S = 1.0
-CAUSE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -47,35 +36,30 @@ class RayRequest:
     timeout_s: float = 60.0
 
 
-class _Stop:
-    """Why the run should end early; set by a signal or the watch."""
-
-    reason: str | None = None
-
-    def __call__(self, reason: str) -> None:
-        self.reason = self.reason or reason
-
-
-def run_on_ray(target: Target, request: RayRequest, watch: Watch) -> list[dict[str, Any]]:
+def run_on_ray(
+    target: Target, request: RayRequest, watch: Watch, recovery: Recovery | None = None
+) -> list[dict[str, Any]]:
     """Run `target` on every rank of the request's mesh; what it returned, by rank.
 
     `watch` is called about once a second and once at the end. On the first Ctrl-C or SIGTERM the workers are asked to
-    stop and their results returned as usual; a second one ends them at once (KeyboardInterrupt).
+    stop and their results returned as usual; a second one ends them at once (KeyboardInterrupt). recovery: replaces
+    lost ranks; the target must then quiesce (`WorkerContext.await_order`) where it loses another. None: it is an error.
 
     Raises ClusterError before any target starts when the cluster cannot run this; WorkerError when a worker failed;
     StoppedError when the workers did not end in time after being asked to.
     """
     backend = request.backend or ("nccl" if request.use_gpu else "gloo")
-    stop = _Stop()
+    stop = Stop()
     with connect(request.address), stop_signals(stop):
-        group = _start(request, backend, stop)
+        group = _start(request, backend, stop, recovery.spares if recovery else 0)
         try:
-            return _supervise(group, group.run(target, backend, request.use_gpu), watch, stop)
+            refs = group.run(target, backend, request.use_gpu, recovery is not None)
+            return Supervisor(group, refs, watch, stop, recovery).supervise()
         finally:
             group.end()
 
 
-def _start(request: RayRequest, backend: str, stop: _Stop) -> WorkerGroup:
+def _start(request: RayRequest, backend: str, stop: Stop, num_spares: int) -> WorkerGroup:
     """The actors, each on the device that it should have, rank 0 with the port for the process group."""
     found = hosts()
     if backend == "nccl" and not (request.use_gpu and any(host.gpus for host in found)):
@@ -90,9 +74,10 @@ def _start(request: RayRequest, backend: str, stop: _Stop) -> WorkerGroup:
         cpus_per_worker=request.cpus_per_worker,
         devices=request.devices,
     )
+    spares = place_spares(found, seats, num_spares, request.use_gpu, request.cpus_per_worker)
     reserved: dict[Host, int] = {}
     while True:
-        group = WorkerGroup(seats, request.use_gpu, request.cpus_per_worker, reserved)
+        group = WorkerGroup(seats, request.use_gpu, request.cpus_per_worker, reserved, spares)
         try:
             misplaced = _await_start(group, request, stop)
         except BaseException:
@@ -112,7 +97,7 @@ def _start(request: RayRequest, backend: str, stop: _Stop) -> WorkerGroup:
             reserved[host] = host.gpus - sum(seat.host == host for seat in seats)
 
 
-def _await_start(group: WorkerGroup, request: RayRequest, stop: _Stop) -> list[Host]:
+def _await_start(group: WorkerGroup, request: RayRequest, stop: Stop) -> list[Host]:
     import ray
 
     refs = group.probe(request.port)
@@ -134,45 +119,3 @@ def _await_start(group: WorkerGroup, request: RayRequest, stop: _Stop) -> list[H
             "runs: choose another launch.port, or 0 for a free one"
         )
     return misplaced
-
-
-def _supervise(group: WorkerGroup, refs: list[Any], watch: Watch, stop: _Stop) -> list[dict[str, Any]]:
-    import ray
-
-    running = dict(zip(refs, range(len(refs)), strict=True))
-    results: dict[int, dict[str, Any]] = {}
-    failures: list[Failure] = []
-    asked = False
-    next_watch = time.monotonic() + WATCH_S
-    deadline = float("inf")
-    while running and time.monotonic() < deadline:
-        pause = max(0.0, min(next_watch, deadline) - time.monotonic())
-        done, _ = counted("watch_wait", ray.wait, list(running), timeout=pause)
-        for ref in done:
-            rank = running.pop(ref)
-            result = group.result(rank, ref)
-            if isinstance(result, Failure):
-                failures.append(result)
-                patience = CAUSE_S if all(failure.in_collective for failure in failures) else MORE_FAILURES_S
-                deadline = min(deadline, time.monotonic() + patience)
-            else:
-                results[rank] = result
-        if time.monotonic() >= next_watch:
-            next_watch = time.monotonic() + WATCH_S
-            stop_asked = watch(group.statuses(STATUS_WAIT_S))
-            if stop_asked:
-                stop(stop_asked)
-        if stop.reason and not asked:
-            asked = True
-            group.request_stop(stop.reason)
-            deadline = min(deadline, time.monotonic() + STOP_S)
-    if failures:
-        raise worker_error(failures)
-    if running:
-        ranks = ", ".join(map(str, sorted(running.values())))
-        raise StoppedError(
-            f"stopped ({stop.reason}): rank {ranks} did not end within {STOP_S:g} s and was killed",
-            str(stop.reason),
-        )
-    watch(group.statuses(WATCH_S))
-    return [results[rank] for rank in range(len(results))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,48 @@ from anabranch.cluster.ray_session import note_given_back
 
 _NODE_LABEL = "ray.io/node-id"
 _STDERR_LINES = 20
+_MEET_S = 5.0
 # Threads of an actor: the target's, and some for what the controller asks meanwhile.
-_ACTOR_THREADS = 4
+_ACTOR_THREADS = 6
+
+
+@dataclass
+class _Spare:
+    """A process that has loaded all but its place, in a bundle of its own."""
+
+    bundle: int
+    host: Host
+    num_threads: int
+    actor: Any
+    ref: Any
 
 
 class WorkerGroup:
     """One placement group with a bundle for each rank on its host, and an actor in each.
 
-    reserved: GPUs to hold besides, by host, so that every one of the host's GPUs is this group's.
+    reserved: GPUs to hold besides, by host, so that every one of the host's GPUs is this group's. spares: hosts with
+    room for one more actor each, which waits to replace a lost one.
     """
 
     def __init__(
-        self, seats: tuple[Seat, ...], use_gpu: bool, cpus_per_worker: float, reserved: dict[Host, int]
+        self,
+        seats: tuple[Seat, ...],
+        use_gpu: bool,
+        cpus_per_worker: float,
+        reserved: dict[Host, int],
+        spares: tuple[Host, ...] = (),
     ) -> None:
         from ray.util.placement_group import placement_group
 
-        self.seats = seats
-        hosts = [seat.host for seat in seats] + list(reserved)
+        self.seats = list(seats)
+        hosts = [seat.host for seat in seats] + list(reserved) + list(spares)
         share = {"CPU": cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
         bundles = [share] * len(seats) + [{"GPU": float(num)} for num in reserved.values()]
+        first_spare = len(bundles)
+        bundles += [share] * len(spares)
+        self._share, self._spare_places = share, list(enumerate(spares, first_spare))
+        self._spares: list[_Spare] = []
+        self._bundles = list(range(len(seats)))
         self._placement = counted(
             "placement_group",
             placement_group,
@@ -44,10 +68,11 @@ class WorkerGroup:
             bundle_label_selector=[{_NODE_LABEL: host.node_id} for host in hosts],
         )
         threads = [seat.num_threads for seat in seats] + [1] * len(reserved)
-        actors = [self._create(index, bundle, threads[index]) for index, bundle in enumerate(bundles)]
+        actors = [self._create(index, bundles[index], num) for index, num in enumerate(threads)]
         self._actors, self._holders = actors[: len(seats)], actors[len(seats) :]
-        self._hosts = hosts
+        self._hosts = hosts[:first_spare]
         self._probes: list[Probe] = []
+        self._stderr: list[str] = []
         self._gpus: list[str | None] = [None] * len(seats)
         self._status_refs: list[Any] = [None] * len(seats)
         self._statuses: list[dict[str, Any]] = []
@@ -88,6 +113,7 @@ class WorkerGroup:
             except RayError as error:
                 raise ClusterError(f"a worker on host {host.name} did not start: {error}") from error
             self._probes.append(probe)
+            self._stderr.append(probe.stderr)
         given: dict[Host, list[str]] = {}
         for host, probe in zip(self._hosts, self._probes, strict=True):
             given.setdefault(host, []).extend(probe.gpus)
@@ -99,11 +125,11 @@ class WorkerGroup:
             else:
                 self._gpus[rank] = ids[seat.gpu] if len(ids) == seat.host.gpus else str(seat.gpu)
                 planned.setdefault(seat.host, set()).add(str(self._gpus[rank]))
-        self._statuses = [
-            {"rank": seat.rank, "host": seat.host.name, "device": self._device(seat), "phase": "starting"}
-            for seat in self.seats
-        ]
+        self._statuses = [self._starting(seat) for seat in self.seats]
         return [host for host, ids in planned.items() if not ids <= set(given[host])]
+
+    def _starting(self, seat: Seat) -> dict[str, Any]:
+        return {"rank": seat.rank, "host": seat.host.name, "device": self._device(seat), "phase": "starting"}
 
     def _device(self, seat: Seat) -> str:
         gpu = self._gpus[seat.rank]
@@ -114,31 +140,118 @@ class WorkerGroup:
         """What rank 0 found."""
         return self._probes[0]
 
-    def run(self, target: Target, backend: str, use_gpu: bool) -> list[Any]:
-        """Start the target on every rank; refs to results or Failures, by rank."""
+    def run(self, target: Target, backend: str, use_gpu: bool, recovers: bool = False) -> list[Any]:
+        """Start the target on every rank, and on the spares; refs to results or Failures, by rank.
+
+        recovers: whether a rank that loses another waits for an order.
+        """
         from ray import cloudpickle
 
-        pickled = cloudpickle.dumps(target)  # type: ignore[no-untyped-call]
+        self._target = cloudpickle.dumps(target)  # type: ignore[no-untyped-call]
         world_size = len(self.seats)
-        return [
-            counted(
-                "run",
-                self._actors[seat.rank].run.remote,
-                pickled,
-                {
-                    "rank": seat.rank,
-                    "world_size": world_size,
-                    "local_rank": seat.local_rank,
-                    "host": seat.host.name,
-                    "device": "cuda:0" if use_gpu else "cpu",
-                    "num_threads": seat.num_threads,
-                    "init_method": f"tcp://{self.first.address}:{self.first.port}" if world_size > 1 else "",
-                    "backend": backend,
-                },
-                self._gpus[seat.rank],
+        self._place = {
+            "world_size": world_size,
+            "device": "cuda:0" if use_gpu else "cpu",
+            "init_method": f"tcp://{self.first.address}:{self.first.port}" if world_size > 1 else "",
+            "backend": backend,
+            "recovers": recovers,
+        }
+        refs = [
+            self._run(
+                self._actors[seat.rank],
+                seat.host,
+                seat.num_threads,
+                rank=seat.rank,
+                local_rank=seat.local_rank,
             )
             for seat in self.seats
         ]
+        for bundle, host in self._spare_places:
+            self._add_spare(bundle, host)
+        return refs
+
+    def _run(self, actor: Any, host: Host, num_threads: int, **place: Any) -> Any:
+        place = {**self._place, "host": host.name, "num_threads": num_threads, **place}
+        return counted("run", actor.run.remote, self._target, place, self._gpu_of(place["rank"]))
+
+    def _gpu_of(self, rank: int) -> str | None:
+        return self._gpus[rank] if rank >= 0 else None
+
+    def _newcomer(self, bundle: int, host: Host, num_threads: int) -> _Spare:
+        """A process without a place: it loads what it can, then waits for an order."""
+        actor = self._create(bundle, self._share, num_threads)
+        ref = self._run(actor, host, num_threads, rank=-1, local_rank=0, generation=-1, init_method="")
+        return _Spare(bundle, host, num_threads, actor, ref)
+
+    def _add_spare(self, bundle: int, host: Host) -> None:
+        num_threads = next((seat.num_threads for seat in self.seats if seat.host == host), 1)
+        self._spares.append(self._newcomer(bundle, host, num_threads))
+
+    def replace(self, rank: int) -> tuple[Any, bool]:
+        """Give up a rank's process and let a spare or a new one take its seat: its run's ref, whether it is a spare.
+
+        A new one starts where the lost one was; behind a spare that is used another is started there.
+        """
+        self.kill(rank)
+        lost, seat = self._bundles[rank], self.seats[rank]
+        spare = next((spare for spare in self._spares if not self._is_over(spare.ref)), None)
+        if spare:
+            self._spares.remove(spare)
+            new = spare
+        else:
+            new = self._newcomer(lost, seat.host, seat.num_threads)
+        self._bundles[rank], self._actors[rank] = new.bundle, new.actor
+        self.seats[rank] = replace(seat, host=new.host, num_threads=new.num_threads)
+        self._statuses[rank], self._status_refs[rank] = self._starting(self.seats[rank]), None
+        self._answered[rank] = time.monotonic()
+        if spare:
+            self._add_spare(lost, seat.host)
+        return new.ref, spare is not None
+
+    def _is_over(self, ref: Any) -> bool:
+        import ray
+
+        return bool(counted("watch_wait", ray.wait, [ref], timeout=0)[0])
+
+    def kill(self, rank: int) -> None:
+        """End a rank's process."""
+        import ray
+
+        counted("kill", ray.kill, self._actors[rank])
+
+    def quiesce(self, rank: int, generation: int, wait_s: float) -> Any:
+        """Ask a rank to leave its process groups: a ref to its state, None if it does not within `wait_s`."""
+        return counted("quiesce", self._actors[rank].quiesce.remote, generation, wait_s)
+
+    def whereabouts(self, rank: int, wait_s: float) -> dict[str, Any] | None:
+        """A rank's stack and whether it waits for others there; None if it does not answer."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        ref = counted("whereabouts", self._actors[rank].whereabouts.remote)
+        with suppress(RayError, GetTimeoutError):
+            found: dict[str, Any] = counted("result", ray.get, ref, timeout=wait_s)
+            return found
+        return None
+
+    def give_orders(self, order: dict[str, Any], generation: int, states: list[dict[str, Any]]) -> None:
+        """Send every rank, all quiesced, into the next generation. Raises RayError when rank 0 does not answer."""
+        import ray
+
+        self._stderr[: len(self.seats)] = [state["stderr"] for state in states]
+        world_size = len(self.seats)
+        meeting = ""
+        if world_size > 1:
+            meeting = counted("result", ray.get, self._actors[0].meeting_point.remote(), timeout=_MEET_S)
+        for seat in self.seats:
+            place = {
+                "rank": seat.rank,
+                "local_rank": seat.local_rank,
+                "world_size": world_size,
+                "generation": generation,
+                "init_method": meeting,
+            }
+            counted("order", self._actors[seat.rank].give_order.remote, {**order, "place": place})
 
     def statuses(self, wait_s: float) -> list[dict[str, Any]]:
         """What each worker last told, by rank; slow ones are not waited for longer than `wait_s` altogether.
@@ -185,10 +298,10 @@ class WorkerGroup:
             text = f"the worker's process died: {how[2] or how[0]}{self._last_words(rank)}"
         except RayError as error:
             text = str(error)
-        return Failure(rank, self.seats[rank].host.name, text, in_collective=False)
+        return Failure(rank, self.seats[rank].host.name, text, in_collective=False, died=True)
 
     def _last_words(self, rank: int) -> str:
-        log = Path(self._probes[rank].stderr)  # is here where the worker ran on this machine
+        log = Path(self._stderr[rank])  # is here where the worker ran on this machine
         lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
         own = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
         return "\n".join(["\nIts last words:", *own[-_STDERR_LINES:]]) if own else ""
@@ -198,7 +311,7 @@ class WorkerGroup:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        for actor in self._actors + self._holders:
+        for actor in self._actors + self._holders + [spare.actor for spare in self._spares]:
             counted("kill", ray.kill, actor)
         counted("remove_placement_group", remove_placement_group, self._placement)
         note_given_back()

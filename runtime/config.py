@@ -197,6 +197,12 @@ class LaunchConfig:
     """CPU cores that Ray sets aside for a worker; its threads are at most as many (at least 1)."""
     timeout_s: float = 600.0
     """Seconds after which a worker that does not start, or a collective that does not end, is an error."""
+    max_failures: int = 3
+    """Lost workers that a run under Ray replaces and goes on without losing a step; 0: the first one ends it."""
+    spares: int = 0
+    """Workers more than the mesh needs, which have loaded everything and replace a lost one in a moment."""
+    hang_s: float = 30.0
+    """Seconds without a step (at least ten steps' time) after which a worker counts as hanging and is replaced."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.launch import choose_launcher, run_here
 from anabranch.runtime.progress import RunProgress
+from anabranch.runtime.recovery_policy import recovery_of
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
 from anabranch.schedulers.cost_file import read_costs
 from anabranch.schedulers.registry import make_request
@@ -189,5 +191,17 @@ class Driver:
                 cpus_per_worker=launch.cpus_per_worker,
                 timeout_s=launch.timeout_s,
             )
-            results = run_on_ray(job, request, progress.watch)
-            return {**results[0], "ray_calls": dict(ray_calls)}
+            if kind != "train":
+                return {**run_on_ray(job, request, progress.watch)[0], "ray_calls": dict(ray_calls)}
+            failures: list[dict[str, Any]] = []
+
+            def told(failure: dict[str, Any]) -> None:
+                text = failure.pop("text")
+                self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+                failures.append(failure)
+                with (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**failure, "text": text}) + "\n")
+
+            recovery = recovery_of(self.config, self.plan, checkpoint, told)
+            results = run_on_ray(job, request, progress.watch, recovery)
+            return {**results[0], "failures": failures, "ray_calls": dict(ray_calls)}

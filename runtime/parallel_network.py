@@ -109,6 +109,13 @@ class ParallelNetwork(nn.Module):
         )
         self.roles: dict[str, Role] = {}
 
+    def regroup(self, mesh: Mesh) -> None:
+        """Goes on in other process groups. Whatever else holds groups (a `TrainStep`) must be made anew."""
+        self.mesh, self.wire = mesh, Wire(mesh.branch_group, self.recorder)
+        for _, block_sum in branch_sums(self):
+            if block_sum.exchange is not None:
+                block_sum.exchange.wire = self.wire
+
     @property
     def input_rows(self) -> Rows:
         return self._rows(self.plan.stem)

@@ -44,7 +44,8 @@ def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def broadcast_json(value: Any, device: torch.device | str, source: int = 0) -> Any:

@@ -73,9 +73,11 @@ class GradientReducer:
         self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.parameters)}
         self._next, self._armed = 0, False
         self.overlap = True  # False: nothing leaves before `finish`, for measuring
-        for bucket in self._buckets:
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self._on_ready)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._on_ready)
+            for bucket in self._buckets
+            for parameter in bucket.parameters
+        ]
         self._statistics = self._make_statistics(num_extra)
         self.extra = self._statistics["world"].extra
 
@@ -199,8 +201,14 @@ class GradientReducer:
         for statistics in self._statistics.values():
             statistics.commit()
 
+    def close(self) -> None:
+        """Leaves the parameters to another reducer."""
+        for hook in self._hooks:
+            hook.remove()
+
     def discard(self) -> None:
         """Drops the step: gradients and staged statistics."""
+        self._armed = False
         for parameter in self._parameters:
             parameter.grad = None
         for statistics in self._statistics.values():

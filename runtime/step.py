@@ -73,6 +73,7 @@ class TrainStep:
         self.precision, self.clip_norm = precision, clip_norm
         self.recorder = network.recorder
         self.reducer = GradientReducer(network, num_extra=_STOP + 1 + network.mesh.world_size * _WIDTH)
+        self._clipped = False
         self.output_share = 1.0 if network.output_rows == "own" else 1.0 / network.mesh.branch
 
     def gradients(self, batches: Sequence[MicroBatch], *, stop: bool = False) -> StepResult:
@@ -110,17 +111,33 @@ class TrainStep:
                 self.regularizer.add_gradients()
         return result
 
+    def clip(self) -> None:
+        """Scales gradients whose norm is to be clipped: the last exchange of a step (`apply` does it if need be)."""
+        if self.clip_norm > 0 and not self._clipped:
+            with self.recorder.span("optimizer"):
+                clip_gradients(self.network, self.clip_norm)
+        self._clipped = True
+
     def apply(self, lr: float) -> None:
         """Updates parameters and running statistics by the step's gradients, and clears them."""
+        self.clip()
+        self._clipped = False
         with self.recorder.span("optimizer"):
-            if self.clip_norm > 0:
-                clip_gradients(self.network, self.clip_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.reducer.commit_statistics()
         self.recorder.end_step()
+
+    def discard(self) -> None:
+        """Drops the step's gradients and statistics."""
+        self._clipped = False
+        self.reducer.discard()
+
+    def close(self) -> None:
+        """Leaves the network to another step."""
+        self.reducer.close()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

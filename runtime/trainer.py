@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.cluster import WorkerContext
+from anabranch.cluster.failures import failed_in_collective
 from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.assemble import in_precision, local_cluster, make_loss, make_penalty, make_plan, settle
 from anabranch.runtime.basis_record import BasisRecord
@@ -35,6 +37,8 @@ from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import BatchSource, DataBundle
 from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.drift import DriftWatch
+from anabranch.runtime.fill import fill
+from anabranch.runtime.generation import Generation
 from anabranch.runtime.launch import alone, choose_launcher, from_environment
 from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.lr_schedule import Plateau, learning_rate
@@ -42,10 +46,30 @@ from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import RankBatch, parallelize
-from anabranch.runtime.process_group import process_group
+from anabranch.runtime.position import Position
+from anabranch.runtime.process_group import broadcast_json, process_group
 from anabranch.runtime.recorder import by_part
-from anabranch.runtime.step import MicroBatch, TrainStep, autocast, num_correct
+from anabranch.runtime.step import MicroBatch, StepResult, TrainStep, autocast, num_correct
 from anabranch.schedulers import Plan, format_plan
+
+
+class Rewound(Exception):
+    """All ranks begin anew from a checkpoint; "" for from the start."""
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(f"all ranks go back to {checkpoint or 'the start'}")
+        self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A step whose gradients are whole and kept until all ranks are so far."""
+
+    step: int
+    outcome: StepResult
+    lr: float
+    num_samples: int
+    begun: float
 
 
 class Trainer:
@@ -89,15 +113,24 @@ class Trainer:
         self.num_steps = config.train.epochs * self.steps_per_epoch  # what the learning rate's schedule spans
         self.last_step = min(config.train.max_steps or self.num_steps, self.num_steps)
         self._network, self._callbacks = network, list(callbacks)
+        self.step: TrainStep | None = None
+        self.checkpoints: Checkpoints | None = None
+        self.position: Position | None = None  # None: this rank holds nothing yet
+        self._kept: _Prepared | None = None
+        self._applying = False  # half applied: no state to go on from
+        self._times: list[float] = []
+        self._stepped_in = 0
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end (or until asked to stop); plain data: test_accuracy, train_seconds, median_step_s, …"""
-        with process_group(self.context, self.config.launch.timeout_s):
-            try:
-                return self._fit()
-            finally:
-                for callback in self._callbacks:
-                    callback.close()
+        """Trains to the end (or until asked to stop); plain data: test_accuracy, train_seconds, median_step_s, …
+
+        Raises Rewound where the controller lets all ranks begin anew from a checkpoint.
+        """
+        try:
+            return self._fit()
+        finally:
+            for callback in self._callbacks:
+                callback.close()
 
     def evaluate(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Accuracy and loss of a checkpoint on the test samples, each counted once."""
@@ -107,123 +140,237 @@ class Trainer:
             return {**self._evaluate(), "unreadable": self._unreadable()}
 
     def _set_up(self) -> None:
-        train = self.config.train
+        """The network's part of this rank on the groups that stand; a second time, moved to new groups."""
         self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
-        network = in_precision(self.config, self._network)
-        self.network = parallelize(network, self.plan, self.mesh, execution=self.config.mesh.execution).to(
-            self.device
-        )
-        self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
+        if self.step is None:
+            network = in_precision(self.config, self._network)
+            self.network = parallelize(
+                network, self.plan, self.mesh, execution=self.config.mesh.execution
+            ).to(self.device)
+            self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
+            self.dtype = next(self.network.parameters()).dtype
+        else:
+            self.network.regroup(self.mesh)
+            self.step.close()
         self.step = TrainStep(
             self.network,
             self.optimizer,
             self.loss,
-            precision=train.precision,
+            precision=self.config.train.precision,
             clip_norm=self.config.optimizer.clip_norm,
             penalty=make_penalty(self.config),
         )
-        self.dtype = next(self.network.parameters()).dtype
 
     def _fit(self) -> dict[str, Any]:
-        publish, config = self.context.publish, self.config
-        publish(phase="building", num_steps=self.last_step, num_epochs=config.train.epochs)
+        """Trains, generation after generation: where another rank was lost, this one waits for an order and goes on.
+
+        lost in a collective ── groups given up ── await_order ── apply or discard ── new groups ── fill ── train
+        """
+        config, context = self.config, self.context
+        context.publish(phase="building", num_steps=self.last_step, num_epochs=config.train.epochs)
+        while True:
+            generation = Generation(context, config.launch.timeout_s)
+            try:
+                with generation.groups():
+                    self._join()
+                    generation.formed(self.mesh)
+                    return self._train()
+            except Exception as error:
+                if (
+                    not context.recovers
+                    or self._applying
+                    or not (context.aborted or failed_in_collective(error))
+                ):
+                    raise
+            context.publish(phase="waiting for a lost rank")
+            self._obey(context.await_order(**self._state()))
+
+    def _state(self) -> dict[str, Any]:
+        """What this rank holds, for the controller."""
+        if self.position is None:
+            return {"committed": None}
+        done = self.position.done
+        return {
+            "committed": done,
+            "prepared": done + (self._kept is not None),
+            "tended": self.position.tended,
+        }
+
+    def _obey(self, order: dict[str, Any]) -> None:
+        if order["action"] == "rewind":
+            raise Rewound(order["checkpoint"])
+        if self.position is None:
+            return
+        if self._kept is not None and self.position.done < order["step"]:
+            self._commit(self._kept)
+        else:
+            self._kept = None
+            self.step.discard()
+
+    def _join(self) -> None:
+        """On new groups: this rank's part, filled from a checkpoint or a peer, and where the run stands."""
         self._set_up()
-        done, plateau = 0, Plateau(config.lr_schedule)
-        if self.resume is not None:
-            self.resume.load_into(self.network, self.optimizer)
-            done = int(self.resume.position["step"])
-            plateau.load(self.resume.position.get("plateau", {}))
-        checkpoints = Checkpoints(self.run_dir, config.checkpoint.num_to_keep) if self.run_dir else None
-        if self.run_dir and self.context.rank == 0:
-            path = self.run_dir / "metrics.jsonl"
-            self._callbacks.insert(0, MetricsFile(path, config.profile.metrics_every_steps, done))
-        if self.run_dir and (every := config.profile.basis_every_steps):
-            self._callbacks.append(BasisRecord(self.network, self.run_dir / "basis", every, done))
+        order, is_new = self.context.order, self.position is None
+        if order is None or order["action"] == "rewind":
+            self.position = Position()
+            if self.resume is not None:
+                self.resume.load_into(self.network, self.optimizer)
+                stored = self.resume.position
+                done = int(stored["step"])
+                self.position = Position(done, done, plateau=stored.get("plateau", {}))
+        else:
+            sources = {int(rank): source for rank, source in order["sources"].items()}
+            peers = {source for rank, source in sources.items() if self._same_branches(rank)}
+            for source in peers:
+                fill(self.network, self.optimizer, source, is_new)
+            told = {} if is_new else self.position.to_json()
+            self.position = Position(**broadcast_json(told, self.device, order["leader"]))
+        self._plateau = Plateau(self.config.lr_schedule)
+        self._plateau.load(self.position.plateau)
+        if self.checkpoints is None and self.run_dir:
+            self.checkpoints = Checkpoints(self.run_dir, self.config.checkpoint.num_to_keep)
+            self._record(self.run_dir, self.position.done)
+        if self.position.done == self.last_step:
+            self._resumed()
+
+    def _same_branches(self, rank: int) -> bool:
+        return rank % self.mesh.branch == self.mesh.branch_rank
+
+    def _record(self, run_dir: Path, done: int) -> None:
+        profile = self.config.profile
+        if self.context.rank == 0:
+            path = run_dir / "metrics.jsonl"
+            self._callbacks.insert(0, MetricsFile(path, profile.metrics_every_steps, done))
+        if every := profile.basis_every_steps:
+            self._callbacks.append(BasisRecord(self.network, run_dir / "basis", every, done))
+
+    def _train(self) -> dict[str, Any]:
+        """From the position to the end of the run."""
+        config, p = self.config, self.position
+        assert p is not None, "joined"
+        recorder, steps = self.network.recorder, self._steps(p.done)
+        self._drift = DriftWatch(self._rank_names())
+        self._started = time.perf_counter() - p.elapsed_s
+        recorder.end_step()  # what came before belongs to no step
+        try:
+            if p.done > p.tended:
+                self._tend(p)
+            while not (p.stopped or p.replan):
+                with recorder.span("data"):
+                    prepared = next(steps, None)
+                if prepared is None:
+                    break
+                step, ids, micro_batches = prepared
+                begun = time.perf_counter()
+                outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
+                for callback in self._callbacks:
+                    callback.on_gradients(step, self.network)
+                self.step.clip()
+                lr = self._plateau.scale * learning_rate(
+                    config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps
+                )
+                self._kept = _Prepared(step, outcome, lr, len(ids), begun)
+                self._vote()
+                self._commit(self._kept)
+                with recorder.span("idle"):
+                    self._tend(p)
+        finally:
+            steps.close()
+        return self._finish(p)
+
+    def _vote(self) -> None:
+        """Passes when every rank is prepared: only then may any of them commit. Nothing where none is replaced."""
+        if self.context.recovers and self.mesh.world_size > 1:
+            ballot = torch.zeros(1, device=self.device)
+            dist.all_reduce(ballot)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+
+    def _commit(self, kept: _Prepared) -> None:
+        """Applies a prepared step and tells of it. Local: nothing here waits for another rank."""
+        p = self.position
+        assert p is not None, "joined"
+        self._applying = True
+        self.step.apply(kept.lr)
+        self._kept, p.done, p.stopped = None, kept.step + 1, kept.outcome.stop
+        self._applying = False
+        self._times.append(time.perf_counter() - kept.begun)
+        p.first_step_at = p.first_step_at or time.time()
+        p.elapsed_s = time.perf_counter() - self._started
+        metrics: dict[str, Any] = {
+            "step": p.done,
+            "epoch": kept.step // self.steps_per_epoch,
+            "loss": kept.outcome.loss,
+            "accuracy": kept.outcome.num_correct / kept.num_samples,
+            "lr": kept.lr,
+            "step_time_s": self._times[-1],
+            "images_per_s": kept.num_samples / self._times[-1],
+            "times_s": by_part(kept.outcome.times),
+            "memory_bytes": kept.outcome.memory_bytes,
+        }
+        with self.network.recorder.span("idle"):
+            self.context.publish(phase="training", **metrics)
+            self._resumed()
+            self._tell("on_step", metrics)
+            warning = self._drift.observe(metrics["times_s"])
+            if warning:
+                self.context.publish(warning=warning)
+                self._tell("on_warning", warning)
+            p.slower = p.slower or bool(warning)  # the times are the same on all ranks, hence so is this
+
+    def _resumed(self) -> None:
+        """Tells when the first step after a recovery is done."""
+        if self.context.generation != self._stepped_in:
+            self._stepped_in = self.context.generation
+            self.context.publish(resumed=self._stepped_in, resumed_at=time.time())
+
+    def _tend(self, p: Position) -> None:
+        """What is due after a step. Ranks that do it again, after a recovery, begin where one of them was."""
+        config, done = self.config, p.done
         save_every = max(1, round(config.checkpoint.every_epochs * self.steps_per_epoch))
         eval_every = config.train.eval_every_epochs * self.steps_per_epoch
-        times: list[float] = []
-        first_step_at, saved_at, tested_at, result = 0.0, -1, -1, {}
-        stopped = False
-        started = time.perf_counter()
-        recorder, steps = self.network.recorder, self._steps(done)
-        drift, slower, replan = DriftWatch(self._rank_names()), False, False
-        recorder.end_step()  # what came before belongs to no step
-        while True:
-            with recorder.span("data"):
-                prepared = next(steps, None)
-            if prepared is None:
-                break
-            step, ids, micro_batches = prepared
-            begun = time.perf_counter()
-            outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
-            for callback in self._callbacks:
-                callback.on_gradients(step, self.network)
-            lr = plateau.scale * learning_rate(
-                config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps
-            )
-            self.step.apply(lr)
-            times.append(time.perf_counter() - begun)
-            first_step_at = first_step_at or time.time()
-            done, stopped = step + 1, outcome.stop
-            epoch = step // self.steps_per_epoch
-            metrics: dict[str, Any] = {
-                "step": done,
-                "epoch": epoch,
-                "loss": outcome.loss,
-                "accuracy": outcome.num_correct / len(ids),
-                "lr": lr,
-                "step_time_s": times[-1],
-                "images_per_s": len(ids) / times[-1],
-                "times_s": by_part(outcome.times),
-                "memory_bytes": outcome.memory_bytes,
-            }
-            with recorder.span("idle"):
-                publish(phase="training", **metrics)
-                self._tell("on_step", metrics)
-                warning = drift.observe(metrics["times_s"])
-                if warning:
-                    publish(warning=warning)
-                    self._tell("on_warning", warning)
-                if stopped:
-                    break
-                if eval_every and done % eval_every == 0:
-                    result, tested_at = self._evaluate(done), done
-                    plateau.observe(**result)
-                if checkpoints and config.checkpoint.every_epochs and done % save_every == 0:
-                    self._save(checkpoints, done, plateau)
-                    saved_at = done
-                # The times are the same on all ranks, hence so is this.
-                slower = slower or bool(warning)
-                if (
-                    config.mesh.replan
-                    and slower
-                    and done % self.steps_per_epoch == 0
-                    and done < self.last_step
-                ):
-                    replan = True
-                    break
-        if not stopped and not replan and tested_at != done:
-            result = self._evaluate(done)
-        train_seconds = time.perf_counter() - started
-        if checkpoints and saved_at != done:
-            self._save(checkpoints, done, plateau)
-        if not stopped and not replan:
+        if not p.stopped:
+            if eval_every and done % eval_every == 0 and p.tested_at != done:
+                p.result, p.tested_at = self._evaluate(done), done
+                self._plateau.observe(**p.result)
+                p.plateau = self._plateau.state()
+            if (
+                self.checkpoints
+                and config.checkpoint.every_epochs
+                and done % save_every == 0
+                and p.saved_at != done
+            ):
+                self._save(self.checkpoints, done, self._plateau)
+                p.saved_at = done
+            if config.mesh.replan and p.slower and done % self.steps_per_epoch == 0 and done < self.last_step:
+                p.replan = True
+        p.tended = done
+
+    def _finish(self, p: Position) -> dict[str, Any]:
+        done, interrupted = p.done, p.stopped or p.replan
+        if not interrupted and p.tested_at != done:
+            p.result, p.tested_at = self._evaluate(done), done
+        train_seconds = time.perf_counter() - self._started
+        if self.checkpoints and p.saved_at != done:
+            self._save(self.checkpoints, done, self._plateau)
+            p.saved_at = done
+        if not interrupted:
             for callback in self._callbacks:
                 callback.on_trained(self.network)
-        result |= {
+        result = p.result | {
             "train_seconds": train_seconds,
-            "median_step_s": statistics.median(times) if times else None,
-            "first_step_at": first_step_at,
+            "median_step_s": statistics.median(self._times) if self._times else None,
+            "first_step_at": p.first_step_at,
             "steps": done,
             "run_dir": str(self.run_dir or ""),
             "unreadable": self._unreadable(),
-            "stopped": "replan" if replan else self._reason() if stopped else None,
+            "stopped": "replan" if p.replan else self._reason() if p.stopped else None,
         }
-        publish(phase="stopped" if stopped else "done")
+        self.context.publish(phase="stopped" if p.stopped else "done")
         self._tell("on_end", result)
         return result
 
-    def _steps(self, done: int) -> Iterator[tuple[int, Tensor, list[MicroBatch]]]:
+    def _steps(self, done: int) -> Generator[tuple[int, Tensor, list[MicroBatch]], None, None]:
         """(step, the step's sample indices, this rank's micro-batches) from step `done` on, prepared ahead."""
         train = self.config.train
         for epoch in range(done // self.steps_per_epoch, -(-self.last_step // self.steps_per_epoch)):

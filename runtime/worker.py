@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from anabranch.runtime.plan_step import StepSetting
 from anabranch.runtime.process_group import broadcast_json, gather_json, process_group
 from anabranch.runtime.run_folder import RunFolder
 from anabranch.runtime.trackers import tracker
-from anabranch.runtime.trainer import Trainer
+from anabranch.runtime.trainer import Rewound, Trainer
 from anabranch.runtime.verify import Trial, verify_plan
 from anabranch.schedulers import Cluster, Device, Plan, PlanError, parse_plan
 
@@ -47,20 +47,30 @@ from anabranch.schedulers import Cluster, Device, Plan, PlanError, parse_plan
 def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
     """Trains; what `Trainer.fit` returns, with the plan's mesh."""
     context.publish(phase="loading")
-    with _started(job, context) as (data, plan):
+    with _started(job, context, joined=job.plan is None) as (data, plan):
         config = settle(job.config, plan)
         if job.plan is None and auto_partial(config)[0]:
             outcome = _automatic(job, config, data, plan, context)
             plan = parse_plan(outcome["plan"]).resolve(spec_of(prepare(make_network(config, data))))
             config = settle(config, plan)
         run_dir = _run_dir(job, config, plan, context)
-        checkpoint = Checkpoint.open(Path(job.checkpoint)) if job.checkpoint else None
-        callbacks = [tracker(name, run_dir) for name in config.profile.trackers] if context.rank == 0 else []
-        trainer = Trainer(
-            make_network(config, data), data, config, plan=plan, context=context, loss=make_loss(config),
-            run_dir=run_dir, resume=checkpoint, callbacks=callbacks,
-        )  # fmt: skip
-        return trainer.fit()
+        start, network = job.checkpoint, make_network(config, data)
+        if context.generation < 0:  # a newcomer: everything is loaded that needs no place
+            order = context.await_order(committed=None)
+            start = order.get("checkpoint", start)
+        while True:
+            checkpoint = Checkpoint.open(Path(start)) if start else None
+            callbacks = (
+                [tracker(name, run_dir) for name in config.profile.trackers] if context.rank == 0 else []
+            )
+            trainer = Trainer(
+                network, data, config, plan=plan, context=context, loss=make_loss(config),
+                run_dir=run_dir, resume=checkpoint, callbacks=callbacks,
+            )  # fmt: skip
+            try:
+                return trainer.fit()
+            except Rewound as rewound:
+                start, network = rewound.checkpoint, make_network(config, data)
 
 
 def gross_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
@@ -188,15 +198,18 @@ def _images(x: Tensor, data: DataBundle, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _started(job: Job, context: WorkerContext) -> Iterator[tuple[DataBundle, Plan]]:
-    """A worker's common beginning and end: the user's folder, the dataset, the process group, the plan."""
+def _started(job: Job, context: WorkerContext, joined: bool = True) -> Iterator[tuple[DataBundle, Plan]]:
+    """A worker's common beginning and end: the user's folder, the dataset, the process group, the plan.
+
+    joined: False where the job's target forms its process group itself.
+    """
     if Path(job.folder).is_dir():  # another host may not have it
         os.chdir(job.folder)
         if job.folder not in sys.path:
             sys.path.insert(0, job.folder)
     data = make_data(job.config)
     try:
-        with process_group(context, job.config.launch.timeout_s):
+        with process_group(context, job.config.launch.timeout_s) if joined else nullcontext():
             yield data, job.plan or _agreed_plan(job.config, data, context)
     finally:
         data.close()

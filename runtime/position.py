@@ -1,0 +1,32 @@
+"""Where a run stands besides its tensors, as plain data: what a newcomer is told by a survivor."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Position:
+    """done: steps applied. tended: the step whose evaluation and checkpoint are done.
+
+    tested_at, saved_at: steps of the last evaluation and checkpoint, -1: none yet. result: the last evaluation's.
+    plateau: its state. slower: whether steps have become slower. stopped: whether a rank asked to stop. elapsed_s:
+    seconds of training so far. first_step_at: when the first step ended (time.time()).
+    """
+
+    done: int = 0
+    tended: int = 0
+    tested_at: int = -1
+    saved_at: int = -1
+    result: dict[str, Any] = field(default_factory=dict)
+    plateau: dict[str, Any] = field(default_factory=dict)
+    slower: bool = False
+    stopped: bool = False
+    replan: bool = False
+    elapsed_s: float = 0.0
+    first_step_at: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; Position(**it) reads it back."""
+        return asdict(self)
