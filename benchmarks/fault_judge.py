@@ -100,11 +100,11 @@ def judge(
     def outcome(name: str, text: str = said) -> Outcome:
         return Outcome(name, recovery, redone, text, round(seconds, 1))
 
+    if ended.code is None:
+        return outcome("HANG", f"not ended in {limit_s:g} s; {ended.stderr[-2000:]}")
     missed = [fault for index, fault in enumerate(faults) if not (folder / f"fired-{index}.json").exists()]
     if missed:
         return outcome("MISSED", f"{missed[0]} did not go off; {said}")
-    if ended.code is None:
-        return outcome("HANG", f"not ended in {limit_s:g} s; {ended.stderr[-2000:]}")
     if left:
         return outcome("LEFT", "; ".join(left))
     by_itself = ended.code == 0
