@@ -74,7 +74,8 @@ class Bench:
         kept = outcome.outcome in cell.promise
         if kept:
             shutil.rmtree(self.root / cell.name)
-        return {**asdict(outcome), "promise": cell.promise, "kept": kept}
+        load = round(os.getloadavg()[0], 1)  # of the last minute: seconds depend on it
+        return {**asdict(outcome), "promise": cell.promise, "kept": kept, "load": load}
 
     def run(self, cell: Cell) -> Outcome:
         """Runs one cell in root/NAME."""
@@ -134,7 +135,15 @@ def small_disk(folder: Path) -> Iterator[Path]:
 def table(record: dict[str, Any]) -> Table:
     """Outcomes of the cells that were run."""
     found = Table(
-        "cell", "outcome", "promised", "to go on, s", "steps redone", "whole, s", box=None, pad_edge=False
+        "cell",
+        "outcome",
+        "promised",
+        "to go on, s",
+        "steps redone",
+        "whole, s",
+        "load",
+        box=None,
+        pad_edge=False,
     )
     for name, cell in record.items():
         if cell.get("void"):
@@ -148,6 +157,7 @@ def table(record: dict[str, Any]) -> Table:
             seconds,
             str(cell["redone"]),
             f"{cell['seconds']:.0f}",
+            str(cell.get("load", "")),
         )
     return found
 

@@ -21,6 +21,7 @@ from anabranch.benchmarks.fault_judge import Outcome, difference, judge, weights
 from anabranch.benchmarks.fault_runs import Ended, Fault, prepare
 from anabranch.benchmarks.faults import Bench
 from anabranch.benchmarks.injector import MOMENTS, set_off
+from anabranch.benchmarks.random_faults import run_random
 
 # Several in one run, at their own steps: each must be survived for the next to go off.
 IN_CI = (
@@ -86,6 +87,13 @@ def test_cell(cell: Cell, bench: Bench) -> None:
         pytest.skip("namespaces and mounts need root")
     outcome = bench.run(cell)
     assert outcome.outcome in cell.promise, outcome.said
+
+
+@pytest.mark.optin
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    record = run_random(kills=4, mean_gap_s=4.0, steps=400, folder=tmp_path)
+    assert (record["outcome"], len(record["kills"])) == ("recovered", 4), record["said"]
+    assert 0 < record["steps_per_s_kept"] < 1
 
 
 # --- the judge itself
