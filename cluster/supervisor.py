@@ -131,10 +131,11 @@ class Supervisor:
         if stop_asked:
             self.stop(stop_asked)
         for round, generation in list(self._pending):
-            stepped = [s["resumed_at"] for s in statuses if s.get("resumed") == generation]
-            if len(stepped) == len(statuses):
+            resumed = [status.get("resumed") or {0: 0.0} for status in statuses]
+            if all(max(each) >= generation for each in resumed):
                 self._pending.remove((round, generation))
-                self._tell(round, max(stepped) - round.began)
+                stepped = [each[generation] for each in resumed if generation in each]
+                self._tell(round, max(stepped) - round.began if stepped else None)
         if self.recovery and not self._round and not self.failures:
             self._find_lost(statuses)
             self._find_hang(statuses, self.recovery.hang_s)
@@ -289,4 +290,7 @@ class Supervisor:
 def _first_line(failure: Failure) -> str:
     """What happened, short: how the process ended, or the exception itself."""
     lines = [line for line in failure.text.splitlines() if line.strip()]
-    return (lines[0] if failure.died else lines[-1]).removeprefix("the worker's process died: ")
+    if not failure.died:
+        return lines[-1]
+    # Ray sees the end of a connection, and guesses long
+    return "its process was killed or crashed" if "End of file" in lines[0] else lines[0].partition(". ")[0]

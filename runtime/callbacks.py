@@ -56,9 +56,11 @@ class MetricsFile(Callback):
             [line for line in whole_lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
         )
         path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # whole lines, though the process be killed
         self._every = every_steps
         self._step = from_step
+        told = [line["step"] for line in map(json.loads, kept) if line["kind"] == "step"]
+        self.last_told = told[-1] if told else 0  # step of the last line that is there already
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         self._step = metrics["step"]

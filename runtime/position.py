@@ -12,7 +12,7 @@ class Position:
 
     tested_at, saved_at: steps of the last evaluation and checkpoint, -1: none yet. result: the last evaluation's.
     plateau: its state. slower: whether steps have become slower. stopped: whether a rank asked to stop. elapsed_s:
-    seconds of training so far. first_step_at: when the first step ended (time.time()).
+    seconds of training so far. first_step_at: when the first step ended (time.time()). metrics: of the last step.
     """
 
     done: int = 0
@@ -26,6 +26,7 @@ class Position:
     replan: bool = False
     elapsed_s: float = 0.0
     first_step_at: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; Position(**it) reads it back."""

@@ -119,7 +119,7 @@ class Trainer:
         self._kept: _Prepared | None = None
         self._applying = False  # half applied: no state to go on from
         self._times: list[float] = []
-        self._stepped_in = 0
+        self._stepped_at: dict[int, float] = {}  # by generation
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end (or until asked to stop); plain data: test_accuracy, train_seconds, median_step_s, …
@@ -229,18 +229,21 @@ class Trainer:
         self._plateau.load(self.position.plateau)
         if self.checkpoints is None and self.run_dir:
             self.checkpoints = Checkpoints(self.run_dir, self.config.checkpoint.num_to_keep)
-            self._record(self.run_dir, self.position.done)
+            self._record(self.run_dir, self.position)
         if self.position.done == self.last_step:
             self._resumed()
 
     def _same_branches(self, rank: int) -> bool:
         return rank % self.mesh.branch == self.mesh.branch_rank
 
-    def _record(self, run_dir: Path, done: int) -> None:
-        profile = self.config.profile
+    def _record(self, run_dir: Path, p: Position) -> None:
+        profile, done = self.config.profile, p.done
         if self.context.rank == 0:
             path = run_dir / "metrics.jsonl"
-            self._callbacks.insert(0, MetricsFile(path, profile.metrics_every_steps, done))
+            file = MetricsFile(path, profile.metrics_every_steps, done)
+            self._callbacks.insert(0, file)
+            if p.metrics and file.last_told < done:  # the one before was lost between a step and telling of it
+                self._tell("on_step", p.metrics)
         if every := profile.basis_every_steps:
             self._callbacks.append(BasisRecord(self.network, run_dir / "basis", every, done))
 
@@ -297,7 +300,7 @@ class Trainer:
         self._times.append(time.perf_counter() - kept.begun)
         p.first_step_at = p.first_step_at or time.time()
         p.elapsed_s = time.perf_counter() - self._started
-        metrics: dict[str, Any] = {
+        p.metrics = metrics = {
             "step": p.done,
             "epoch": kept.step // self.steps_per_epoch,
             "loss": kept.outcome.loss,
@@ -320,9 +323,9 @@ class Trainer:
 
     def _resumed(self) -> None:
         """Tells when the first step after a recovery is done."""
-        if self.context.generation != self._stepped_in:
-            self._stepped_in = self.context.generation
-            self.context.publish(resumed=self._stepped_in, resumed_at=time.time())
+        if self.context.generation not in self._stepped_at:
+            self._stepped_at = {**self._stepped_at, self.context.generation: time.time()}
+            self.context.publish(resumed=self._stepped_at)
 
     def _tend(self, p: Position) -> None:
         """What is due after a step. Ranks that do it again, after a recovery, begin where one of them was."""
