@@ -145,6 +145,7 @@ def table(record: dict[str, Any]) -> Table:
         box=None,
         pad_edge=False,
     )
+    found.columns[0].no_wrap = True
     for name, cell in record.items():
         if cell.get("void"):
             continue
