@@ -56,7 +56,9 @@ class MetricsFile(Callback):
             [line for line in whole_lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
         )
         path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # whole lines, though the process be killed
+        self._file = path.open(
+            "a", encoding="utf-8", buffering=1
+        )  # whole lines, though the process be killed
         self._every = every_steps
         self._step = from_step
         told = [line["step"] for line in map(json.loads, kept) if line["kind"] == "step"]

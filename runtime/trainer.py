@@ -242,7 +242,9 @@ class Trainer:
             path = run_dir / "metrics.jsonl"
             file = MetricsFile(path, profile.metrics_every_steps, done)
             self._callbacks.insert(0, file)
-            if p.metrics and file.last_told < done:  # the one before was lost between a step and telling of it
+            if (
+                p.metrics and file.last_told < done
+            ):  # the one before was lost between a step and telling of it
                 self._tell("on_step", p.metrics)
         if every := profile.basis_every_steps:
             self._callbacks.append(BasisRecord(self.network, run_dir / "basis", every, done))
