@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class Worker:
             target: Target = cloudpickle.loads(pickled_target)
             return target(context)
         except BaseException as error:  # SystemExit too: it would end the process and hide what happened
-            return Failure.of(context.rank, context.host, error)
+            failure = Failure.of(context.rank, context.host, error)
+            return replace(failure, step=context.status().get("step", -1))
 
     def status(self) -> dict[str, Any]:
         """What the target published."""
@@ -99,11 +100,12 @@ class Worker:
         return f"tcp://{_address()}:{self._held.getsockname()[1]}"
 
     def whereabouts(self) -> dict[str, Any]:
-        """Of a rank that may hang: its target's stack, and whether it waits for others there."""
+        """Of a rank that may hang: what it is at, its target's stack, and whether it waits for others there."""
         assert self._context is not None, "it runs"
         frames = traceback.extract_stack(sys._current_frames()[self._context.thread])
         waits = any(in_collective(frame) for frame in frames[-3:])
-        return {"stack": "".join(traceback.format_list(frames[-_STACK_FRAMES:])), "waits": waits}
+        stack = "".join(traceback.format_list(frames[-_STACK_FRAMES:]))
+        return {"where": self._context.where(), "stack": stack, "waits": waits}
 
     def request_stop(self, reason: str) -> None:
         """Ask the target to save and return."""

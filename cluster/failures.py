@@ -28,6 +28,7 @@ class Failure:
     """One worker's end. text: what the user reads. in_collective: it may only have noticed another's failure.
 
     exception: the pickled exception, where it can be pickled. died: the process is gone, or was given up.
+    step: the last that the target told of, -1: none.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class Failure:
     in_collective: bool
     exception: bytes | None = None
     died: bool = False
+    step: int = -1
 
     @classmethod
     def of(cls, rank: int, host: str, error: BaseException, skip_frames: int = 1) -> Failure:

@@ -84,7 +84,12 @@ def place(
 
 
 def place_spares(
-    hosts: tuple[Host, ...], seats: tuple[Seat, ...], num: int, use_gpu: bool, cpus_per_worker: float
+    hosts: tuple[Host, ...],
+    seats: tuple[Seat, ...],
+    num: int,
+    use_gpu: bool,
+    cpus_per_worker: float,
+    what: str = "as launch.spares",
 ) -> tuple[Host, ...]:
     """Hosts for `num` processes more than the seats, one after another where there is most room.
 
@@ -96,8 +101,8 @@ def place_spares(
         host = max(hosts, key=lambda host: free[host])
         if free[host] < 1:
             raise ClusterError(
-                f"launch.spares is {num}, beside {len(seats)} workers the cluster has room for {len(chosen)}: "
-                "ask for fewer, or a larger cluster"
+                f"{num} workers more were asked for {what}, beside {len(seats)} the cluster has room for "
+                f"{len(chosen)}: ask for fewer, or a larger cluster"
             )
         free[host] -= 1
         chosen.append(host)

@@ -14,11 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from anabranch.cluster.errors import StoppedError
+from anabranch.cluster.errors import ClusterError, StoppedError
 from anabranch.cluster.failures import Failure, worker_error
 from anabranch.cluster.ray_calls import counted
 from anabranch.cluster.recovery import Recovery
@@ -36,6 +36,8 @@ MORE_FAILURES_S = 1.0
 CAUSE_S = 5.0
 # A rank that trains and does not answer for so long is lost: stopped, or its host or network is gone.
 LOST_S = 8.0
+# Ranks that lost a connection wait so long for word of a death before the controller takes it for a broken network.
+CUT_S = 3.0
 QUIESCE_S = 5.0
 NEWCOMER_S = 120.0
 _HANG_STEPS = 10
@@ -74,6 +76,7 @@ class Supervisor:
         self.generation, self.num_failures = 0, 0
         self._newcomers: set[int] = set()
         self._given_up: dict[int, str] = {}  # rank → why we killed it
+        self._stacks: dict[int, str] = {}  # of those that hang
         self._raised: set[tuple[int, str]] = set()  # (step, text) of exceptions that were recovered from
         self._round: _Round | None = None
         self._pending: list[
@@ -81,6 +84,7 @@ class Supervisor:
         ] = []  # recovered, until their ranks have stepped in that generation
         self._statuses: list[dict[str, Any]] = []
         self._steps = (-1, time.monotonic())
+        self._cut_at = time.monotonic()
         self._step_times: deque[float] = deque(maxlen=25)
 
     def supervise(self) -> list[dict[str, Any]]:
@@ -138,6 +142,7 @@ class Supervisor:
                 self._tell(round, max(stepped) - round.began if stepped else None)
         if self.recovery and not self._round and not self.failures:
             self._find_lost(statuses)
+            self._find_cut(statuses)
             self._find_hang(statuses, self.recovery.hang_s)
 
     def _ended(self, rank: int, ref: Any) -> None:
@@ -161,7 +166,7 @@ class Supervisor:
         if failure.died:
             return True
         # An exception: once more, unless another try could not help: it came again, or on several ranks at once.
-        key = self._step(), failure.text
+        key = failure.step, failure.text
         again = key in self._raised or (self._round and any(e["raised"] for e in self._round.events))
         self._raised.add(key)
         return not again and self.recovery.retries(failure)
@@ -178,19 +183,17 @@ class Supervisor:
             round = self._round = _Round()
             for other in self.running.values():
                 self._ask(round, other, QUIESCE_S)
-        host = self.group.seats[rank].host.name
-        ref, is_spare = self.group.replace(rank)
+        event = self._event(rank, cause)
+        if rank in self._stacks:
+            event["stack"] = self._stacks.pop(rank)
+        try:
+            ref, is_spare = self.group.replace(rank)
+        except ClusterError as error:
+            self.failures.append(replace(failure, text=f"{failure.text}\n{error}"))
+            self.deadline = time.monotonic()
+            return
         self.running[ref] = rank
-        round.events.append(
-            {
-                "rank": rank,
-                "host": host,
-                "cause": cause,
-                "step": self._step() + 1,
-                "spare": is_spare,
-                "raised": not failure.died,
-            }
-        )
+        round.events.append({**event, "spare": is_spare, "raised": not failure.died})
         self._newcomers.add(rank)
         round.states.pop(rank, None)
         self._ask(round, rank, NEWCOMER_S)
@@ -257,6 +260,32 @@ class Supervisor:
             if "step" in status and status["seen_s"] > LOST_S and rank in self.running.values():
                 self._give_up(rank, f"no answer for {status['seen_s']:.0f} s")
 
+    def _find_cut(self, statuses: list[dict[str, Any]]) -> None:
+        """Ranks wait for an order though all live: a connection broke, or the groups could not be formed in time."""
+        waiting = [rank for rank, status in enumerate(statuses) if status.get("waits") == self.generation]
+        now = time.monotonic()
+        if not waiting or self._given_up:
+            self._cut_at = now
+        elif now - self._cut_at > CUT_S and self.recovery and not self.results:
+            if self.num_failures >= self.recovery.max_failures:
+                for rank in waiting:  # its end is the run's
+                    self._give_up(rank, "lost its connections to the others")
+                return
+            self.num_failures += 1
+            self._round = round = _Round()
+            event = self._event(waiting[0], "lost its connections to the others")
+            round.events.append({**event, "spare": None, "raised": False})
+            for rank in self.running.values():
+                self._ask(round, rank, QUIESCE_S)
+
+    def _event(self, rank: int, cause: str) -> dict[str, Any]:
+        return {
+            "rank": rank,
+            "host": self.group.seats[rank].host.name,
+            "cause": cause,
+            "step": self._step() + 1,
+        }
+
     def _find_hang(self, statuses: list[dict[str, Any]], hang_s: float) -> None:
         """All answer, none steps."""
         step, now = self._step(), time.monotonic()
@@ -270,19 +299,20 @@ class Supervisor:
         places = {rank: self.group.whereabouts(rank, QUIESCE_S) for rank in self.running.values()}
         stuck = [rank for rank, place in places.items() if place is None or not place["waits"]]
         for rank in stuck or list(places):
-            where = places[rank]
-            stack = f" at:\n{where['stack']}" if where else ", and it does not answer"
-            self._give_up(rank, f"hangs: no step for {now - self._steps[1]:.0f} s after step {step}{stack}")
+            place = places[rank]
+            self._stacks[rank] = place["stack"] if place else ""
+            where = f", {place['where']}" if place else ", and it does not answer"
+            self._give_up(rank, f"hangs: no step for {now - self._steps[1]:.0f} s{where}")
 
     def _tell(self, round: _Round, seconds: float | None) -> None:
         assert self.recovery is not None, "there was a round"
         for event in round.events:
-            by = "a spare" if event["spare"] else "a new process"
+            by = {None: "connected again", True: "replaced by a spare", False: "replaced by a new process"}
             took = f" in {seconds:.1f} s" if seconds is not None else ""
             where = f", all went on from step {event['resumed_from']}" if event["action"] == "rewind" else ""
             text = (
                 f"rank {event['rank']} on {event['host']} failed in step {event['step']} ({event['cause']}), "
-                f"replaced by {by}{took}{where}; {event['lost_steps']} steps lost"
+                f"{by[event['spare']]}{took}{where}; {event['lost_steps']} steps lost"
             )
             self.recovery.told({**event, "seconds": seconds, "text": text})
 

@@ -17,7 +17,7 @@ class WorkerContext:
     init_method: "tcp://address:port", "env://", or "" where there is one rank and no process group is needed.
     recovers: whether whoever started it replaces lost ranks: then a rank that lost another quiesces (it waits in
     `await_order`). generation: which forming of the process groups, from 0; a newcomer has -1 and rank -1 until it is
-    ordered to a place. order: the last one.
+    ordered to a place. order: the last one. where: tells from another thread what the target is at.
     """
 
     rank: int
@@ -31,6 +31,7 @@ class WorkerContext:
     recovers: bool = False
     generation: int = 0
     order: dict[str, Any] | None = field(default=None, init=False)
+    where: Callable[[], str] = field(default=lambda: "", init=False, repr=False)
     thread: int = field(default_factory=threading.get_ident, init=False, repr=False)
     _status: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
@@ -46,9 +47,10 @@ class WorkerContext:
             self._status.update(status)
 
     def status(self) -> dict[str, Any]:
-        """A copy of what was published, with rank, host and pid."""
+        """A copy of what was published, with rank, host, pid and the generation in which it waits for an order."""
         with self._lock:
-            return {"rank": self.rank, "host": self.host, "pid": os.getpid(), **self._status}
+            waits = self.generation if self._quiesced is not None else None
+            return {"rank": self.rank, "host": self.host, "pid": os.getpid(), "waits": waits, **self._status}
 
     def request_stop(self, reason: str) -> None:
         """Ask the target to save and return at its next step; the first reason stays."""
@@ -83,11 +85,11 @@ class WorkerContext:
         Takes the place that the order gives (the context's fields in order["place"]).
         """
         with self._changed:
-            self._quiesced, self.order = {"generation": self.generation, **state}, None
+            self._quiesced = {"generation": self.generation, **state}
             self._changed.notify_all()
-            while (order := self.order) is None:
-                self._changed.wait()
-        return order
+            self._changed.wait_for(lambda: self._quiesced is None)
+            assert self.order is not None, "given"
+            return self.order
 
     def quiesce(self, generation: int, wait_s: float) -> dict[str, Any] | None:
         """From another thread: gives up groups up to `generation`; the target's state once it waits, None if it does

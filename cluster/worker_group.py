@@ -12,9 +12,9 @@ from anabranch.cluster.actors import Probe, Target, Worker
 from anabranch.cluster.environment import thread_variables
 from anabranch.cluster.errors import ClusterError
 from anabranch.cluster.failures import Failure
-from anabranch.cluster.placement import Host, Seat
+from anabranch.cluster.placement import Host, Seat, place_spares
 from anabranch.cluster.ray_calls import counted
-from anabranch.cluster.ray_session import note_given_back
+from anabranch.cluster.ray_session import hosts, note_given_back
 
 _NODE_LABEL = "ray.io/node-id"
 _STDERR_LINES = 20
@@ -78,15 +78,25 @@ class WorkerGroup:
         self._statuses: list[dict[str, Any]] = []
         self._answered = [time.monotonic()] * len(seats)
 
-    def _create(self, index: int, bundle: dict[str, float], num_threads: int) -> Any:
+    def _create(
+        self, index: int, bundle: dict[str, float], num_threads: int, elsewhere: Host | None = None
+    ) -> Any:
         import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+        from ray.util.scheduling_strategies import (
+            NodeAffinitySchedulingStrategy,
+            PlacementGroupSchedulingStrategy,
+        )
 
+        strategy = (
+            NodeAffinitySchedulingStrategy(elsewhere.node_id, soft=False)
+            if elsewhere
+            else PlacementGroupSchedulingStrategy(self._placement, index)
+        )
         create = ray.remote(Worker).options(
             num_cpus=bundle.get("CPU", 0),
             num_gpus=bundle.get("GPU", 0),
             max_concurrency=_ACTOR_THREADS,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
+            scheduling_strategy=strategy,
         )
         return counted("create_actor", create.remote, thread_variables(num_threads))
 
@@ -177,9 +187,19 @@ class WorkerGroup:
     def _gpu_of(self, rank: int) -> str | None:
         return self._gpus[rank] if rank >= 0 else None
 
-    def _newcomer(self, bundle: int, host: Host, num_threads: int) -> _Spare:
-        """A process without a place: it loads what it can, then waits for an order."""
-        actor = self._create(bundle, self._share, num_threads)
+    def _newcomer(self, bundle: int, host: Host, num_threads: int, *, may_be_gone: bool = False) -> _Spare:
+        """A process without a place: it loads what it can, then waits for an order.
+
+        Where the host is gone with its bundle it is on another. Raises ClusterError when none has room.
+        """
+        found = hosts() if may_be_gone else (host,)
+        elsewhere = None
+        if host.node_id not in {each.node_id for each in found}:
+            use_gpu = "GPU" in self._share
+            host = elsewhere = place_spares(
+                found, (), 1, use_gpu, self._share["CPU"], "to replace a lost one"
+            )[0]
+        actor = self._create(bundle, self._share, num_threads, elsewhere)
         ref = self._run(actor, host, num_threads, rank=-1, local_rank=0, generation=-1, init_method="")
         return _Spare(bundle, host, num_threads, actor, ref)
 
@@ -190,7 +210,8 @@ class WorkerGroup:
     def replace(self, rank: int) -> tuple[Any, bool]:
         """Give up a rank's process and let a spare or a new one take its seat: its run's ref, whether it is a spare.
 
-        A new one starts where the lost one was; behind a spare that is used another is started there.
+        A new one starts where the lost one was, or on another host where that one is gone; behind a spare that is used
+        another is started there. Raises ClusterError when no host has room.
         """
         self.kill(rank)
         lost, seat = self._bundles[rank], self.seats[rank]
@@ -199,7 +220,7 @@ class WorkerGroup:
             self._spares.remove(spare)
             new = spare
         else:
-            new = self._newcomer(lost, seat.host, seat.num_threads)
+            new = self._newcomer(lost, seat.host, seat.num_threads, may_be_gone=True)
         self._bundles[rank], self._actors[rank] = new.bundle, new.actor
         self.seats[rank] = replace(seat, host=new.host, num_threads=new.num_threads)
         self._statuses[rank], self._status_refs[rank] = self._starting(self.seats[rank]), None
@@ -240,7 +261,7 @@ class WorkerGroup:
 
         self._stderr[: len(self.seats)] = [state["stderr"] for state in states]
         world_size = len(self.seats)
-        meeting = ""
+        meeting: Any = ""
         if world_size > 1:
             meeting = counted("result", ray.get, self._actors[0].meeting_point.remote(), timeout=_MEET_S)
         for seat in self.seats:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def train(config: Config, console: Console) -> dict[str, Any] | None:
     """Trains; test_accuracy, test_loss, train_seconds, median_step_s, start_to_first_step_s, steps, run_dir,
-    unreadable (file: why).
+    unreadable (file: why), failures (lost workers that were replaced: rank, host, cause, step, action, seconds, …).
 
     Raises Interrupted or Terminated when told to stop, after the checkpoint.
     """

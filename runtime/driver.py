@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from anabranch.cluster import RayRequest, connect, discover, ray_calls, run_on_ray
+from anabranch.cluster import RayRequest, WorkerError, connect, discover, ray_calls, run_on_ray
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_rules import mesh_axes
 from anabranch.runtime.errors import ConfigError
@@ -197,11 +197,28 @@ class Driver:
 
             def told(failure: dict[str, Any]) -> None:
                 text = failure.pop("text")
-                self.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+                self.console.print(
+                    f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False
+                )
                 failures.append(failure)
                 with (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**failure, "text": text}) + "\n")
 
             recovery = recovery_of(self.config, self.plan, checkpoint, told)
-            results = run_on_ray(job, request, progress.watch, recovery)
+            try:
+                results = run_on_ray(job, request, progress.watch, recovery)
+            except WorkerError as error:
+                raise _with_remedy(error, len(failures), launch.run_dir) from error.__cause__
             return {**results[0], "failures": failures, "ray_calls": dict(ray_calls)}
+
+
+def _with_remedy(error: WorkerError, num_failures: int, run_dir: str) -> WorkerError:
+    """The same with what was tried before, and how to go on."""
+    from anabranch.runtime.manifest import finished
+
+    text = str(error)
+    if num_failures:
+        text += f"\nBefore this {num_failures} lost workers were replaced (launch.max_failures)."
+    if any(finished(Path(run_dir) / "checkpoints")):
+        text += f"\nGo on from the last checkpoint with: anabranch train --resume {run_dir}"
+    return WorkerError(text, error.worker_failures)

@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from anabranch.cluster import WorkerContext
 from anabranch.runtime.mesh import Mesh
-from anabranch.runtime.process_group import process_group
+from anabranch.runtime.process_group import gather_json, process_group
 
-_JOIN_S = 30.0  # for ranks that are known to be ready
+_JOIN_S = 15.0  # for ranks that are known to be ready
+
+
+class _Socket(NamedTuple):
+    """One of this process's; remote: None where it listens."""
+
+    number: int
+    inode: int
+    local: tuple[str, int]
+    remote: tuple[str, int] | None
 
 
 class Generation:
@@ -32,7 +43,7 @@ class Generation:
 
     def __init__(self, context: WorkerContext, timeout_s: float) -> None:
         self.context, self.timeout_s = context, timeout_s
-        self._before: set[tuple[int, int]] = set()
+        self._before: set[int] = set()  # listeners
 
     @contextmanager
     def groups(self) -> Iterator[None]:
@@ -41,8 +52,8 @@ class Generation:
             with process_group(self.context, self.timeout_s):
                 yield
             return
-        self._before = _connections()
-        self.context.on_abort(lambda: _abort(_connections() - self._before))
+        self._before = {each.inode for each in _tcp_sockets() if each.remote is None}
+        self.context.on_abort(lambda: _abort(self._connections(set())))
         if self.context.aborted:
             raise ConnectionError("process group: given up before it was formed")
         try:
@@ -60,37 +71,56 @@ class Generation:
         """All groups stand: from now on these connections, and no later ones, are theirs."""
         if not self.context.recovers:
             return
-        mine = _connections() - self._before
-        self.context.on_abort(lambda: _abort(mine))
+        told = gather_json(sorted(self._listeners()), self.context.device)
+        connections = self._connections({(address, port) for ports in told for address, port in ports})
+        self.context.on_abort(lambda: _abort(connections))
         for group in {mesh.world_group, mesh.data_group, mesh.branch_group}:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
+
+    def _listeners(self) -> set[tuple[str, int]]:
+        """Addresses at which the groups' connections are accepted: everything else that listens was there before."""
+        return {
+            each.local for each in _tcp_sockets() if each.remote is None and each.inode not in self._before
+        }
+
+    def _connections(self, remote: set[tuple[str, int]]) -> list[_Socket]:
+        """Those of the groups, and no others (Ray has its own): accepted here or at `remote`, or to the store."""
+        ports = {port for _, port in self._listeners()}
+        store = int(self.context.init_method.rpartition(":")[2] or 0)
+        return [
+            each
+            for each in _tcp_sockets()
+            if each.remote and (each.local[1] in ports or each.remote in remote or each.remote[1] == store)
+        ]
 
     def abort(self) -> None:
         """Ends every collective of this process, and with them those of the others."""
         self.context.abort()
 
 
-def _abort(connections: set[tuple[int, int]]) -> None:
+def _abort(connections: Iterable[_Socket]) -> None:
+    """Only connected sockets: gloo's listener ends the process where it is shut down."""
     if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
         for group in list(dist.distributed_c10d._world.pg_names):
             with suppress(RuntimeError):  # it may have failed by itself
                 group.abort()
-    for number, inode in connections:
+    for each in connections:
         with suppress(OSError):  # closed meanwhile
-            if os.fstat(number).st_ino == inode:
-                with socket.socket(fileno=os.dup(number)) as connection:
+            if os.fstat(each.number).st_ino == each.inode:
+                with socket.socket(fileno=os.dup(each.number)) as connection:
                     connection.shutdown(socket.SHUT_RDWR)
 
 
-def _connections() -> set[tuple[int, int]]:
-    """(descriptor, inode) of this process's connected TCP sockets. Those that listen are left out: gloo's listener
-    ends the process where it is shut down."""
-    found = set()
+def _tcp_sockets() -> Iterator[_Socket]:
     for path in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # closed meanwhile, or no socket, or not connected
+        with suppress(OSError):  # closed meanwhile, or not connected
             number = int(path.name)
-            with socket.socket(fileno=os.dup(number)) as connection:
-                if connection.family in (socket.AF_INET, socket.AF_INET6):
-                    connection.getpeername()
-                    found.add((number, os.fstat(number).st_ino))
-    return found
+            found = os.stat(number)
+            if not stat.S_ISSOCK(found.st_mode):
+                continue
+            with socket.socket(fileno=os.dup(number)) as one:
+                if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM:
+                    continue
+                listens = bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+                remote = None if listens else one.getpeername()[:2]
+                yield _Socket(number, found.st_ino, one.getsockname()[:2], remote)

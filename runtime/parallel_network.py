@@ -113,7 +113,7 @@ class ParallelNetwork(nn.Module):
         """Goes on in other process groups. Whatever else holds groups (a `TrainStep`) must be made anew."""
         self.mesh, self.wire = mesh, Wire(mesh.branch_group, self.recorder)
         for _, block_sum in branch_sums(self):
-            if block_sum.exchange is not None:
+            if isinstance(block_sum.exchange, BranchExchange):
                 block_sum.exchange.wire = self.wire
 
     @property
@@ -137,6 +137,7 @@ class ParallelNetwork(nn.Module):
         """Rows `input_rows` of the batch in, rows `output_rows` out."""
         rows, recorder = self.input_rows, self.recorder
         for name, module, wanted in self.elements():
+            recorder.entered = name
             if recorder.detailed:
                 recorder.at(name)
             if wanted != rows:

@@ -58,6 +58,7 @@ class Recorder:
         self._device = device or torch.device("cpu")
         self._cuda = self._device.type == "cuda"
         self._part, self._element = "idle", ""
+        self.entered = ""  # the element whose forward began last
         self._running: list[_Interval] = []  # of the step that runs
         self._last: list[_Interval] = []  # of the one before
         self._ended: tuple[Moment, Moment] | None = None  # of the step before: its start and end

@@ -29,7 +29,7 @@ def recovery_of(
 
     def order(states: list[dict[str, Any]]) -> dict[str, Any]:
         decision = decide([_rank_state(state) for state in states], plan.branch)
-        found = {
+        found: dict[str, Any] = {
             "action": decision.action,
             "step": decision.step,
             "sources": decision.sources,

@@ -81,6 +81,8 @@ class Trainer:
     told on rank 0.
     """
 
+    step: TrainStep  # once it is set up
+
     def __init__(
         self,
         network: nn.Module,
@@ -113,7 +115,7 @@ class Trainer:
         self.num_steps = config.train.epochs * self.steps_per_epoch  # what the learning rate's schedule spans
         self.last_step = min(config.train.max_steps or self.num_steps, self.num_steps)
         self._network, self._callbacks = network, list(callbacks)
-        self.step: TrainStep | None = None
+        self._is_set_up = False
         self.checkpoints: Checkpoints | None = None
         self.position: Position | None = None  # None: this rank holds nothing yet
         self._kept: _Prepared | None = None
@@ -142,7 +144,7 @@ class Trainer:
     def _set_up(self) -> None:
         """The network's part of this rank on the groups that stand; a second time, moved to new groups."""
         self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
-        if self.step is None:
+        if not self._is_set_up:
             network = in_precision(self.config, self._network)
             self.network = parallelize(
                 network, self.plan, self.mesh, execution=self.config.mesh.execution
@@ -160,6 +162,7 @@ class Trainer:
             clip_norm=self.config.optimizer.clip_norm,
             penalty=make_penalty(self.config),
         )
+        self._is_set_up = True
 
     def _fit(self) -> dict[str, Any]:
         """Trains, generation after generation: where another rank was lost, this one waits for an order and goes on.
@@ -210,7 +213,7 @@ class Trainer:
     def _join(self) -> None:
         """On new groups: this rank's part, filled from a checkpoint or a peer, and where the run stands."""
         self._set_up()
-        order, is_new = self.context.order, self.position is None
+        order, before = self.context.order, self.position
         if order is None or order["action"] == "rewind":
             self.position = Position()
             if self.resume is not None:
@@ -222,14 +225,17 @@ class Trainer:
             sources = {int(rank): source for rank, source in order["sources"].items()}
             peers = {source for rank, source in sources.items() if self._same_branches(rank)}
             for source in peers:
-                fill(self.network, self.optimizer, source, is_new)
-            told = {} if is_new else self.position.to_json()
+                fill(self.network, self.optimizer, source, is_new=before is None)
+            told = before.to_json() if before else {}
             self.position = Position(**broadcast_json(told, self.device, order["leader"]))
+        recorder = self.network.recorder
+        self.context.where = lambda: f"in {recorder.part}, the last block entered is {recorder.entered}"
         self._plateau = Plateau(self.config.lr_schedule)
         self._plateau.load(self.position.plateau)
         if self.checkpoints is None and self.run_dir:
             self.checkpoints = Checkpoints(self.run_dir, self.config.checkpoint.num_to_keep)
             self._record(self.run_dir, self.position)
+        self.context.publish(step=self.position.done)
         if self.position.done == self.last_step:
             self._resumed()
 
@@ -302,6 +308,7 @@ class Trainer:
         self._times.append(time.perf_counter() - kept.begun)
         p.first_step_at = p.first_step_at or time.time()
         p.elapsed_s = time.perf_counter() - self._started
+        times = by_part(kept.outcome.times)
         p.metrics = metrics = {
             "step": p.done,
             "epoch": kept.step // self.steps_per_epoch,
@@ -310,14 +317,14 @@ class Trainer:
             "lr": kept.lr,
             "step_time_s": self._times[-1],
             "images_per_s": kept.num_samples / self._times[-1],
-            "times_s": by_part(kept.outcome.times),
+            "times_s": times,
             "memory_bytes": kept.outcome.memory_bytes,
         }
         with self.network.recorder.span("idle"):
             self.context.publish(phase="training", **metrics)
             self._resumed()
             self._tell("on_step", metrics)
-            warning = self._drift.observe(metrics["times_s"])
+            warning = self._drift.observe(times)
             if warning:
                 self.context.publish(warning=warning)
                 self._tell("on_warning", warning)
