@@ -95,18 +95,17 @@ def judge(
     seconds, said = ended.seconds, _said(ended)
     recovery = tuple(_recovery_s(folder, index) for index in range(len(faults)))
     redone = _redone(folder)
-    left = _left(folder)
+    left = _left(folder)  # a second command begins without them, or (cut off) beside them
 
     def outcome(name: str, text: str = said) -> Outcome:
         return Outcome(name, recovery, redone, text, round(seconds, 1))
 
     if ended.code is None:
+        end(left)
         return outcome("HANG", f"not ended in {limit_s:g} s; {ended.stderr[-2000:]}")
     missed = [fault for index, fault in enumerate(faults) if not (folder / f"fired-{index}.json").exists()]
     if missed:
         return outcome("MISSED", f"{missed[0]} did not go off; {said}")
-    if left:
-        return outcome("LEFT", "; ".join(left))
     by_itself = ended.code == 0
     if not by_itself:
         driver_killed = any(fault.kind == "driver" for fault in faults)
@@ -123,13 +122,15 @@ def judge(
             return outcome("LOST", f"the second command: {_said(again)}")
         if before > 0 and f"(step {before})" not in again.stderr:
             return outcome("LOST", f"a checkpoint of step {before} was there; {again.stderr[-500:]}")
-        if left := _left(folder):
-            return outcome("LEFT", "; ".join(left))
+        left = _left(folder)
+    end(left)
     step, found = weights(folder / "run")
     apart, keys = difference(wanted, found)
     if apart > tolerance or (keys and not tolerance):
         text = f"step {step}: {len(keys)} of {len(wanted)} tensors, by up to {apart:.1e}: {keys[:3]}"
         return outcome("DIFFERENT", text)
+    if left:
+        return outcome("LEFT", f"{len(left)} workers were there {LEFT_S:g} s after the end")
     return outcome("recovered" if by_itself else "resumed")
 
 
@@ -164,21 +165,22 @@ def _redone(folder: Path) -> int:
     return most
 
 
-def _left(folder: Path) -> list[str]:
-    """The run's processes that are still there after a while; they are ended."""
-    begun = {}
-    for record in traces(folder):
-        if "started" in record:
-            begun[record["pid"]] = record["started"]
+def _left(folder: Path) -> list[int]:
+    """The run's processes that are still there after a while."""
+    begun = {record["pid"]: record["started"] for record in traces(folder) if "started" in record}
     deadline = time.monotonic() + LEFT_S
     while left := [pid for pid, at in begun.items() if started(pid) == at]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    for pid in left:
+    return left
+
+
+def end(pids: Sequence[int]) -> None:
+    """SIGKILL."""
+    for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return [f"worker {pid} was there {LEFT_S:g} s after the end" for pid in left]
 
 
 def started(pid: int) -> int:

@@ -154,7 +154,7 @@ def test_a_process_that_stays_is_found_and_ended(tmp_path: Path, monkeypatch: py
     (tmp_path / f"trace-{process.pid}.jsonl").write_text(json.dumps(trace) + "\n")
     outcome = judge(tmp_path, (), Ended(0, {}, "", 1.0), {}, 1, ())
     assert outcome.outcome == "LEFT"
-    assert str(process.pid) in outcome.said
+    assert outcome.said.startswith("1 workers")
     assert process.wait(10) == -9
 
 
