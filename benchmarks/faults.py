@@ -150,11 +150,12 @@ def table(record: dict[str, Any]) -> Table:
         if cell.get("void"):
             continue
         seconds = ", ".join("–" if s is None else f"{s:.1f}" for s in cell["recovery_s"])
-        outcome = cell["outcome"] if cell["kept"] else f"[red]{cell['outcome']}[/red]"
+        outcome = cell["outcome"]
+        if not cell["kept"]:
+            outcome = f"[red]{outcome}[/red], promised: {' or '.join(cell['promise'])}"
         found.add_row(
             name,
             outcome,
-            " or ".join(cell["promise"]),
             seconds,
             str(cell["redone"]),
             f"{cell['seconds']:.0f}",
