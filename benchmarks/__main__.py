@@ -257,6 +257,52 @@ def never_slower(*, workers: Workers = 2, rounds: Rounds = 24) -> None:
 
 
 @app.command
+def faults(
+    *,
+    cells: Annotated[
+        tuple[str, ...],
+        Parameter(help="Names, or patterns like kill-*; default: all.", consume_multiple=True),
+    ] = (),
+    resume: Annotated[bool, Parameter(help="Leave out cells that the record has.", negative=())] = False,
+) -> None:
+    """Faults at exact moments of real runs: did each go on by itself, or resume, and end bit-equal?"""
+    from rich.console import Console
+
+    from anabranch.benchmarks import faults as case
+
+    record = case.run(only=cells, resume=resume)
+    Console().print(case.table(record["cells"]))
+    broken = [name for name, cell in record["cells"].items() if not cell.get("kept", True)]
+    kept = f", their folders in {record['kept']}" if broken else ""
+    print(f"{len(broken)} of {len(record['cells'])} cells broke their promise{kept}; {record['path']}")
+    if broken:
+        raise SystemExit(1)
+
+
+@app.command
+def random_faults(
+    *,
+    kills: Annotated[int, Parameter(help="SIGKILLs of one run.")] = 30,
+    mean_gap_s: Annotated[float, Parameter(help="Mean of the exponential gaps between them.")] = 6.0,
+    steps: Annotated[int, Parameter(help="Of the run; they must last for all kills.")] = 1500,
+    spares: Annotated[int, Parameter(help="Warm spares.")] = 0,
+    seed: Annotated[int, Parameter(help="Of moments and ranks.")] = 0,
+) -> None:
+    """Kills at random moments of one run: weights at the end, steps a second kept."""
+    from anabranch.benchmarks import random_faults as case
+
+    record = case.run_random(kills=kills, mean_gap_s=mean_gap_s, steps=steps, seed=seed, spares=spares)
+    print(
+        f"{record['outcome']} after {len(record['kills'])} kills; at {record['failures_per_minute']:.1f} a minute "
+        f"{100 * record['steps_per_s_kept']:.0f} % of the steps/s kept, {record['seconds_per_failure']:.1f} s each: "
+        f"predicted {100 * record['kept_at_one_a_minute_predicted']:.0f} % at one a minute (torchft: "
+        f"{100 * record['torchft_kept_at_one_a_minute']:.0f} %); {record['path']}"
+    )
+    if record["outcome"] != "recovered":
+        raise SystemExit(1)
+
+
+@app.command
 def mixing(
     *, mbit_per_s: Annotated[float, Parameter(help="Rate of the wire.")] = 100.0, rounds: Rounds = 8
 ) -> None:
