@@ -75,7 +75,8 @@ class Bench:
         if kept:
             shutil.rmtree(self.root / cell.name)
         load = round(os.getloadavg()[0], 1)  # of the last minute: seconds depend on it
-        return {**asdict(outcome), "promise": cell.promise, "kept": kept, "load": load}
+        said = "" if kept else outcome.said
+        return {**asdict(outcome), "said": said, "promise": cell.promise, "kept": kept, "load": load}
 
     def run(self, cell: Cell) -> Outcome:
         """Runs one cell in root/NAME."""
