@@ -366,7 +366,7 @@ def test_who_does_not_stop_is_killed(ray_hosts: tuple[Host, ...], monkeypatch: p
             pids.extend(status["pid"] for status in statuses)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("anabranch.cluster.run.STOP_S", 1.0)
+    monkeypatch.setattr("anabranch.cluster.supervisor.STOP_S", 1.0)
     with pytest.raises(StoppedError, match="rank 0, 1 did not end within 1 s and was killed") as caught:
         run_on_ray(partial(until_told, False), RayRequest((1, 2)), terminate)
     assert caught.value.reason == "terminate"
