@@ -250,7 +250,8 @@ class Trainer:
             peers = {source for rank, source in sources.items() if self._same_branches(rank)}
             for source in peers:
                 fill(self.network, self.optimizer, source, is_new=before is None)
-            self.position = Position(**told["position"])
+            # a save that had begun may have lost a part: the last one is made again, or found whole
+            self.position = Position(**{**told["position"], "saved_at": -1})
         recorder = self.network.recorder
         self.context.where = lambda: f"in {recorder.part}, the last block entered is {recorder.entered}"
         self._plateau = Plateau(self.config.lr_schedule)
@@ -388,8 +389,8 @@ class Trainer:
         if self.checkpoints:
             if p.saved_at != done:
                 self._save(self.checkpoints, done, self._plateau, p.result if p.tested_at == done else {})
-                p.saved_at = done
             self._told_saved(self.checkpoints.finish(self.network))
+            p.saved_at = done
         if not interrupted:
             for callback in self._callbacks:
                 callback.on_trained(self.network)
