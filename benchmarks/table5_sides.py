@@ -114,7 +114,11 @@ def setting_of(row: Row, memory_format: str, world_size: int) -> StepSetting:
                 "bn_batch_size": row.batch // world_size,
                 "precision": row.precision,
             },
-            "mesh": {"memory_format": memory_format},  # fused or looped as the start-up's measurement says
+            # fused or looped as the start-up's measurement says, where all ranks are there to agree on it
+            "mesh": {
+                "memory_format": memory_format,
+                "execution": "fused" if dist.get_backend() == "fake" else "auto",
+            },
             "optimizer": {"lr": 0.01},  # noise is learnt by heart without blowing up
         }
     )

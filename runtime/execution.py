@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from anabranch.blocks.batch import batch_layout
+from anabranch.blocks.batch import BatchLayout, batch_layout
 from anabranch.blocks.branch_sum import BranchSum, Execution, branch_sums
 from anabranch.blocks.network import Network
 from anabranch.runtime.durable import write_bytes
@@ -225,11 +225,19 @@ def _alone(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _output_shape(element: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
-    """Of one sample; nothing is computed."""
-    meta = copy.deepcopy(element).to("meta").eval()
-    with torch.no_grad(), batch_layout(None):
-        y = meta(torch.empty(1, *shape, device="meta", dtype=like.dtype))
+    """Of one sample."""
+    element.eval()
+    try:
+        with torch.no_grad(), batch_layout(_layout(1)):
+            y = element(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
+    finally:
+        element.train()
     return tuple(y.shape[1:]) if isinstance(y, Tensor) else ()
+
+
+def _layout(rows: int) -> BatchLayout:
+    """Any: some modules draw by its key."""
+    return BatchLayout((rows,), rows)
 
 
 def _key(element: nn.Module, x_shape: tuple[int, ...]) -> str:
@@ -271,7 +279,7 @@ def _run(element: nn.Module, x: Tensor, precision: str) -> float:
     leaf = x.detach().requires_grad_()
     _wait(x)
     begun = time.perf_counter()
-    with batch_layout(None), autocast(precision, x.device):
+    with batch_layout(_layout(len(x))), autocast(precision, x.device):
         y = element(leaf.clone())  # a leaf may not be changed in place
     y.backward(torch.ones_like(y))
     _wait(x)

@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 from anabranch.runtime.errors import ConfigError
-from anabranch.schedulers.wording import shown
 
 
 class FieldError(ConfigError):
@@ -21,6 +20,15 @@ class FieldError(ConfigError):
     def __init__(self, message: str, key: str = "") -> None:
         super().__init__(message)
         self.key = key
+
+
+def shown(value: object) -> str:
+    """A value as messages show it."""
+    from anabranch.schedulers import (
+        wording,  # only where something is wrong: --help need not load the schedulers
+    )
+
+    return wording.shown(value)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

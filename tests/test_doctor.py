@@ -214,6 +214,7 @@ def bad_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.optin  # Ray keeps the first token of a process: a cluster without one must not share it with other tests
 def test_faults_of_a_node_are_named(bad_node: Path) -> None:
     good, bad = sorted(hosts(), key=lambda host: host.gpus)
     with socket.create_server(("", 0)) as taken:
@@ -241,6 +242,7 @@ def test_faults_of_a_node_are_named(bad_node: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not OWN_MOUNTS, reason="needs root for a mount namespace")
+@pytest.mark.optin
 def test_train_refuses_before_workers_start(bad_node: Path) -> None:
     names = [host.name for host in hosts()]
     with pytest.raises(

@@ -70,7 +70,7 @@ def test_what_is_compared(bench: Bench, plain: Path) -> None:
 
 @pytest.fixture(scope="module")
 def survived(bench: Bench) -> Outcome:
-    return bench.run(Cell("six", IN_CI, flags=("--launch.max-failures", "6")))
+    return bench.run(Cell("six", IN_CI, flags=("--launch.max-failures", "12")))
 
 
 @pytest.mark.parametrize("index", range(len(IN_CI)), ids=[f"{f.kind}-{f.rank}-{f.moment}" for f in IN_CI])
