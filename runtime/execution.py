@@ -34,8 +34,8 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 _WAYS: list[tuple[Execution, MemoryFormat]] = [
     (execution, layout) for layout in ("contiguous", "channels_last") for execution in ("fused", "looped")
 ]
-_REPEATS = 3
-_LONG_S = 0.05  # a block that takes longer is measured on fewer samples
+_REPEATS = 5
+_LONG_S = 0.1  # a block that takes longer is measured on fewer samples
 _CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
 
 
