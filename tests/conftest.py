@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import shutil
 import tempfile
 
@@ -17,6 +18,9 @@ if "ANABRANCH_TEST_CACHE" not in os.environ:
         prefix="anabranch-test-"
     )
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# Ray keeps the first token that a process sees: all clusters that a test process starts must have the same.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

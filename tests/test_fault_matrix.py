@@ -36,11 +36,9 @@ IN_CI = (
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    environ = dict(os.environ)
-    with ExitStack() as stack:
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", fault_runs.python_path())  # `Bench` sets it
         yield Bench(tmp_path_factory.mktemp("faults"), stack)
-    os.environ.clear()
-    os.environ.update(environ)
 
 
 def test_every_cell_is_named_once_and_run_or_void() -> None:
