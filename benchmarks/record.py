@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "allocator": os.environ.get("LD_PRELOAD", "glibc"),
+        "allocator": os.environ.get("LD_PRELOAD", "glibc, freed memory kept"),
         "commit": _commit(),
         "command": _command(),
     }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from anabranch.cluster.environment import thread_share
+from anabranch.cluster.environment import keep_freed_memory, thread_share
 
 # A server that has imported torch and is forked: of many rows' workers each stands in a fraction of a second.
 _context = multiprocessing.get_context("forkserver")
@@ -126,6 +126,8 @@ def _worker(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as the runtime does, for all sides alike
     if backend == "fake":
         from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from anabranch.cluster import WorkerContext
+from anabranch.cluster.environment import keep_freed_memory
 from anabranch.runtime.collectives import gathered_rows
 
 
@@ -26,6 +27,8 @@ def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[
         return
     if context.device.startswith("cuda"):
         torch.cuda.set_device(context.device)
+    else:
+        keep_freed_memory()
     torch.set_num_threads(context.num_threads)
     timeout = timedelta(seconds=timeout_s)
     if context.init_method:

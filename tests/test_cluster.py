@@ -136,6 +136,36 @@ def test_environment() -> None:
         assert hold_port(taken.getsockname()[1]) is None
 
 
+FAULTS = """
+import sys, threading
+from resource import RUSAGE_SELF, getrusage
+from anabranch.cluster.environment import keep_freed_memory
+def fill():
+    for megabytes in (20, 3, 40):
+        bytearray(megabytes * 2**20).find(1)  # writes nothing: the system clears each page that is new
+def steps():
+    fill()
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        fill()
+    print(getrusage(RUSAGE_SELF).ru_minflt - before)
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+thread = threading.Thread(target=steps)  # as in an actor: not in the process's first thread
+thread.start()
+thread.join()
+"""
+
+
+def test_freed_memory_is_kept() -> None:
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout)
+        for how in ("keep", "")
+    )
+    assert kept < 100
+    assert given_back > 10_000, "or this test shows nothing"
+
+
 def test_no_cluster_at_the_address() -> None:
     with pytest.raises(ClusterError, match="no Ray cluster answers at localhost:1 "), connect("localhost:1"):
         pass
