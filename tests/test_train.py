@@ -59,6 +59,18 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "step"]
 
 
+def test_the_local_cluster_is_lean() -> None:
+    """No dashboard, autoscaler, log reader: they are most of the seconds that Ray takes to start."""
+    found = subprocess.run(
+        ["ps", "-ww", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    )
+    commands = found.stdout
+    assert "gcs_server" in commands
+    assert "raylet" in commands
+    assert not re.findall(r"dashboard\.py|monitor\.py", commands)
+    assert "--minimal" in commands
+
+
 def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
     layer = {
         "train": {"epochs": 2, "max_steps": 0, "bn_batch_size": 0, "precision": "fp32"},
