@@ -47,12 +47,12 @@ class Outcome:
 
 def weights(folder: Path) -> tuple[int, dict[str, Tensor]]:
     """(step, tensors by key) of a run folder's newest whole checkpoint; (−1, {}): there is none."""
-    from anabranch.runtime.checkpoint import Checkpoints
+    from anabranch.runtime.checkpoints import Checkpoints
 
     found = Checkpoints(folder).newest(on_bad=lambda _: None)
     if found is None:
         return -1, {}
-    files = [load_file(path) for path in sorted(found.path.glob("*.safetensors"))]
+    files = [load_file(path) for path in (found.path / name for name in sorted(found.manifest.files))]
     return int(found.position["step"]), {key: tensor for file in files for key, tensor in file.items()}
 
 

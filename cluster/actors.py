@@ -112,9 +112,12 @@ class Worker:
         assert self._context is not None, "it waits"
         self._context.give_order(order)
 
-    def meeting_point(self) -> str:
-        """Where the next generation's process group gathers, if this is rank 0: "tcp://address:port"."""
-        self._held = hold_port(0)
+    def meeting_point(self, port: int) -> str:
+        """Where the next generation's process group gathers, if this is rank 0: "tcp://address:port".
+
+        port: the one that was asked for, 0 for any; where it is in use still (of the generation before) another one.
+        """
+        self._held = hold_port(port) or hold_port(0)
         assert self._held is not None, "any port"
         return f"tcp://{_address()}:{self._held.getsockname()[1]}"
 

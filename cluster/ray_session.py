@@ -86,17 +86,17 @@ def connect(address: str = "", num_cpus: int | None = None, num_gpus: int | None
 
 def hosts() -> tuple[Host, ...]:
     """Every node of the connected cluster, the one with most GPUs (then CPUs) first, and what is free on each."""
-    found = _hosts()
+    found = look()
     while any((host.free_cpus, host.free_gpus) != (host.cpus, host.gpus) for host in found):
         if time.monotonic() > _given_back_at + _SETTLE_S:
             break  # others hold it
         time.sleep(0.1)
-        found = _hosts()
+        found = look()
     return found
 
 
-def _hosts() -> tuple[Host, ...]:
-    """One look.
+def look() -> tuple[Host, ...]:
+    """`hosts` as Ray sees them at this moment, which may be late.
 
     A node is called by its host name; where several share one, by address, and where they share that too, by a part
     of its node ID.

@@ -25,7 +25,8 @@ from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.runtime import durable
 from anabranch.runtime.branch_state import by_branch
-from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
+from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.errors import CheckpointError

@@ -41,7 +41,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from anabranch.blocks import build
-from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
+from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.errors import CheckpointError, ConfigError
 from anabranch.runtime.export import export_state
 

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_ranks import save_at_url, save_without_renaming
 from ranks import run_ranks
 
-from anabranch.runtime.checkpoint import Checkpoints
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.config import Config
 from anabranch.runtime.redact import redacted
 from anabranch.runtime.schema import FieldError
