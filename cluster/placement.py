@@ -15,7 +15,7 @@ Devices = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Host:
-    """One node of the cluster: what it has, and what other jobs left free of it."""
+    """One node of the cluster: what it has, and what other jobs left free of it. address, port: of its raylet."""
 
     name: str
     node_id: str
@@ -24,6 +24,8 @@ class Host:
     gpus: int = 0
     free_gpus: int = 0
     gpu_kind: str = "gpu"
+    address: str = ""
+    port: int = 0
 
 
 @dataclass(frozen=True)

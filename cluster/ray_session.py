@@ -27,6 +27,7 @@ _OBJECT_STORE_BYTES = (
     100 * 2**20
 )  # we send functions and results, no tensors; Ray would take 30 % of the memory
 _ANSWER_S = 5.0
+_REACH_S = 1.0
 # Ray notices late what a run gave back.
 _SETTLE_S = 3.0
 _given_back_at = float("-inf")
@@ -128,10 +129,25 @@ def look() -> tuple[Host, ...]:
                 left.get("CPU", 0.0),
                 int(has.get("GPU", 0)),
                 int(left.get("GPU", 0)),
-                *kinds[:1],
+                kinds[0] if kinds else "gpu",
+                node["NodeManagerAddress"],
+                node["NodeManagerPort"],
             )
         )
     return tuple(sorted(found, key=lambda host: (-host.gpus, -host.cpus, host.name)))
+
+
+def living(found: tuple[Host, ...]) -> tuple[Host, ...]:
+    """Those whose Ray process can be reached: Ray itself takes up to half a minute to miss one."""
+    return tuple(host for host in found if _is_reached(host))
+
+
+def _is_reached(host: Host) -> bool:
+    try:
+        socket.create_connection((host.address, host.port), timeout=_REACH_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def discover(cpus_per_worker: float = 1.0) -> Cluster:

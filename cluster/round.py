@@ -46,10 +46,13 @@ class Round:
         step = self.order["step"]
         back = f", all went on from step {step}" if self.order["action"] == "rewind" else ""
         for event in self.events:
+            elsewhere = (
+                f" on {event['now_on']}" if event.get("now_on", event["host"]) != event["host"] else ""
+            )
             by = {None: "connected again", True: "replaced by a spare", False: "replaced by a new process"}
             text = (
                 f"rank {event['rank']} on {event['host']} failed in step {event['step']} ({event['cause']}), "
-                f"{by[event['spare']]}{took}{back}; {event['lost_steps']} steps lost"
+                f"{by[event['spare']]}{elsewhere}{took}{back}; {event['lost_steps']} steps lost"
             )
             yield {**event, "seconds": seconds, "text": text if event["replaced"] else ""}
         if self.mesh is None:

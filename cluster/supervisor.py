@@ -82,7 +82,7 @@ class Supervisor:
         self._pending: list[tuple[Round, int]] = []  # recovered, until their ranks step in that generation
         self._statuses: list[dict[str, Any]] = []
         self._stall = Stall(recovery.hang_s if recovery else 0.0)
-        self._growth = Growth(group, mesh)
+        self._growth = Growth(group, mesh, self._tell_not_grown)
         self._fewest = mesh[0] if recovery is None or recovery.min_replicas is None else recovery.min_replicas
         self._cut_at = time.monotonic()
 
@@ -190,10 +190,11 @@ class Supervisor:
             for other in self.running.values():
                 self._ask(round, other, QUIESCE_S)
         self.num_failures += self._counts(rank)
+        is_there = self.group.lives(rank)
         round.counted.add(self.group.seats[rank].host.node_id)
-        cause = self._given_up.pop(rank, "") or _first_line(failure)
+        cause = self._given_up.pop(rank, "") or failure.short
         event = {**self._event(rank, cause), "spare": None, "replaced": False, "raised": not failure.died}
-        if not self.group.lives(rank):
+        if not is_there:
             event["cause"] = f"host {event['host']} was lost"
             if rank in self._newcomers:  # it was to come there, before this was known
                 round.events = [each for each in round.events if each["rank"] != rank]
@@ -203,13 +204,13 @@ class Supervisor:
         round.asked.pop(rank, None)
         round.events.append(event)
         try:
-            ref, event["spare"] = self.group.replace(rank)
+            ref, event["spare"] = self.group.replace(rank, is_there)
         except ClusterError as error:
             round.vacant[rank] = replace(failure, text=str(error))
             if self._num_left(round) < self._fewest * self._branch:
                 self._end_of(round)
             return
-        event["replaced"] = True
+        event |= {"replaced": True, "now_on": self.group.seats[rank].host.name}
         self.running[ref] = rank
         self._newcomers.add(rank)
         self._ask(round, rank, NEWCOMER_S)
@@ -364,16 +365,12 @@ class Supervisor:
             where = f", {place['where']}" if place else ", and it does not answer"
             self._give_up(rank, f"hangs: no step for {stood:.0f} s{where}")
 
+    def _tell_not_grown(self, host: str, why: str) -> None:
+        assert self.recovery is not None, "it has become smaller"
+        text = f"{host} has room for workers, which did not come: {why}; the run goes on without them"
+        self.recovery.told({"host": host, "cause": why, "at": time.time(), "text": text})
+
     def _tell(self, round: Round, seconds: float | None) -> None:
         assert self.recovery is not None, "there was a round"
         for event in round.told(seconds):
             self.recovery.told(event)
-
-
-def _first_line(failure: Failure) -> str:
-    """What happened, short: how the process ended, or the exception itself."""
-    lines = [line for line in failure.text.splitlines() if line.strip()]
-    if not failure.died:
-        return lines[-1]
-    # Ray sees the end of a connection, and guesses long
-    return "its process was killed or crashed" if "End of file" in lines[0] else lines[0].partition(". ")[0]

@@ -16,7 +16,7 @@ from anabranch.cluster.failures import Failure
 from anabranch.cluster.member import Member
 from anabranch.cluster.placement import Host, Seat, place_more, place_spares
 from anabranch.cluster.ray_calls import counted
-from anabranch.cluster.ray_session import hosts, look, note_given_back
+from anabranch.cluster.ray_session import hosts, living, look, note_given_back
 
 _NODE_LABEL = "ray.io/node-id"
 _STDERR_LINES = 20
@@ -185,17 +185,18 @@ class WorkerGroup:
     def _elsewhere(self) -> Host:
         """A living host with room for one process more. Raises ClusterError when none has any."""
         use_gpu = "GPU" in self._share
-        return place_spares(hosts(), (), 1, use_gpu, self._share["CPU"], "to replace a lost one")[0]
+        return place_spares(living(hosts()), (), 1, use_gpu, self._share["CPU"], "to replace a lost one")[0]
 
     def lives(self, rank: int) -> bool:
-        """Whether Ray has the rank's host still."""
-        return self.seats[rank].host.node_id in {host.node_id for host in look()}
+        """Whether the rank's host is there still."""
+        node_id = self.seats[rank].host.node_id
+        return bool(living(tuple(host for host in look() if host.node_id == node_id)))
 
-    def replace(self, rank: int) -> tuple[Any, bool]:
+    def replace(self, rank: int, is_there: bool) -> tuple[Any, bool]:
         """Give up a rank's process and let a spare or a new one take its seat: its run's ref, whether it is a spare.
 
-        A new one starts where the lost one was, or on another host where that one is gone; behind a spare that is used
-        another is started there. Raises ClusterError when no host has room.
+        A new one starts where the lost one was, or on another host where that one is not there; behind a spare that is
+        used another is started there. Raises ClusterError when no host has room.
         """
         self.kill(rank)
         lost = self.members[rank]
@@ -204,7 +205,7 @@ class WorkerGroup:
         if spare:
             self._spares.remove(spare)
             new = spare
-        elif self.lives(rank):
+        elif is_there:
             new = self._newcomer(seat.host, lost.bundle, seat.num_threads)
         else:
             try:
@@ -219,7 +220,7 @@ class WorkerGroup:
         new.seat = replace(seat, host=new.seat.host, num_threads=new.seat.num_threads)
         self.members[rank] = new
         new.begin()
-        if spare and self.lives(rank):
+        if spare and is_there:
             self._spares.append(self._newcomer(seat.host, lost.bundle))
         return new.ref, spare is not None
 
@@ -228,9 +229,13 @@ class WorkerGroup:
         return min(most, len(self._places(branch, most)) // branch)
 
     def _places(self, branch: int, most: int) -> list[Host]:
-        found = look()
+        found = living(tuple(host for host in look() if self._may_have_room(host)))
         idle = [host.node_id for _, host in self._idle]
         return place_more(found, idle, branch, most, "GPU" in self._share, self._share["CPU"])
+
+    def _may_have_room(self, host: Host) -> bool:
+        idle = any(where.node_id == host.node_id for _, where in self._idle)
+        return idle or host.free_cpus >= self._share["CPU"]
 
     def enlist(self, branch: int, num_groups: int) -> list[Any]:
         """Start processes for whole branch groups more, `joining` until they are seated; refs of their runs."""
@@ -357,7 +362,7 @@ class WorkerGroup:
             counted("request_stop", member.actor.request_stop.remote, reason)
 
     def result(self, rank: int, ref: Any) -> dict[str, Any] | Failure:
-        """What is behind a ready ref of `run`; a Failure too where the process or its answer is lost."""
+        """What is behind a ready ref of a rank's run; a Failure too where the process or its answer is lost."""
         import ray
         from ray.exceptions import RayActorError, RayError
 
@@ -370,7 +375,7 @@ class WorkerGroup:
             text = f"the worker's process died: {how[2] or how[0]}{self._last_words(rank)}"
         except RayError as error:
             text = str(error)
-        return Failure(rank, self.seats[rank].host.name, text, in_collective=False, died=True)
+        return Failure(rank, self.members[rank].seat.host.name, text, in_collective=False, died=True)
 
     def _last_words(self, rank: int) -> str:
         log = Path(self.members[rank].stderr)  # is here where the worker ran on this machine

@@ -223,10 +223,12 @@ class Driver:
                     self.console.print(
                         f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False
                     )
-                changes = "mesh" in event
-                (self.mesh_changes if changes else self.failures).append(event)
-                if record and changes:
-                    record.note(mesh=event["mesh"], mesh_changes=self.mesh_changes)
+                if "rank" in event:
+                    self.failures.append(event)
+                if "mesh" in event:
+                    self.mesh_changes.append(event)
+                    if record:
+                        record.note(mesh=event["mesh"], mesh_changes=self.mesh_changes)
                 with (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**event, "text": text}) + "\n")
 

@@ -339,11 +339,15 @@ class Trainer:
 
     def _vote(self) -> None:
         """Passes when every rank is prepared: only then may any of them commit. Nothing where none is replaced."""
-        if self.context.recovers and self.mesh.world_size > 1:
+        if not self.context.recovers:
+            return
+        if self.mesh.world_size > 1:
             ballot = torch.zeros(1, device=self.device)
             dist.all_reduce(ballot)
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
+        elif self.context.aborted:  # alone, no collective tells it that others are to join
+            raise ConnectionError("process group: given up")
 
     def _commit(self, kept: _Prepared) -> None:
         """Applies a prepared step and tells of it. Local: nothing here waits for another rank."""
