@@ -424,6 +424,34 @@ def replaced_behind(rank: int, world_size: int, run_dir: Path) -> str:
     return message_of(lambda: (Checkpoints(run_dir) if rank else saved).finish(network))
 
 
+def cancelled_behind(rank: int, world_size: int, run_dir: Path) -> list[str]:
+    """A save is cancelled while rank 0 waits for rank 1's part, which comes late, after the same step was saved again.
+
+    What `on_failure` was told.
+    """
+    network, optimizer = tuple_place(world_size)
+    told: list[str] = []
+    saved = Checkpoints(run_dir, on_failure=told.append)
+    late: list[PendingSave] = []
+    position = {"epoch": 0, "step_in_epoch": 1, "step": 1}
+    texts: dict[str, Any] = {"position": position, "config_toml": CONFIG_TOML, "plan_toml": PLAN_TOML}
+    stamp(network, optimizer, 7)
+    with mock.patch.object(PendingSave, "_run", lambda save: late.append(save)) if rank else nullcontext():
+        saved.save(network, optimizer, **texts)
+    saved.cancel("all go back")
+    stamp(network, optimizer, 1)
+    again = Checkpoints(run_dir)
+    again.save(network, optimizer, **texts)
+    again.finish(network)
+    for each in late:  # a process that was stopped goes on
+        each._run()
+    again.finish(network)
+    newest = Checkpoints(run_dir).newest()
+    assert newest is not None
+    assert stamped(newest) == 1
+    return told
+
+
 def crash_either(folder: Path, crashing: int) -> tuple[int, int]:
     """Two ranks' threads write checkpoint 3, and one ends at its first, second, … change of the file system.
 

@@ -18,6 +18,7 @@ import torch
 from checkpoint_ranks import (
     Job,
     batch,
+    cancelled_behind,
     crash_either,
     crash_everywhere,
     flip_bit,
@@ -424,6 +425,15 @@ def test_a_rank_is_replaced_while_saving(tmp_path: Path) -> None:
     messages = run_ranks(2, replaced_behind, tmp_path)
     assert all("a rank was replaced meanwhile" in message for message in messages)
     assert Checkpoints(tmp_path).newest() is None
+
+
+def test_a_cancelled_save_and_its_late_writer(tmp_path: Path) -> None:
+    """The save is told of as given up; what is written late for it changes nothing of the one that followed."""
+    told, nothing = run_ranks(2, cancelled_behind, tmp_path)
+    assert nothing == []
+    assert len(told) == 1
+    assert "step-000001 is not saved, the checkpoint before it stays" in told[0]
+    assert told[0].endswith("all go back")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

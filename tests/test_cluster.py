@@ -28,6 +28,7 @@ from anabranch.cluster import (
     ray_calls,
     run_on_ray,
 )
+from anabranch.cluster.actors import Worker
 from anabranch.cluster.environment import hold_port, interface_of, thread_share
 from anabranch.cluster.failures import Failure, worker_error
 from anabranch.cluster.placement import Host, devices_of, place, place_more
@@ -158,6 +159,22 @@ def test_no_cluster_at_the_address() -> None:
         pass
     with pytest.raises(ClusterError, match="Ray Client"), connect("ray://head:10001"):
         pass
+
+
+def test_later_generations_meet_at_the_port_that_was_asked_for() -> None:
+    """Where it is free again; else anywhere, and who is late for an older generation has another name for it."""
+    with socket.socket() as held:
+        held.bind(("", 0))
+        port = held.getsockname()[1]
+    worker = Worker({})
+    assert worker.meeting_point(port).endswith(f":{port}")
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        listening.listen()
+        busy = listening.getsockname()[1]
+        assert not worker.meeting_point(busy).endswith(f":{busy}")
+    assert worker._held is not None
+    worker._held.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
