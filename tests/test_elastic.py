@@ -148,24 +148,35 @@ def undisturbed(nodes: Nodes) -> dict[str, Any]:
 
 @pytest.mark.parametrize("branch", [1, pytest.param(2, marks=pytest.mark.optin)])
 def test_a_lost_host_and_its_return(nodes: Nodes, undisturbed: dict[str, Any], branch: int) -> None:
-    """All of replica 0 goes: replica 1 goes on alone, its first rank leads; then there are two replicas again."""
+    """All of replica 0 goes: replica 1 goes on alone, its first rank leads; then there are two replicas again.
+
+    With two branch ranks one is killed in between: without a peer both go back to the checkpoint made when the other
+    replica was lost.
+    """
     folder, both, one = nodes.folder, f"2x{branch}", f"1x{branch}"
     for old in folder.glob("fired-*"):
         old.unlink()
-    (folder / "FAULTS").write_text(json.dumps([hold(branch, 3), hold(0, 6)]))
+    faults = [hold(branch, 3), hold(0, 6)]
+    if branch == 2:
+        faults.append({"rank": 1, "step": 5, "moment": "forward", "how": "SIGKILL"})
+    (folder / "FAULTS").write_text(json.dumps(faults))
     threads = [when(folder / "fired-0", nodes.lose), when(folder / "fired-1", nodes.give_back)]
     launch = {"min_replicas": 1, "cpus_per_worker": 1 / branch}
     found = trained(folder, both, {"mesh": {"plan": nodes.plan(branch)}, "launch": launch})
     for thread in threads:
         thread.join()
     shrunk, grown = found["mesh_changes"]
-    print([change["seconds"] for change in found["mesh_changes"]], found["text"])
     assert (shrunk["before"], shrunk["mesh"], shrunk["step"]) == (both, one, 3)
     assert (grown["before"], grown["mesh"]) == (one, both)
     assert grown["step"] == (7 if branch == 1 else 6), "alone, it has all gradients of the step under way"
     assert found["meshes"] == [(1, branch), (2, branch)]
-    assert {failure["rank"] for failure in found["failures"]} == set(range(branch))
-    assert f"the run goes on as {one} (it was {both}) in" in found["text"]
+    lost, others = found["failures"][:branch], found["failures"][branch:]
+    assert {failure["rank"] for failure in lost} == set(range(branch))
+    assert [(each["rank"], each["action"], each["resumed_from"]) for each in others] == [(1, "rewind", 4)] * (
+        branch - 1
+    )
+    assert f"no other host has room for its {branch} rank" in found["text"]
+    assert f"the run goes on as {one} (it was {both})" in found["text"]
     assert f"has room: the run goes on as {both} (it was {one}) in" in found["text"]
     assert_close(found["tensors"], undisturbed["tensors"])
     assert found["losses"] == pytest.approx(undisturbed["losses"], abs=1e-9)
