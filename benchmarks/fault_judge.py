@@ -6,7 +6,7 @@ UNNAMED     it ended without saying why (the command's own traceback, or nothing
 HANG        it did not end within the limit
 LOST        what a finished checkpoint held was gone, or the second command failed
 DIFFERENT   it ended, with other weights
-LEFT        processes of the run were there LEFT_S after its end
+LEFT        processes of the run were there LEFT_S after its end (cut off, when they should have ended by themselves)
 MISPLACED   ranks or network interfaces on two hosts were wrong
 MISSED      a planted fault did not go off: the harness's own error
 """
@@ -27,13 +27,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anabranch.benchmarks.fault_runs import Ended, Fault, fired, run, traces
+from anabranch.cluster.actors import ORPHANED_S
 
 LEFT_S = 15.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell's. recovery_s: by fault, until every rank had committed a new step; None: not in this run.
+    """A cell's. recovery_s: by fault, until every rank that goes on had committed a new step; None: not in this run.
 
     redone: steps that were finished before a fault and had to be run again (of a checkpoint's distance, by promise).
     """
@@ -47,12 +48,12 @@ class Outcome:
 
 def weights(folder: Path) -> tuple[int, dict[str, Tensor]]:
     """(step, tensors by key) of a run folder's newest whole checkpoint; (−1, {}): there is none."""
-    from anabranch.runtime.checkpoint import Checkpoints
+    from anabranch.runtime.checkpoints import Checkpoints
 
     found = Checkpoints(folder).newest(on_bad=lambda _: None)
     if found is None:
         return -1, {}
-    files = [load_file(path) for path in sorted(found.path.glob("*.safetensors"))]
+    files = [load_file(path) for path in (found.path / name for name in sorted(found.manifest.files))]
     return int(found.position["step"]), {key: tensor for file in files for key, tensor in file.items()}
 
 
@@ -95,7 +96,7 @@ def judge(
     seconds, said = ended.seconds, _said(ended)
     recovery = tuple(_recovery_s(folder, index) for index in range(len(faults)))
     redone = _redone(folder)
-    left = _left(folder)  # a second command begins without them, or (cut off) beside them
+    left = _left(folder, LEFT_S)  # a second command begins without them, or (cut off) beside them
 
     def outcome(name: str, text: str = said) -> Outcome:
         return Outcome(name, recovery, redone, text, round(seconds, 1))
@@ -122,7 +123,9 @@ def judge(
             return outcome("LOST", f"the second command: {_said(again)}")
         if before > 0 and f"(step {before})" not in again.stderr:
             return outcome("LOST", f"a checkpoint of step {before} was there; {again.stderr[-500:]}")
-        left = _left(folder)
+        left = _left(folder, LEFT_S)
+    if any(fault.kind == "network" for fault in faults):  # nobody can tell them
+        left = _left(folder, ORPHANED_S)
     end(left)
     step, found = weights(folder / "run")
     apart, keys = difference(wanted, found)
@@ -139,20 +142,18 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def _recovery_s(folder: Path, index: int) -> float | None:
-    """Seconds from a fault until every rank had told a new step, past those finished before."""
+    """Seconds from a fault until every rank that steps again had told a new step, past those finished before."""
     fault = fired(folder, index)
     if fault is None:
         return None
     steps = list(_steps(folder))
     before = [record for record in steps if record["time"] <= fault["time"]]
     done = max((record["step"] for record in before), default=0)
-    ranks = {record["rank"] for record in steps}
+    later: dict[int, float] = {}
     for record in steps:
         if record["time"] > fault["time"] and record["step"] > done:
-            ranks.discard(record["rank"])
-            if not ranks:
-                return round(float(record["time"] - fault["time"]), 2)
-    return None
+            later.setdefault(record["rank"], record["time"])
+    return round(max(later.values()) - fault["time"], 2) if later else None
 
 
 def _redone(folder: Path) -> int:
@@ -165,10 +166,10 @@ def _redone(folder: Path) -> int:
     return most
 
 
-def _left(folder: Path) -> list[int]:
+def _left(folder: Path, wait_s: float) -> list[int]:
     """The run's processes that are still there after a while."""
     begun = {record["pid"]: record["started"] for record in traces(folder) if "started" in record}
-    deadline = time.monotonic() + LEFT_S
+    deadline = time.monotonic() + wait_s
     while left := [pid for pid, at in begun.items() if started(pid) == at]:
         if time.monotonic() > deadline:
             break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def run_on_hosts(place: Path, cell: Cell, wanted: Mapping[str, Tensor], limit_s:
         begun = time.monotonic()
         process = start(place, *flags, prefix=prefix)
         if cell.returns:
-            _await(place / "fired-0.json", limit_s)
+            _await(lambda: (place / "fired-0.json").exists() and not cluster.pids(1), limit_s)
             cluster.start(1)
         ended = finish(place, process, limit_s, begun)
 
@@ -54,9 +54,9 @@ def _aimed(fault: Fault, cluster: RayHosts) -> Fault:
     return replace(fault, argument={"network": host.device, "host": host.namespace}.get(fault.kind, ""))
 
 
-def _await(path: Path, limit_s: float) -> None:
+def _await(happened: Callable[[], bool], limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
-    while not path.exists() and time.monotonic() < deadline:
+    while not happened() and time.monotonic() < deadline:
         time.sleep(0.1)
 
 

@@ -37,6 +37,7 @@ KINDS = ("kill", "stop", "exception", "memory", "raylet", "driver", "disk", "net
 _FILLER = "filler"
 # Where ranks stay, their steps take so long from then on: a short run would be over before anyone notices.
 _OF_OTHERS, _SLOW_S = ("raylet", "driver", "network", "host"), 1.0
+_WAIT = 3  # times as long, while ranks are left out: for those that come back to load
 
 
 class PlantedError(RuntimeError):
@@ -64,6 +65,7 @@ class Injector:
         self.folder = folder
         self.faults: list[dict[str, Any]] = json.loads((folder / "faults.json").read_text())
         self.rank, self.step, self.num_groups = -1, 0, 0
+        self.most = 0  # ranks that there were at once
         self.began_late = any(folder.glob("fired-*.json"))
         self._in_forward = False
         self._slow_after = any(fault["kind"] in _OF_OTHERS for fault in self.faults)
@@ -79,7 +81,10 @@ class Injector:
         if "step" in status or "phase" in status:
             training = status.get("phase") == "training" and "step" in status
             if training and self._slow_after and (self.folder / "fired-0.json").exists():
-                time.sleep(_SLOW_S)
+                self.most = max(self.most, dist.get_world_size())
+                time.sleep(_SLOW_S * (_WAIT if dist.get_world_size() < self.most else 1))
+            elif training:
+                self.most = dist.get_world_size()
             self.step = status.get("step", self.step)
             self._write({"rank": rank, "step": self.step, "phase": status.get("phase")})
 

@@ -20,7 +20,7 @@ from anabranch.cluster.worker_context import WorkerContext
 _STACK_FRAMES = 8
 # The controller asks every second. A rank that nobody asks has lost its host's network, or its controller: it must not
 # go on beside its replacement.
-_ORPHANED_S = 60.0
+ORPHANED_S = 60.0
 Target = Callable[[WorkerContext], dict[str, Any]]
 
 
@@ -87,10 +87,10 @@ class Worker:
             return replace(failure, step=context.status().get("step", -1))
 
     def _end_orphaned(self) -> None:
-        while time.monotonic() - self._asked_at < _ORPHANED_S:
+        while time.monotonic() - self._asked_at < ORPHANED_S:
             time.sleep(1.0)
         print(
-            f"anabranch: nobody has asked for {_ORPHANED_S:g} s, the process ends",
+            f"anabranch: nobody has asked for {ORPHANED_S:g} s, the process ends",
             file=sys.stderr,
             flush=True,
         )
@@ -112,9 +112,14 @@ class Worker:
         assert self._context is not None, "it waits"
         self._context.give_order(order)
 
-    def meeting_point(self) -> str:
-        """Where the next generation's process group gathers, if this is rank 0: "tcp://address:port"."""
-        self._held = hold_port(0)
+    def meeting_point(self, port: int) -> str:
+        """Where the next generation's process group gathers, if this is rank 0: "tcp://address:port".
+
+        port: the one that was asked for, 0 for any; where it is in use still (of the generation before) another one.
+        """
+        if self._held:
+            self._held.close()
+        self._held = hold_port(port) or hold_port(0)
         assert self._held is not None, "any port"
         return f"tcp://{_address()}:{self._held.getsockname()[1]}"
 

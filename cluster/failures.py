@@ -58,6 +58,17 @@ class Failure:
         """Rank, host and what happened there."""
         return f"rank {self.rank} on host {self.host} failed:\n{self.text}"
 
+    @property
+    def short(self) -> str:
+        """What happened, in a line: how the process ended, or the exception itself."""
+        lines = [line for line in self.text.splitlines() if line.strip()]
+        if not self.died:
+            return lines[-1]
+        # Ray sees the end of a connection, and guesses long
+        return (
+            "its process was killed or crashed" if "End of file" in lines[0] else lines[0].partition(". ")[0]
+        )
+
 
 def failed_in_collective(error: BaseException) -> bool:
     """Whether an exception, or one that it was raised from, is a collective's: its cause may be another rank's."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from anabranch.cluster.environment import thread_share
 from anabranch.cluster.errors import ClusterError
@@ -14,7 +15,7 @@ Devices = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Host:
-    """One node of the cluster: what it has, and what other jobs left free of it."""
+    """One node of the cluster: what it has, and what other jobs left free of it. address, port: of its raylet."""
 
     name: str
     node_id: str
@@ -23,6 +24,8 @@ class Host:
     gpus: int = 0
     free_gpus: int = 0
     gpu_kind: str = "gpu"
+    address: str = ""
+    port: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,30 @@ def place_spares(
         free[host] -= 1
         chosen.append(host)
     return tuple(chosen)
+
+
+def place_more(
+    hosts: tuple[Host, ...],
+    idle: Sequence[str],
+    branch: int,
+    most: int,
+    use_gpu: bool,
+    cpus_per_worker: float,
+) -> list[Host]:
+    """Hosts for up to `most` whole branch groups more, one a rank: as many groups as there is room for.
+
+    idle: node IDs of places that the run holds already and does not use, one for each.
+    """
+    roomy = tuple(
+        replace(
+            host,
+            free_cpus=host.free_cpus + cpus_per_worker * idle.count(host.node_id),
+            free_gpus=host.free_gpus + idle.count(host.node_id) * use_gpu,
+        )
+        for host in hosts
+    )
+    free = sum(_free(host, use_gpu, cpus_per_worker) for host in roomy)
+    return _packed(roomy, (min(most, free // branch), branch), use_gpu, cpus_per_worker)
 
 
 def _places(host: Host, cpus: float, gpus: int, use_gpu: bool, cpus_per_worker: float) -> int:

@@ -27,6 +27,7 @@ _OBJECT_STORE_BYTES = (
     100 * 2**20
 )  # we send functions and results, no tensors; Ray would take 30 % of the memory
 _ANSWER_S = 5.0
+_REACH_S = 1.0
 # Ray notices late what a run gave back.
 _SETTLE_S = 3.0
 _given_back_at = float("-inf")
@@ -87,17 +88,17 @@ def connect(address: str = "", num_cpus: int | None = None, num_gpus: int | None
 
 def hosts() -> tuple[Host, ...]:
     """Every node of the connected cluster, the one with most GPUs (then CPUs) first, and what is free on each."""
-    found = _hosts()
+    found = look()
     while any((host.free_cpus, host.free_gpus) != (host.cpus, host.gpus) for host in found):
         if time.monotonic() > _given_back_at + _SETTLE_S:
             break  # others hold it
         time.sleep(0.1)
-        found = _hosts()
+        found = look()
     return found
 
 
-def _hosts() -> tuple[Host, ...]:
-    """One look.
+def look() -> tuple[Host, ...]:
+    """`hosts` as Ray sees them at this moment, which may be late.
 
     A node is called by its host name; where several share one, by address, and where they share that too, by a part
     of its node ID.
@@ -129,10 +130,25 @@ def _hosts() -> tuple[Host, ...]:
                 left.get("CPU", 0.0),
                 int(has.get("GPU", 0)),
                 int(left.get("GPU", 0)),
-                *kinds[:1],
+                kinds[0] if kinds else "gpu",
+                node["NodeManagerAddress"],
+                node["NodeManagerPort"],
             )
         )
     return tuple(sorted(found, key=lambda host: (-host.gpus, -host.cpus, host.name)))
+
+
+def living(found: tuple[Host, ...]) -> tuple[Host, ...]:
+    """Those whose Ray process can be reached: Ray itself takes up to half a minute to miss one."""
+    return tuple(host for host in found if _is_reached(host))
+
+
+def _is_reached(host: Host) -> bool:
+    try:
+        socket.create_connection((host.address, host.port), timeout=_REACH_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def discover(cpus_per_worker: float = 1.0) -> Cluster:

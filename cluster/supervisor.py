@@ -1,27 +1,30 @@
-"""Watching the ranks of a run, and replacing those that are lost.
+"""Watching the ranks of a run, replacing those that are lost, going on with fewer where they cannot be.
 
     rank 1 dies ─► seen (ray.wait)  ─► a newcomer starts, or a spare is taken ────────► it waits for an order
+                                    │  (no host has room: its place is vacant)
                                     └► the others are asked to quiesce (groups given up) ─► they wait too
                    all wait: decide, a new meeting point, generation + 1, orders ─► they join, fill the newcomer, go on
 
 Whatever fails in between (a survivor, the newcomer, rank 0 with its meeting point) is replaced as well, and asked
-again: only when every rank waits is anything decided.
+again: only when every rank waits is anything decided. Newcomers for more branch groups (`Growth`) begin such a round
+when they have loaded.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from statistics import median
+from dataclasses import replace
 from typing import Any
 
 from anabranch.cluster.errors import ClusterError, StoppedError
 from anabranch.cluster.failures import Failure, worker_error
+from anabranch.cluster.growth import Growth
 from anabranch.cluster.ray_calls import counted
 from anabranch.cluster.recovery import Recovery
+from anabranch.cluster.round import Round
+from anabranch.cluster.stall import Stall, step_of
 from anabranch.cluster.stop_signals import REASONS
 from anabranch.cluster.worker_group import WorkerGroup
 
@@ -41,7 +44,6 @@ LOST_S = 8.0
 CUT_S = 3.0
 QUIESCE_S = 5.0
 NEWCOMER_S = 120.0
-_HANG_STEPS = 10
 
 
 class Stop:
@@ -53,21 +55,17 @@ class Stop:
         self.reason = self.reason or reason
 
 
-@dataclass
-class _Round:
-    """One recovery under way. states: of the ranks that wait. asked: rank → (ref, until when)."""
-
-    events: list[dict[str, Any]] = field(default_factory=list)
-    states: dict[int, dict[str, Any]] = field(default_factory=dict)
-    asked: dict[int, tuple[Any, float]] = field(default_factory=dict)
-    began: float = field(default_factory=time.time)
-
-
 class Supervisor:
-    """Watches the running ranks of a group to their end. refs: of their runs, by rank."""
+    """Watches the running ranks of a group to their end. refs: of their runs, by rank. mesh: data, branch."""
 
     def __init__(
-        self, group: WorkerGroup, refs: list[Any], watch: Watch, stop: Stop, recovery: Recovery | None
+        self,
+        group: WorkerGroup,
+        refs: list[Any],
+        watch: Watch,
+        stop: Stop,
+        recovery: Recovery | None,
+        mesh: tuple[int, int],
     ) -> None:
         self.group, self.watch, self.stop, self.recovery = group, watch, stop, recovery
         self.running = dict(zip(refs, range(len(refs)), strict=True))
@@ -75,18 +73,18 @@ class Supervisor:
         self.failures: list[Failure] = []  # those that end the run
         self.deadline = float("inf")
         self.generation, self.num_failures = 0, 0
+        self._branch, self._data = mesh[1], mesh[0]  # of the generation
         self._newcomers: set[int] = set()
         self._given_up: dict[int, str] = {}  # rank → why we killed it
         self._stacks: dict[int, str] = {}  # of those that hang
         self._raised: set[tuple[int, str]] = set()  # (step, text) of exceptions that were recovered from
-        self._round: _Round | None = None
-        self._pending: list[
-            tuple[_Round, int]
-        ] = []  # recovered, until their ranks have stepped in that generation
+        self._round: Round | None = None
+        self._pending: list[tuple[Round, int]] = []  # recovered, until their ranks step in that generation
         self._statuses: list[dict[str, Any]] = []
-        self._steps: tuple[int, list[str], float] = (-1, [], time.monotonic())
+        self._stall = Stall(recovery.hang_s if recovery else 0.0)
+        self._growth = Growth(group, mesh, self._tell_not_grown)
+        self._fewest = mesh[0] if recovery is None or recovery.min_replicas is None else recovery.min_replicas
         self._cut_at = time.monotonic()
-        self._step_times: deque[float] = deque(maxlen=25)
 
     def supervise(self) -> list[dict[str, Any]]:
         """What the targets returned, by rank. Raises WorkerError and StoppedError."""
@@ -127,7 +125,7 @@ class Supervisor:
             self._tell(round, None)
         # A rank that was lost after another had returned: that one has passed everything that all do together.
         first = self.results[min(self.results)]
-        return [self.results.get(rank, first) for rank in range(len(self.group.seats))]
+        return [self.results.get(rank, first) for rank in range(len(self.group.members))]
 
     def _limits(self) -> list[float]:
         return [until for _, until in self._round.asked.values()] if self._round else []
@@ -147,7 +145,8 @@ class Supervisor:
         if self.recovery and not self._round and not self.failures:
             self._find_lost(statuses)
             self._find_cut(statuses)
-            self._find_hang(statuses, self.recovery.hang_s)
+            self._find_hang(statuses)
+            self._grow()
 
     def _ended(self, rank: int, ref: Any) -> None:
         """A rank's target has returned, raised, or died."""
@@ -156,16 +155,18 @@ class Supervisor:
             self.results[rank] = result
         elif self.recovery and self.results:
             return  # the run's work is done, whatever became of this rank since
-        elif self.recovery and self._is_recoverable(result):
+        elif self.recovery and self._is_recoverable(rank, result):
             self._lose(rank, result)
         else:
             self.failures.append(result)
             patience = CAUSE_S if all(failure.in_collective for failure in self.failures) else MORE_FAILURES_S
             self.deadline = min(self.deadline, time.monotonic() + patience)
 
-    def _is_recoverable(self, failure: Failure) -> bool:
+    def _is_recoverable(self, rank: int, failure: Failure) -> bool:
         assert self.recovery is not None, "asked where there is one"
-        if self.failures or self.num_failures >= self.recovery.max_failures or self.stop.reason:
+        if self.failures or self.stop.reason:
+            return False
+        if self.num_failures >= self.recovery.max_failures and self._counts(rank):
             return False
         if failure.died:
             return True
@@ -175,41 +176,62 @@ class Supervisor:
         self._raised.add(key)
         return not again and self.recovery.retries(failure)
 
-    def _step(self) -> int:
-        return max([int(status.get("step", 0)) for status in self._statuses], default=0)
+    def _counts(self, rank: int) -> bool:
+        """Whether a loss counts: whatever is lost with a host, in one round, does once."""
+        if rank in self._newcomers:
+            return self.group.lives(rank)
+        return self._round is None or self.group.seats[rank].host.node_id not in self._round.counted
 
     def _lose(self, rank: int, failure: Failure) -> None:
         """Replace a rank, and ask all others to quiesce."""
-        self.num_failures += 1
-        cause = self._given_up.pop(rank, "") or _first_line(failure)
         round = self._round
         if round is None:
-            round = self._round = _Round()
+            round = self._round = Round()
             for other in self.running.values():
                 self._ask(round, other, QUIESCE_S)
-        event = self._event(rank, cause)
+        self.num_failures += self._counts(rank)
+        is_there = self.group.lives(rank)
+        round.counted.add(self.group.seats[rank].host.node_id)
+        cause = self._given_up.pop(rank, "") or failure.short
+        event = {**self._event(rank, cause), "spare": None, "replaced": False, "raised": not failure.died}
+        if not is_there:
+            event["cause"] = f"host {event['host']} was lost"
+            if rank in self._newcomers:  # it was to come there, before this was known
+                round.events = [each for each in round.events if each["rank"] != rank]
         if rank in self._stacks:
             event["stack"] = self._stacks.pop(rank)
-        try:
-            ref, is_spare = self.group.replace(rank)
-        except ClusterError as error:
-            self.failures.append(replace(failure, text=f"{failure.text}\n{error}"))
-            self.deadline = time.monotonic()
-            return
-        self.running[ref] = rank
-        round.events.append({**event, "spare": is_spare, "raised": not failure.died})
-        self._newcomers.add(rank)
         round.states.pop(rank, None)
+        round.asked.pop(rank, None)
+        round.events.append(event)
+        try:
+            ref, event["spare"] = self.group.replace(rank, is_there)
+        except ClusterError as error:
+            round.vacant[rank] = replace(failure, text=str(error))
+            if self._num_left(round) < self._fewest * self._branch:
+                self._end_of(round)
+            return
+        event |= {"replaced": True, "now_on": self.group.seats[rank].host.name}
+        self.running[ref] = rank
+        self._newcomers.add(rank)
         self._ask(round, rank, NEWCOMER_S)
 
-    def _ask(self, round: _Round, rank: int, wait_s: float) -> None:
+    def _num_left(self, round: Round) -> int:
+        return len(self.group.members) - len(round.vacant)
+
+    def _end_of(self, round: Round) -> None:
+        """The run ends: too few ranks are left."""
+        remedy = "start it again, or let the run go on with fewer replicas (launch.min_replicas)"
+        self.failures += [replace(each, text=f"{each.text}: {remedy}") for each in round.vacant.values()]
+        self.deadline = time.monotonic()
+
+    def _ask(self, round: Round, rank: int, wait_s: float) -> None:
         generation = -2 if rank in self._newcomers else self.generation
         # Long steps are waited for: a rank that computes hears of it at its next collective.
-        wait_s = max(wait_s, 3 * median(self._step_times) if self._step_times else 0.0)
-        ref = self.group.quiesce(rank, generation, wait_s)
+        wait_s = max(wait_s, 3 * self._stall.step_s)
+        ref = self.group.quiesce(self.group.members[rank], generation, wait_s)
         round.asked[rank] = ref, time.monotonic() + wait_s + 1.0
 
-    def _go_on(self, round: _Round) -> None:
+    def _go_on(self, round: Round) -> None:
         """Take the answers; when every rank waits, decide and order."""
         import ray
         from ray.exceptions import RayError
@@ -237,32 +259,59 @@ class Supervisor:
                 self._give_up(rank, "the run is over")
             self._round = None
             return
-        if set(round.states) != set(range(len(self.group.seats))):
+        if len(round.states) < self._num_left(round):
             return
         assert self.recovery is not None, "there is a round"
-        states = [round.states[rank] for rank in sorted(round.states)]
-        under_way = max(state["committed"] or 0 for state in states) + 1
-        for event in round.events:
-            event["step"] = max(event["step"], under_way)  # statuses are a second old
+        states = [round.states.get(rank) for rank in range(len(self.group.members))]
         order = self.recovery.decide(states)
+        data = len(order["ranks"]) // self._branch
+        if data < self._fewest:
+            self._end_of(round)
+            return
+        round.decided(order, max((s and s["committed"]) or 0 for s in states) + 1)
+        for rank, state in round.states.items():
+            self.group.members[rank].stderr = state["stderr"]
+        self._keep(round, order["ranks"])
         try:
-            self.group.give_orders(order, self.generation + 1, states)
+            self.group.give_orders(order, self.generation + 1)
         except RayError:
             self._give_up(0, "does not answer")
             del round.states[0]
             return
-        self.generation += 1
+        if data != self._data:
+            meshes = [f"{num}x{self._branch}" for num in (self._data, data)]
+            round.mesh = meshes[0], meshes[1]
+        self.generation, self._data = self.generation + 1, data
         self._round, self._newcomers = None, set()
-        self._steps = (-1, [], time.monotonic())
-        for event in round.events:
-            lost = max(event["step"] - 1 - order["step"], 0)
-            event |= {
-                "at": round.began,
-                "action": order["action"],
-                "resumed_from": order["step"],
-                "lost_steps": lost,
-            }
+        self._stall.begin()
         self._pending.append((round, self.generation))
+
+    def _keep(self, round: Round, ranks: list[int]) -> None:
+        """Only these go on, as ranks 0, 1, …; what is known by rank moves with them."""
+        self.group.keep(ranks)
+        round.why += dict.fromkeys(failure.text for failure in round.vacant.values())
+        round.vacant = {}
+        new = {old: rank for rank, old in enumerate(ranks)}
+        self.running = {ref: new[rank] for ref, rank in self.running.items() if rank in new}
+        self._newcomers = {new[rank] for rank in self._newcomers if rank in new}
+        round.states = {new[rank]: state for rank, state in round.states.items() if rank in new}
+
+    def _grow(self) -> None:
+        """Begin a round with those who wait to join, once they all do."""
+        if self.stop.reason or self.results or self._given_up or self._pending:
+            return
+        states = self._growth.look()
+        if not states:
+            return
+        self._round = round = Round()
+        for other in self.running.values():
+            self._ask(round, other, QUIESCE_S)
+        for rank, state in zip(self.group.seat(), states, strict=True):
+            member = self.group.members[rank]
+            self.running[member.ref] = rank
+            self._newcomers.add(rank)
+            round.states[rank] = state
+            round.found = sorted({*round.found, member.seat.host.name})
 
     def _give_up(self, rank: int, why: str) -> None:
         """End a process that is of no use any more; its end is seen as any other."""
@@ -289,9 +338,9 @@ class Supervisor:
                     self._give_up(rank, "lost its connections to the others")
                 return
             self.num_failures += 1
-            self._round = round = _Round()
+            self._round = round = Round()
             event = self._event(waiting[0], "lost its connections to the others")
-            round.events.append({**event, "spare": None, "raised": False})
+            round.events.append({**event, "spare": None, "replaced": True, "raised": False})
             for rank in self.running.values():
                 self._ask(round, rank, QUIESCE_S)
 
@@ -300,21 +349,13 @@ class Supervisor:
             "rank": rank,
             "host": self.group.seats[rank].host.name,
             "cause": cause,
-            "step": self._step() + 1,
+            "step": step_of(self._statuses) + 1,
         }
 
-    def _find_hang(self, statuses: list[dict[str, Any]], hang_s: float) -> None:
+    def _find_hang(self, statuses: list[dict[str, Any]]) -> None:
         """All answer, none steps."""
-        step, now = self._step(), time.monotonic()
-        phases = [str(status.get("phase")) for status in statuses]
-        if (step, phases) != self._steps[:2] or not set(phases) <= {"training", "evaluating", "saving"}:
-            self._steps = (step, phases, now)
-            self._step_times.extend(s["step_time_s"] for s in statuses[:1] if "step_time_s" in s)
-            return
-        limit = max(hang_s, _HANG_STEPS * median(self._step_times) if self._step_times else 0.0)
-        if set(phases) != {"training"}:  # tests and checkpoints may take many steps' time
-            limit *= _HANG_STEPS
-        if now - self._steps[2] < limit or self._given_up:
+        stood = self._stall.hangs_for(statuses)
+        if not stood or self._given_up:
             return
         places = self.group.whereabouts(self.running.values(), QUIESCE_S)
         stuck = [rank for rank, place in places.items() if place is None or not place["waits"]]
@@ -322,25 +363,14 @@ class Supervisor:
             place = places[rank]
             self._stacks[rank] = place["stack"] if place else ""
             where = f", {place['where']}" if place else ", and it does not answer"
-            self._give_up(rank, f"hangs: no step for {now - self._steps[2]:.0f} s{where}")
+            self._give_up(rank, f"hangs: no step for {stood:.0f} s{where}")
 
-    def _tell(self, round: _Round, seconds: float | None) -> None:
+    def _tell_not_grown(self, host: str, why: str) -> None:
+        assert self.recovery is not None, "it has become smaller"
+        text = f"{host} has room for workers, which did not come: {why}; the run goes on without them"
+        self.recovery.told({"host": host, "cause": why, "at": time.time(), "text": text})
+
+    def _tell(self, round: Round, seconds: float | None) -> None:
         assert self.recovery is not None, "there was a round"
-        for event in round.events:
-            by = {None: "connected again", True: "replaced by a spare", False: "replaced by a new process"}
-            took = f" in {seconds:.1f} s" if seconds is not None else ""
-            where = f", all went on from step {event['resumed_from']}" if event["action"] == "rewind" else ""
-            text = (
-                f"rank {event['rank']} on {event['host']} failed in step {event['step']} ({event['cause']}), "
-                f"{by[event['spare']]}{took}{where}; {event['lost_steps']} steps lost"
-            )
-            self.recovery.told({**event, "seconds": seconds, "text": text})
-
-
-def _first_line(failure: Failure) -> str:
-    """What happened, short: how the process ended, or the exception itself."""
-    lines = [line for line in failure.text.splitlines() if line.strip()]
-    if not failure.died:
-        return lines[-1]
-    # Ray sees the end of a connection, and guesses long
-    return "its process was killed or crashed" if "End of file" in lines[0] else lines[0].partition(". ")[0]
+        for event in round.told(seconds):
+            self.recovery.told(event)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from anabranch.cluster.actors import Probe, Target, Worker
-from anabranch.cluster.environment import thread_variables
+from anabranch.cluster.environment import thread_share, thread_variables
 from anabranch.cluster.errors import ClusterError
 from anabranch.cluster.failures import Failure
-from anabranch.cluster.placement import Host, Seat, place_spares
+from anabranch.cluster.member import Member
+from anabranch.cluster.placement import Host, Seat, place_more, place_spares
 from anabranch.cluster.ray_calls import counted
-from anabranch.cluster.ray_session import hosts, note_given_back
+from anabranch.cluster.ray_session import hosts, living, look, note_given_back
 
 _NODE_LABEL = "ray.io/node-id"
 _STDERR_LINES = 20
@@ -24,20 +25,10 @@ _MEET_S = 5.0
 _ACTOR_THREADS = 6
 
 
-@dataclass
-class _Spare:
-    """A process that has loaded all but its place, in a bundle of its own."""
-
-    bundle: int
-    host: Host
-    num_threads: int
-    actor: Any
-    ref: Any
-
-
 class WorkerGroup:
     """One placement group with a bundle for each rank on its host, and an actor in each.
 
+    members: the ranks' processes, in order. joining: processes for more ranks, until they have loaded (`enlist`).
     reserved: GPUs to hold besides, by host, so that every one of the host's GPUs is this group's. spares: hosts with
     room for one more actor each, which waits to replace a lost one.
     """
@@ -52,15 +43,15 @@ class WorkerGroup:
     ) -> None:
         from ray.util.placement_group import placement_group
 
-        self.seats = list(seats)
         hosts = [seat.host for seat in seats] + list(reserved) + list(spares)
         share = {"CPU": cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
         bundles = [share] * len(seats) + [{"GPU": float(num)} for num in reserved.values()]
         first_spare = len(bundles)
         bundles += [share] * len(spares)
         self._share, self._spare_places = share, list(enumerate(spares, first_spare))
-        self._spares: list[_Spare] = []
-        self._bundles = list(range(len(seats)))
+        self._spares: list[Member] = []
+        self.joining: list[Member] = []
+        self._idle: list[tuple[int, Host]] = []  # bundles of ours that nobody is in
         self._placement = counted(
             "placement_group",
             placement_group,
@@ -68,34 +59,38 @@ class WorkerGroup:
             strategy="PACK",
             bundle_label_selector=[{_NODE_LABEL: host.node_id} for host in hosts],
         )
-        threads = [seat.num_threads for seat in seats] + [1] * len(reserved)
-        actors = [self._create(index, bundles[index], num) for index, num in enumerate(threads)]
-        self._actors, self._holders = actors[: len(seats)], actors[len(seats) :]
+        self.members = [
+            Member(seat, index, self._create(index, share, seat.num_threads))
+            for index, seat in enumerate(seats)
+        ]
+        self._holders = [self._create(i, bundles[i], 1) for i in range(len(seats), first_spare)]
         self._hosts = hosts[:first_spare]
         self._probes: list[Probe] = []
-        self._stderr: list[str] = []
-        self._gpus: list[str | None] = [None] * len(seats)
-        self._status_refs: list[Any] = [None] * len(seats)
-        self._statuses: list[dict[str, Any]] = []
-        self._answered = [time.monotonic()] * len(seats)
+        self._port = 0
+
+    @property
+    def seats(self) -> list[Seat]:
+        """The ranks' places, in order."""
+        return [member.seat for member in self.members]
 
     def _create(
-        self, index: int, bundle: dict[str, float], num_threads: int, elsewhere: Host | None = None
+        self, bundle: int | None, share: dict[str, float], num_threads: int, host: Host | None = None
     ) -> Any:
+        """An actor in a bundle of the group, or (None) on a host beside it."""
         import ray
         from ray.util.scheduling_strategies import (
             NodeAffinitySchedulingStrategy,
             PlacementGroupSchedulingStrategy,
         )
 
-        strategy = (
-            NodeAffinitySchedulingStrategy(elsewhere.node_id, soft=False)
-            if elsewhere
-            else PlacementGroupSchedulingStrategy(self._placement, index)
-        )
+        if bundle is None:
+            assert host is not None, "somewhere"
+            strategy: Any = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+        else:
+            strategy = PlacementGroupSchedulingStrategy(self._placement, bundle)
         create = ray.remote(Worker).options(
-            num_cpus=bundle.get("CPU", 0),
-            num_gpus=bundle.get("GPU", 0),
+            num_cpus=share.get("CPU", 0),
+            num_gpus=share.get("GPU", 0),
             max_concurrency=_ACTOR_THREADS,
             scheduling_strategy=strategy,
         )
@@ -103,7 +98,8 @@ class WorkerGroup:
 
     def probe(self, port: int) -> list[Any]:
         """Ask every actor where it is (rank 0 holds `port`); refs that are ready once the actors live."""
-        actors = self._actors + self._holders
+        self._port = port
+        actors = [member.actor for member in self.members] + self._holders
         return [
             counted("probe", actor.probe.remote, port if rank == 0 else 0)
             for rank, actor in enumerate(actors)
@@ -124,27 +120,20 @@ class WorkerGroup:
             except RayError as error:
                 raise ClusterError(f"a worker on host {host.name} did not start: {error}") from error
             self._probes.append(probe)
-            self._stderr.append(probe.stderr)
         given: dict[Host, list[str]] = {}
         for host, probe in zip(self._hosts, self._probes, strict=True):
             given.setdefault(host, []).extend(probe.gpus)
         planned: dict[Host, set[str]] = {}
-        for rank, seat in enumerate(self.seats):
+        for member, probe in zip(self.members, self._probes, strict=False):
+            seat, member.stderr = member.seat, probe.stderr
             ids = sorted(given[seat.host], key=lambda id: (len(id), id))
             if seat.gpu is None:
-                self._gpus[rank] = next(iter(self._probes[rank].gpus), None)
+                member.gpu = next(iter(probe.gpus), None)
             else:
-                self._gpus[rank] = ids[seat.gpu] if len(ids) == seat.host.gpus else str(seat.gpu)
-                planned.setdefault(seat.host, set()).add(str(self._gpus[rank]))
-        self._statuses = [self._starting(seat) for seat in self.seats]
+                member.gpu = ids[seat.gpu] if len(ids) == seat.host.gpus else str(seat.gpu)
+                planned.setdefault(seat.host, set()).add(member.gpu)
+            member.begin()
         return [host for host, ids in planned.items() if not ids <= set(given[host])]
-
-    def _starting(self, seat: Seat) -> dict[str, Any]:
-        return {"rank": seat.rank, "host": seat.host.name, "device": self._device(seat), "phase": "starting"}
-
-    def _device(self, seat: Seat) -> str:
-        gpu = self._gpus[seat.rank]
-        return f"{seat.host.name}:{seat.local_rank if gpu is None else gpu}"
 
     @property
     def first(self) -> Probe:
@@ -159,7 +148,7 @@ class WorkerGroup:
         from ray import cloudpickle
 
         self._target = cloudpickle.dumps(target)  # type: ignore[no-untyped-call]
-        world_size = len(self.seats)
+        world_size = len(self.members)
         self._place = {
             "world_size": world_size,
             "device": "cuda:0" if use_gpu else "cpu",
@@ -167,68 +156,131 @@ class WorkerGroup:
             "backend": backend,
             "recovers": recovers,
         }
-        refs = [
-            self._run(
-                self._actors[seat.rank],
-                seat.host,
-                seat.num_threads,
-                rank=seat.rank,
-                local_rank=seat.local_rank,
-            )
-            for seat in self.seats
-        ]
-        for bundle, host in self._spare_places:
-            self._add_spare(bundle, host)
-        return refs
+        for member in self.members:
+            self._run(member)
+        self._spares += [self._newcomer(host, bundle) for bundle, host in self._spare_places]
+        return [member.ref for member in self.members]
 
-    def _run(self, actor: Any, host: Host, num_threads: int, **place: Any) -> Any:
-        place = {**self._place, "host": host.name, "num_threads": num_threads, **place}
-        return counted("run", actor.run.remote, self._target, place, self._gpu_of(place["rank"]))
+    def _run(self, member: Member, **place: Any) -> None:
+        seat = member.seat
+        place = {
+            **self._place,
+            "rank": seat.rank,
+            "local_rank": seat.local_rank,
+            "host": seat.host.name,
+            "num_threads": seat.num_threads,
+            **place,
+        }
+        member.ref = counted("run", member.actor.run.remote, self._target, place, member.gpu)
 
-    def _gpu_of(self, rank: int) -> str | None:
-        return self._gpus[rank] if rank >= 0 else None
+    def _newcomer(self, host: Host, bundle: int | None, num_threads: int = 0) -> Member:
+        """A process without a place: it loads what it can, then waits for an order."""
+        alike = (seat.num_threads for seat in self.seats if seat.host.node_id == host.node_id)
+        num_threads = num_threads or next(alike, 1)
+        seat = Seat(-1, host, 0, num_threads)
+        member = Member(seat, bundle, self._create(bundle, self._share, num_threads, host))
+        self._run(member, generation=-1, init_method="")
+        return member
 
-    def _newcomer(self, bundle: int, host: Host, num_threads: int, *, may_be_gone: bool = False) -> _Spare:
-        """A process without a place: it loads what it can, then waits for an order.
+    def _elsewhere(self) -> Host:
+        """A living host with room for one process more. Raises ClusterError when none has any."""
+        use_gpu = "GPU" in self._share
+        return place_spares(living(hosts()), (), 1, use_gpu, self._share["CPU"], "to replace a lost one")[0]
 
-        Where the host is gone with its bundle it is on another. Raises ClusterError when none has room.
-        """
-        found = hosts() if may_be_gone else (host,)
-        elsewhere = None
-        if host.node_id not in {each.node_id for each in found}:
-            use_gpu = "GPU" in self._share
-            host = elsewhere = place_spares(
-                found, (), 1, use_gpu, self._share["CPU"], "to replace a lost one"
-            )[0]
-        actor = self._create(bundle, self._share, num_threads, elsewhere)
-        ref = self._run(actor, host, num_threads, rank=-1, local_rank=0, generation=-1, init_method="")
-        return _Spare(bundle, host, num_threads, actor, ref)
+    def lives(self, rank: int) -> bool:
+        """Whether the rank's host is there still."""
+        node_id = self.seats[rank].host.node_id
+        return bool(living(tuple(host for host in look() if host.node_id == node_id)))
 
-    def _add_spare(self, bundle: int, host: Host) -> None:
-        num_threads = next((seat.num_threads for seat in self.seats if seat.host == host), 1)
-        self._spares.append(self._newcomer(bundle, host, num_threads))
-
-    def replace(self, rank: int) -> tuple[Any, bool]:
+    def replace(self, rank: int, is_there: bool) -> tuple[Any, bool]:
         """Give up a rank's process and let a spare or a new one take its seat: its run's ref, whether it is a spare.
 
-        A new one starts where the lost one was, or on another host where that one is gone; behind a spare that is used
-        another is started there. Raises ClusterError when no host has room.
+        A new one starts where the lost one was, or on another host where that one is not there; behind a spare that is
+        used another is started there. Raises ClusterError when no host has room.
         """
         self.kill(rank)
-        lost, seat = self._bundles[rank], self.seats[rank]
+        lost = self.members[rank]
+        seat = lost.seat
         spare = next((spare for spare in self._spares if not self._is_over(spare.ref)), None)
         if spare:
             self._spares.remove(spare)
             new = spare
+        elif is_there:
+            new = self._newcomer(seat.host, lost.bundle, seat.num_threads)
         else:
-            new = self._newcomer(lost, seat.host, seat.num_threads, may_be_gone=True)
-        self._bundles[rank], self._actors[rank] = new.bundle, new.actor
-        self.seats[rank] = replace(seat, host=new.host, num_threads=new.num_threads)
-        self._statuses[rank], self._status_refs[rank] = self._starting(self.seats[rank]), None
-        self._answered[rank] = time.monotonic()
-        if spare:
-            self._add_spare(lost, seat.host)
+            try:
+                host = self._elsewhere()
+            except ClusterError as error:
+                here = sum(each.host.node_id == seat.host.node_id for each in self.seats)
+                ranks = f"{here} rank{'s' if here > 1 else ''}"
+                raise ClusterError(
+                    f"host {seat.host.name} was lost; no other host has room for its {ranks}"
+                ) from error
+            new = self._newcomer(host, None, seat.num_threads)
+        new.seat = replace(seat, host=new.seat.host, num_threads=new.seat.num_threads)
+        self.members[rank] = new
+        new.begin()
+        if spare and is_there:
+            self._spares.append(self._newcomer(seat.host, lost.bundle))
         return new.ref, spare is not None
+
+    def room(self, branch: int, most: int) -> int:
+        """Whole branch groups more, up to `most`, for which living hosts have room now."""
+        return min(most, len(self._places(branch, most)) // branch)
+
+    def _places(self, branch: int, most: int) -> list[Host]:
+        found = living(tuple(host for host in look() if self._may_have_room(host)))
+        idle = [host.node_id for _, host in self._idle]
+        return place_more(found, idle, branch, most, "GPU" in self._share, self._share["CPU"])
+
+    def _may_have_room(self, host: Host) -> bool:
+        idle = any(where.node_id == host.node_id for _, where in self._idle)
+        return idle or host.free_cpus >= self._share["CPU"]
+
+    def enlist(self, branch: int, num_groups: int) -> list[Any]:
+        """Start processes for whole branch groups more, `joining` until they are seated; refs of their runs."""
+        places = self._places(branch, num_groups)
+        for host in places:
+            bundle = next((b for b, where in self._idle if where.node_id == host.node_id), None)
+            self._idle = [(b, where) for b, where in self._idle if b != bundle]
+            here = sum(each.node_id == host.node_id for each in places)
+            self.joining.append(self._newcomer(host, bundle, thread_share(host.cpus, here)))
+        return [member.ref for member in self.joining]
+
+    def dismiss(self) -> None:
+        """End those who were to join."""
+        for member in self.joining:
+            self._end(member)
+        self.joining = []
+
+    def seat(self) -> list[int]:
+        """Those who were to join have the next ranks from now on."""
+        first = len(self.members)
+        for rank, member in enumerate(self.joining, first):
+            here = sum(seat.host.node_id == member.seat.host.node_id for seat in self.seats)
+            member.seat = replace(member.seat, rank=rank, local_rank=here)
+            member.begin()
+            self.members.append(member)
+        self.joining = []
+        return list(range(first, len(self.members)))
+
+    def keep(self, ranks: Sequence[int]) -> None:
+        """Go on with these ranks, in this order: they are 0, 1, … from now on. The others' processes are ended."""
+        if list(ranks) == list(range(len(self.members))):
+            return
+        for rank, member in enumerate(self.members):
+            if rank not in ranks:
+                self._end(member)
+        self.members = [self.members[rank] for rank in ranks]
+        for rank, member in enumerate(self.members):
+            member.seat = replace(member.seat, rank=rank)
+
+    def _end(self, member: Member) -> None:
+        import ray
+
+        counted("kill", ray.kill, member.actor)
+        if member.bundle is not None:
+            self._idle.append((member.bundle, member.seat.host))
 
     def _is_over(self, ref: Any) -> bool:
         import ray
@@ -239,18 +291,18 @@ class WorkerGroup:
         """End a rank's process."""
         import ray
 
-        counted("kill", ray.kill, self._actors[rank])
+        counted("kill", ray.kill, self.members[rank].actor)
 
-    def quiesce(self, rank: int, generation: int, wait_s: float) -> Any:
-        """Ask a rank to leave its process groups: a ref to its state, None if it does not within `wait_s`."""
-        return counted("quiesce", self._actors[rank].quiesce.remote, generation, wait_s)
+    def quiesce(self, member: Member, generation: int, wait_s: float) -> Any:
+        """Ask a process to leave its process groups: a ref to its state, None if it does not within `wait_s`."""
+        return counted("quiesce", member.actor.quiesce.remote, generation, wait_s)
 
     def whereabouts(self, ranks: Iterable[int], wait_s: float) -> dict[int, dict[str, Any] | None]:
         """Each rank's stack and whether it waits for others there; None where it does not answer in time."""
         import ray
         from ray.exceptions import RayError
 
-        refs = {rank: counted("whereabouts", self._actors[rank].whereabouts.remote) for rank in ranks}
+        refs = {rank: counted("whereabouts", self.members[rank].actor.whereabouts.remote) for rank in ranks}
         found: dict[int, dict[str, Any] | None] = dict.fromkeys(refs)
         ready, _ = counted("watch_wait", ray.wait, list(refs.values()), num_returns=len(refs), timeout=wait_s)
         for rank, ref in refs.items():
@@ -259,24 +311,25 @@ class WorkerGroup:
                 found[rank] = place
         return found
 
-    def give_orders(self, order: dict[str, Any], generation: int, states: list[dict[str, Any]]) -> None:
+    def give_orders(self, order: dict[str, Any], generation: int) -> None:
         """Send every rank, all quiesced, into the next generation. Raises RayError when rank 0 does not answer."""
         import ray
 
-        self._stderr[: len(self.seats)] = [state["stderr"] for state in states]
-        world_size = len(self.seats)
+        world_size = len(self.members)
         meeting: Any = ""
         if world_size > 1:
-            meeting = counted("result", ray.get, self._actors[0].meeting_point.remote(), timeout=_MEET_S)
-        for seat in self.seats:
+            first = self.members[0].actor
+            asked = first.meeting_point.remote(self._port)
+            meeting = counted("result", ray.get, asked, timeout=_MEET_S)
+        for member in self.members:
             place = {
-                "rank": seat.rank,
-                "local_rank": seat.local_rank,
+                "rank": member.seat.rank,
+                "local_rank": member.seat.local_rank,
                 "world_size": world_size,
                 "generation": generation,
                 "init_method": meeting,
             }
-            counted("order", self._actors[seat.rank].give_order.remote, {**order, "place": place})
+            counted("order", member.actor.give_order.remote, {**order, "place": place})
 
     def statuses(self, wait_s: float) -> list[dict[str, Any]]:
         """What each worker last told, by rank; slow ones are not waited for longer than `wait_s` altogether.
@@ -286,33 +339,30 @@ class WorkerGroup:
         import ray
         from ray.exceptions import RayError
 
-        for rank, actor in enumerate(self._actors):
-            if self._status_refs[rank] is None:
-                self._status_refs[rank] = counted("watch_status", actor.status.remote)
-        for spare in self._spares:
-            counted("watch_status", spare.actor.status.remote)  # for it to know that it is not forgotten
-        refs = list(self._status_refs)
+        for member in self.members:
+            if member.status_ref is None:
+                member.status_ref = counted("watch_status", member.actor.status.remote)
+        for waiting in self._spares + self.joining:
+            counted("watch_status", waiting.actor.status.remote)  # for it to know that it is not forgotten
+        refs = [member.status_ref for member in self.members]
         ready, _ = counted("watch_wait", ray.wait, refs, num_returns=len(refs), timeout=wait_s)
         now = time.monotonic()
-        for rank, ref in enumerate(refs):
-            if ref not in ready:
+        for member in self.members:
+            if member.status_ref not in ready:
                 continue
-            self._status_refs[rank] = None
+            ref, member.status_ref = member.status_ref, None
             with suppress(RayError):  # a dead actor's end arrives as its result
-                self._statuses[rank] |= counted("watch_result", ray.get, ref)
-                self._answered[rank] = now
-        return [
-            status | {"seen_s": now - answered}
-            for status, answered in zip(self._statuses, self._answered, strict=True)
-        ]
+                member.status |= counted("watch_result", ray.get, ref)
+                member.answered = now
+        return [member.status | {"seen_s": now - member.answered} for member in self.members]
 
     def request_stop(self, reason: str) -> None:
         """Ask every worker to save and return."""
-        for actor in self._actors:
-            counted("request_stop", actor.request_stop.remote, reason)
+        for member in self.members:
+            counted("request_stop", member.actor.request_stop.remote, reason)
 
     def result(self, rank: int, ref: Any) -> dict[str, Any] | Failure:
-        """What is behind a ready ref of `run`; a Failure too where the process or its answer is lost."""
+        """What is behind a ready ref of a rank's run; a Failure too where the process or its answer is lost."""
         import ray
         from ray.exceptions import RayActorError, RayError
 
@@ -325,10 +375,10 @@ class WorkerGroup:
             text = f"the worker's process died: {how[2] or how[0]}{self._last_words(rank)}"
         except RayError as error:
             text = str(error)
-        return Failure(rank, self.seats[rank].host.name, text, in_collective=False, died=True)
+        return Failure(rank, self.members[rank].seat.host.name, text, in_collective=False, died=True)
 
     def _last_words(self, rank: int) -> str:
-        log = Path(self._stderr[rank])  # is here where the worker ran on this machine
+        log = Path(self.members[rank].stderr)  # is here where the worker ran on this machine
         lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
         own = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
         return "\n".join(["\nIts last words:", *own[-_STDERR_LINES:]]) if own else ""
@@ -338,7 +388,8 @@ class WorkerGroup:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        for actor in self._actors + self._holders + [spare.actor for spare in self._spares]:
+        actors = [member.actor for member in self.members + self._spares + self.joining] + self._holders
+        for actor in actors:
             counted("kill", ray.kill, actor)
         counted("remove_placement_group", remove_placement_group, self._placement)
         note_given_back()

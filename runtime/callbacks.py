@@ -38,6 +38,9 @@ class Callback:
         """After a checkpoint is complete on disk: some steps later, at the next one or at the run's
         end. path: a str where it is a URL."""
 
+    def on_mesh(self, mesh: Mapping[str, Any]) -> None:
+        """Where the run goes on with fewer or more replicas: step (the last one done), data, branch."""
+
     def on_warning(self, text: str) -> None:
         """Where something is not as it was: steps that take longer, and why."""
 
@@ -49,7 +52,7 @@ class Callback:
 
 
 class MetricsFile(Callback):
-    """Writes RUN/metrics.jsonl: one JSON object a line, {"kind": "step" | "evaluation" | "checkpoint", "step": …, …}.
+    """Writes RUN/metrics.jsonl: one JSON object a line, {"kind": "step" | "evaluation" | …, "step": …, …}.
 
     from_step: where the run goes on; lines of later steps, which a killed run left, are dropped.
     """
@@ -79,6 +82,9 @@ class MetricsFile(Callback):
     def on_checkpoint(self, path: Path | str) -> None:
         self._write("checkpoint", {"step": step_of(Path(path).name), "path": str(path)})
         self._file.flush()
+
+    def on_mesh(self, mesh: Mapping[str, Any]) -> None:
+        self._write("mesh", mesh)
 
     def on_warning(self, text: str) -> None:
         self._write("warning", {"step": self._step, "text": text})

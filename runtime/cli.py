@@ -105,7 +105,7 @@ def train(
 ) -> Call:
     """Train a network; without CONFIG, a Multi-ResNet on the built-in digits with two local workers.
 
-    JSON: test_accuracy, train_seconds, median_step_s, run_dir, unreadable, failures.
+    JSON: test_accuracy, train_seconds, median_step_s, run_dir, unreadable, failures, mesh_changes.
     """
     if list:
         return Call("list_configs", {}, json, quiet)

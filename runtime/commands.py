@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 def train(config: Config, console: Console) -> dict[str, Any] | None:
     """Trains; test_accuracy, test_loss, train_seconds, median_step_s, start_to_first_step_s, steps, run_dir,
-    unreadable (file: why), failures (lost workers that were replaced: rank, host, cause, step, action, seconds, …).
+    unreadable (file: why), failures (lost workers: rank, host, cause, step, action, seconds, …), mesh_changes
+    (replicas left out and taken in again: mesh, before, hosts, step, …).
 
     Raises Interrupted or Terminated when told to stop, after the checkpoint.
     """
@@ -72,7 +73,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             path = str(found.folder)
     if result is None:
         return None
-    result.setdefault("failures", [])  # only Ray's workers are replaced
+    result = {"failures": [], "mesh_changes": [], **result}  # only Ray's workers are replaced
     begun = result.pop("first_step_at")
     result["start_to_first_step_s"] = begun - _process_start() if begun else None
     if reason := result.pop("stopped"):
@@ -332,7 +333,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | None]:
     """The checkpoint that the run goes on from, and the configuration with the folder it goes on in."""
-    from anabranch.runtime.checkpoint import Checkpoints
+    from anabranch.runtime.checkpoints import Checkpoints
     from anabranch.runtime.manifest import finished
     from anabranch.runtime.run_folder import RunFolder
     from anabranch.runtime.storage import open_folder

@@ -219,6 +219,9 @@ class LaunchConfig:
     """Lost workers that a run under Ray replaces and goes on without losing a step; 0: the first one ends it."""
     spares: int = 0
     """Workers more than the mesh needs, which have loaded everything and replace a lost one in a moment."""
+    min_replicas: int = 0
+    """Fewest replicas (branch groups) that a run under Ray goes on with while no host has room for lost workers; it
+    takes them in again when one has. 0: as many as the mesh has, so that such a loss ends the run."""
     hang_s: float = 30.0
     """Seconds without a step (at least ten steps' time) after which a worker counts as hanging and is replaced."""
 

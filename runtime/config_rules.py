@@ -58,6 +58,7 @@ RANGES: dict[str, str] = {
     "launch.timeout_s": "(0, inf)",
     "launch.max_failures": "[0, inf)",
     "launch.spares": "[0, inf)",
+    "launch.min_replicas": "[0, inf)",
     "launch.hang_s": "(0, inf)",
     "profile.metrics_every_steps": "[1, inf)",
     "profile.basis_every_steps": "[0, inf)",
@@ -155,6 +156,11 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
                 "mesh.shape",
                 f"{mesh.shape} has {math.prod(axes)} workers, mesh.num_workers is {mesh.num_workers}: make them equal",
             )
+    if config.launch.min_replicas and not config.launch.max_failures:
+        yield (
+            "launch.min_replicas",
+            f"is {config.launch.min_replicas}, and launch.max_failures is 0: with it the first loss ends the run",
+        )
     num_ranks = max(mesh.num_workers, math.prod(mesh_axes(mesh.shape) or (0,)))
     if config.launch.launcher == "none" and num_ranks > 1:
         yield (

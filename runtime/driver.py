@@ -22,7 +22,7 @@ from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.job_line import check_address, outlive_note
 from anabranch.runtime.launch import choose_launcher, leads, run_here
 from anabranch.runtime.progress import RunProgress
-from anabranch.runtime.recovery_policy import recovery_of
+from anabranch.runtime.recovery_policy import check_replicas_wanted, recovery_of
 from anabranch.runtime.run_record import RunRecord
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
 from anabranch.schedulers.cost_file import read_costs
@@ -51,6 +51,7 @@ class Driver:
         # An address is Ray's, also where srun started this.
         self.launcher = choose_launcher(config.launch.launcher or ("ray" if config.launch.address else ""))
         self.failures: list[dict[str, Any]] = []  # that training was recovered from
+        self.mesh_changes: list[dict[str, Any]] = []  # replicas left out and taken in again
         self._stack = ExitStack()
 
     def __enter__(self) -> Driver:
@@ -112,6 +113,7 @@ class Driver:
         cluster = self._cluster() if self.launcher == "ray" else local_cluster(1, "localhost")
         self.is_auto, _ = auto_partial(config)
         self.plan = (provisional_plan if self.is_auto else make_plan)(config, self.model, cluster)
+        check_replicas_wanted(config, self.plan)
         names = {name for row in self.plan.devices or () for name in row}
         self.cluster = replace(cluster, devices=tuple(d for d in cluster.devices if str(d) in names))
         settled = settle(config, self.plan)
@@ -158,6 +160,7 @@ class Driver:
         result = self.run("plan", "planning")
         assert result is not None, "with a driver"
         self.plan = parse_plan(result["plan"]).resolve(self.model, self.cluster)
+        check_replicas_wanted(self.config, self.plan)
         self.config = settle(self.config, self.plan)
         self._asked = asked
         return result
@@ -214,21 +217,28 @@ class Driver:
             if kind != "train":
                 return {**run_on_ray(job, request, progress.watch)[0], "ray_calls": dict(ray_calls)}
 
-            def told(failure: dict[str, Any]) -> None:
-                text = failure.pop("text")
-                self.console.print(
-                    f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False
-                )
-                self.failures.append(failure)
+            def told(event: dict[str, Any]) -> None:
+                text = event.pop("text")
+                if text:
+                    self.console.print(
+                        f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False
+                    )
+                if "rank" in event:
+                    self.failures.append(event)
+                if "mesh" in event:
+                    self.mesh_changes.append(event)
+                    if record:
+                        record.note(mesh=event["mesh"], mesh_changes=self.mesh_changes)
                 with (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**failure, "text": text}) + "\n")
+                    file.write(json.dumps({**event, "text": text}) + "\n")
 
             recovery = recovery_of(self.config, self.plan, checkpoint, told)
             try:
                 results = run_on_ray(job, request, progress.watch, recovery)
             except WorkerError as error:
                 raise _with_remedy(error, len(self.failures), launch.run_dir) from error.__cause__
-            return {**results[0], "failures": self.failures, "ray_calls": dict(ray_calls)}
+            found = {"failures": self.failures, "mesh_changes": self.mesh_changes}
+            return {**results[0], **found, "ray_calls": dict(ray_calls)}
 
 
 def _with_remedy(error: WorkerError, num_failures: int, run_dir: str) -> WorkerError:

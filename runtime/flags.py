@@ -35,6 +35,7 @@ SHORT_FLAGS = {
     "launch.launcher": "--launcher",
     "launch.address": "--address",
     "launch.run_dir": "--run-dir",
+    "launch.min_replicas": "--min-replicas",
 }
 
 

@@ -21,7 +21,8 @@ from torch import nn
 
 from anabranch.cluster import WorkerContext
 from anabranch.runtime.agreement import on_all_ranks
-from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
+from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.config import Config
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.durable import write_bytes

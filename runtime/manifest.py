@@ -1,8 +1,8 @@
 """A checkpoint's manifest: what its folder holds, as plain data that is checked when read.
 
 step-000120/
-    rank-0000.safetensors     each rank's file is on the disk first
-    rank-0002.safetensors
+    rank-0000-3f….safetensors each rank's file is on the disk first; 3f…: this attempt at writing the checkpoint
+    rank-0002-3f….safetensors
     manifest.json             then this one: before, the checkpoint does not exist
 """
 
@@ -23,7 +23,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 
 _FOLDER = re.compile(r"step-(\d{6,})")
-_FILE = re.compile(r"rank-\d{4,}\.safetensors")
+_FILE = re.compile(r"rank-\d{4,}(-[0-9a-f]{16})?\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -102,9 +102,9 @@ def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def file_name(rank: int) -> str:
-    """The name of what a rank writes."""
-    return f"rank-{rank:04d}.safetensors"
+def file_name(rank: int, attempt: str) -> str:
+    """The name of what a rank writes: no late writer of another attempt can overwrite it."""
+    return f"rank-{rank:04d}-{attempt}.safetensors"
 
 
 def finished(checkpoints: Folder) -> list[Folder]:

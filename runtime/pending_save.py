@@ -1,8 +1,8 @@
 """A checkpoint on its way to storage: a thread of each rank writes while the training goes on.
 
     every rank                              rank 0
-    rank-NNNN.safetensors                   its own
-    rank-NNNN.json: keys, bytes, sha256     waits for the other writers' records, and takes them away
+    rank-NNNN-ATTEMPT.safetensors           its own
+    rank-NNNN-ATTEMPT.json: keys, sha256    waits for the other writers' records, and takes them away
                                             manifest.json, then older checkpoints go
 
 No collective runs here: the training's run meanwhile, and two threads must not mix theirs.
@@ -34,7 +34,7 @@ Commit = Callable[[list[dict[str, Any]]], object]
 class PendingSave:
     """One rank's part of one save, begun when it is made.
 
-    attempt: the save's name, the same on all ranks; a record of another one counts for nothing. tensors: on the CPU,
+    attempt: the save's name, the same on all ranks; it is in the files' names. tensors: on the CPU,
     this save's own. others: the other ranks that write. commit: on rank 0, ends the save, given every record.
     on_failure: is told, in the thread, what went wrong.
     """
@@ -80,7 +80,7 @@ class PendingSave:
             if self._commit is not None:
                 records += [self._record_of(rank) for rank in self._others]
                 for rank in self._others:
-                    self.folder.delete(_record_name(rank))
+                    self.folder.delete(self._record_name(rank))
                 self._commit(records)
             elif records:
                 self._tell(records[0])
@@ -95,21 +95,20 @@ class PendingSave:
             self._error = error
 
     def _write(self) -> dict[str, Any]:
-        name = file_name(self._rank)
+        name = file_name(self._rank, self.attempt)
         size, sha256 = self.folder.write_tensors(name, self._tensors)
         return {"name": name, "bytes": size, "sha256": sha256, "keys": list(self._tensors)}
 
     def _tell(self, record: Mapping[str, Any]) -> None:
-        content = json.dumps({"attempt": self.attempt, **record})
-        self.folder.write(_record_name(self._rank), content.encode())
+        self.folder.write(self._record_name(self._rank), json.dumps(record).encode())
 
     def _record_of(self, rank: int) -> dict[str, Any]:
         """What another rank says of its file. Raises OSError when it failed, or will not come."""
         while True:
             record: dict[str, Any] = {}
             with suppress(OSError, ValueError):  # not there yet, or half of it
-                record = json.loads(self.folder.read(_record_name(rank)))
-            if record.get("attempt") == self.attempt:
+                record = json.loads(self.folder.read(self._record_name(rank)))
+            if record:
                 break
             if self._given_up:
                 raise OSError(self._given_up)
@@ -124,6 +123,9 @@ class PendingSave:
             raise OSError(record["error"])
         return record
 
+    def _record_name(self, rank: int) -> str:
+        return f"rank-{rank:04d}-{self.attempt}.json"
+
 
 def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values in contiguous memory of their own on the CPU; a GPU's through pinned memory, all at once."""
@@ -134,7 +136,3 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
     return copies
-
-
-def _record_name(rank: int) -> str:
-    return f"rank-{rank:04d}.json"

@@ -13,6 +13,7 @@ class Position:
     tested_at, saved_at: steps of the last evaluation and checkpoint, -1: none yet. result: the last evaluation's.
     plateau: its state. slower: whether steps have become slower. stopped: whether a rank asked to stop. elapsed_s:
     seconds of training so far. first_step_at: when the first step ended (time.time()). metrics: of the last step.
+    replicas: with which it has trained last, 0: none yet.
     """
 
     done: int = 0
@@ -27,6 +28,7 @@ class Position:
     elapsed_s: float = 0.0
     first_step_at: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
+    replicas: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; Position(**it) reads it back."""

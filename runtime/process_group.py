@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from anabranch.cluster import WorkerContext
 from anabranch.cluster.environment import keep_freed_memory
@@ -31,7 +32,14 @@ def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[
         keep_freed_memory()
     torch.set_num_threads(context.num_threads)
     timeout = timedelta(seconds=timeout_s)
-    if context.init_method:
+    if context.init_method.startswith("tcp://"):
+        # The port may be the one of the generation before: who is late for that one must not be taken for one of us.
+        store, _, _ = next(rendezvous(context.init_method, context.rank, context.world_size, timeout=timeout))
+        own = dist.PrefixStore(f"generation-{context.generation}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(
+            context.backend, store=own, rank=context.rank, world_size=context.world_size, timeout=timeout
+        )
+    elif context.init_method:
         dist.init_process_group(
             context.backend, init_method=context.init_method, rank=context.rank, world_size=context.world_size,
             timeout=timeout,

@@ -26,32 +26,54 @@ def recovery_of(
     launch = config.launch
     if not launch.max_failures:
         return None
+    of_plan = list(range(plan.world_size))  # the plan's rank that each rank stands for
 
-    def order(states: list[dict[str, Any]]) -> dict[str, Any]:
-        decision = decide([_rank_state(state) for state in states], plan.branch)
+    def order(states: list[dict[str, Any] | None]) -> dict[str, Any]:
+        was = len(of_plan) // plan.branch
+        missing = [rank for rank in range(plan.world_size) if rank not in of_plan]
+        of_plan.extend(missing[: len(states) - len(of_plan)])
+        vacant = [rank for rank, state in enumerate(states) if state is None]
+        decision = decide([_rank_state(state) for state in states], plan.branch, vacant)
+        of_plan[:] = [of_plan[rank] for rank in decision.ranks]
         found: dict[str, Any] = {
             "action": decision.action,
             "step": decision.step,
+            "ranks": list(decision.ranks),
             "sources": decision.sources,
             "leader": decision.leader,
+            "of_plan": list(of_plan),
+            "was": was,
         }
         if decision.action == "rewind":
             path, step = _newest(Path(launch.run_dir), config.checkpoint.url, checkpoint)
             found |= {"checkpoint": path, "step": step}
         return found
 
-    return Recovery(order, _retries, told, launch.max_failures, launch.spares, launch.hang_s)
+    return Recovery(
+        order, _retries, told, launch.max_failures, launch.spares, launch.hang_s, launch.min_replicas or None
+    )
 
 
-def _rank_state(state: dict[str, Any]) -> RankState | None:
-    if state["committed"] is None:
+def check_replicas_wanted(config: Config, plan: Plan) -> None:
+    """Raises ConfigError where `launch.min_replicas` is more than the plan has."""
+    fewest = config.launch.min_replicas
+    if fewest > plan.data:
+        raise ConfigError(
+            f"launch.min_replicas is {fewest}, the mesh {plan.data}x{plan.branch} (data x branch) has {plan.data} "
+            f"replica{'s' if plan.data > 1 else ''}: make it {plan.data} or less"
+        )
+
+
+def _rank_state(state: dict[str, Any] | None) -> RankState | None:
+    if state is None or state["committed"] is None:
         return None
     return RankState(state["committed"], state["prepared"], state["tended"])
 
 
 def _newest(run_dir: Path, url: str, first: str) -> tuple[str, int]:
     """The newest whole checkpoint of the run, else the one that it began from: its folder and step."""
-    from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
+    from anabranch.runtime.checkpoint import Checkpoint
+    from anabranch.runtime.checkpoints import Checkpoints
 
     found = Checkpoints(run_dir, url=url).newest(on_bad=lambda text: None)
     if found is None:

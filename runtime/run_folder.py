@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
+from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import read_toml
 from anabranch.runtime.errors import CheckpointError, ConfigError

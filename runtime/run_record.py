@@ -70,6 +70,10 @@ class RunRecord:
                 Path(self._folder, STOP).unlink()
         return "stop" if self._asked else None
 
+    def note(self, **fields: Any) -> None:
+        """Keeps plain values beside the others from now on."""
+        self._fields |= fields
+
     def close(self, error: BaseException | None) -> None:
         """Notes how it ended."""
         stopped = self._fields.get("phase") == "stopped" or type(error).__name__ == "StoppedError"

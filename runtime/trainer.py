@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.assemble import in_precision, local_cluster, make_loss, make_penalty, make_plan, settle
 from anabranch.runtime.basis_record import BasisRecord
 from anabranch.runtime.callbacks import Callback, MetricsFile
-from anabranch.runtime.checkpoint import Checkpoint, Checkpoints
+from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.checksum import check_replicas
 from anabranch.runtime.config import Config
 from anabranch.runtime.data.augment import augment_keys, augmented, normalise, ten_crops
@@ -79,7 +80,7 @@ class Trainer:
     network: one-device module with stem, blocks, head; consumed. data: what `load_data` gives, or map-style (train,
     test). plan: where the branches run; None asks `[mesh]`. context: this rank's place; None reads it from the
     environment (torchrun, srun), else one process. run_dir: for metrics and checkpoints; None writes none. callbacks:
-    told on rank 0.
+    told on rank 0. leading: makes more of them, for the rank that is 0 and when it comes to be.
     """
 
     step: TrainStep  # once it is set up
@@ -96,6 +97,7 @@ class Trainer:
         run_dir: Path | None = None,
         resume: Checkpoint | None = None,
         callbacks: Sequence[Callback] = (),
+        leading: Callable[[], Sequence[Callback]] = tuple,
     ) -> None:
         self.context = context or (from_environment() if choose_launcher() == "env" else alone())
         config = config or Config()
@@ -116,6 +118,8 @@ class Trainer:
         self.num_steps = config.train.epochs * self.steps_per_epoch  # what the learning rate's schedule spans
         self.last_step = min(config.train.max_steps or self.num_steps, self.num_steps)
         self._network, self._callbacks = network, list(callbacks)
+        self._leading, self._leads = leading, False
+        self._whole_plan = self.plan
         self._is_set_up = False
         self.checkpoints: Checkpoints | None = None
         self.position: Position | None = None  # None: this rank holds nothing yet
@@ -221,7 +225,10 @@ class Trainer:
         }
 
     def _obey(self, order: dict[str, Any]) -> None:
-        if order["action"] == "rewind":
+        rewinds, place = order["action"] == "rewind", (self.context.world_size, self.context.rank)
+        if self.checkpoints and (rewinds or place != (self.mesh.world_size, self.mesh.rank)):
+            self.checkpoints.cancel("the ranks that were writing it go on as others")
+        if rewinds:
             raise Rewound(order["checkpoint"])
         if self.position is None:
             return
@@ -234,17 +241,19 @@ class Trainer:
     def _join(self) -> None:
         """On new groups: this rank's part, filled from a checkpoint or a peer, and where the run stands."""
         order, before, told = self.context.order, self.position, dict[str, Any]()
+        if order is not None:
+            self.plan = self._whole_plan.on_ranks(order["of_plan"])
         if order is not None and order["action"] != "rewind":
             mine = {"position": before.to_json(), "how_to_run": self.how_to_run.to_dict()} if before else {}
             told = broadcast_json(mine, self.device, order["leader"])
         self._set_up(told.get("how_to_run"))
         if order is None or order["action"] == "rewind":
-            self.position = Position()
+            self.position = Position(replicas=order["was"] if order else self.plan.data)
             if self.resume is not None:
                 self.resume.load_into(self.network, self.optimizer)
                 stored = self.resume.position
-                done = int(stored["step"])
-                self.position = Position(done, done, plateau=stored.get("plateau", {}))
+                self.position.done = self.position.tended = int(stored["step"])
+                self.position.plateau = stored.get("plateau", {})
         else:
             sources = {int(rank): source for rank, source in order["sources"].items()}
             peers = {source for rank, source in sources.items() if self._same_branches(rank)}
@@ -259,6 +268,10 @@ class Trainer:
         if self.checkpoints is None and self.run_dir:
             self.checkpoints = self._checkpoints()
             self._record(self.run_dir, self.position)
+        elif (
+            self.context.rank == 0 and not self._leads and self.run_dir
+        ):  # it was another's to tell until now
+            self._record(self.run_dir, self.position)
         self.context.publish(step=self.position.done)
         if self.position.done == self.last_step:
             self._resumed()
@@ -268,15 +281,25 @@ class Trainer:
 
     def _record(self, run_dir: Path, p: Position) -> None:
         profile, done = self.config.profile, p.done
+        self._callbacks = [each for each in self._callbacks if not isinstance(each, BasisRecord)]
         if self.context.rank == 0:
+            self._leads = True
             path = run_dir / "metrics.jsonl"
             file = MetricsFile(path, profile.metrics_every_steps, done)
-            self._callbacks.insert(0, file)
+            self._callbacks = [file, *self._callbacks, *self._leading()]
             # The one before was lost between a step and telling of it.
             if p.metrics and file.last_told < done:
                 self._tell("on_step", p.metrics)
         if every := profile.basis_every_steps:
             self._callbacks.append(BasisRecord(self.network, run_dir / "basis", every, done))
+
+    def _go_on_resized(self, p: Position) -> None:
+        """With other replicas than before: with fewer of them a lost rank may have no peer left, so it is saved."""
+        p.replicas = self.plan.data
+        self._tell("on_mesh", {"step": p.done, "data": self.plan.data, "branch": self.plan.branch})
+        if self.checkpoints and p.done and p.saved_at != p.done:
+            self._save(self.checkpoints, p.done, self._plateau, p.result if p.tested_at == p.done else {})
+            p.saved_at = p.done
 
     def _train(self) -> dict[str, Any]:
         """From the position to the end of the run."""
@@ -289,6 +312,8 @@ class Trainer:
         try:
             if p.done > p.tended:
                 self._tend(p)
+            if p.replicas != self.plan.data:
+                self._go_on_resized(p)
             while not (p.stopped or p.replan):
                 with recorder.span("data"):
                     prepared = next(steps, None)
@@ -314,11 +339,15 @@ class Trainer:
 
     def _vote(self) -> None:
         """Passes when every rank is prepared: only then may any of them commit. Nothing where none is replaced."""
-        if self.context.recovers and self.mesh.world_size > 1:
+        if not self.context.recovers:
+            return
+        if self.mesh.world_size > 1:
             ballot = torch.zeros(1, device=self.device)
             dist.all_reduce(ballot)
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
+        elif self.context.aborted:  # alone, no collective tells it that others are to join
+            raise ConnectionError("process group: given up")
 
     def _commit(self, kept: _Prepared) -> None:
         """Applies a prepared step and tells of it. Local: nothing here waits for another rank."""
@@ -416,7 +445,7 @@ class Trainer:
             first = done % self.steps_per_epoch if epoch == done // self.steps_per_epoch else 0
             last = min(self.steps_per_epoch, self.last_step - epoch * self.steps_per_epoch)
             steps = [order[i * train.batch_size : (i + 1) * train.batch_size] for i in range(first, last)]
-            deals = [self._deals(len(ids), train.bn_batch_size, train.accumulation) for ids in steps]
+            deals = [self._deals(len(ids), train.bn_batch_size, self._accumulation) for ids in steps]
             rows = [
                 [self.network.rank_batch(d, len(ids)) for d in ds]
                 for ids, ds in zip(steps, deals, strict=True)
@@ -426,6 +455,11 @@ class Trainer:
                 step = epoch * self.steps_per_epoch + first + index
                 key = fold(train.seed, step)
                 yield step, ids, [self._micro_batch(*next(fetched), ids, part, key, epoch) for part in parts]
+
+    @property
+    def _accumulation(self) -> int:
+        """Micro-batches of a step: with fewer replicas more, so that none computes more samples at a time."""
+        return self.config.train.accumulation * -(-self._whole_plan.data // self.plan.data)
 
     def _reason(self) -> str:
         return self.context.stop_requested or "by another rank"

@@ -60,12 +60,9 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
             start = order.get("checkpoint", start)
         while True:
             checkpoint = Checkpoint.open(start) if start else None
-            callbacks = (
-                [tracker(name, run_dir) for name in config.profile.trackers] if context.rank == 0 else []
-            )
             trainer = Trainer(
-                network, data, config, plan=plan, context=context, loss=make_loss(config),
-                run_dir=run_dir, resume=checkpoint, callbacks=callbacks,
+                network, data, config, plan=plan, context=context, loss=make_loss(config), run_dir=run_dir,
+                resume=checkpoint, leading=lambda: [tracker(name, run_dir) for name in config.profile.trackers],
             )  # fmt: skip
             try:
                 return trainer.fit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -82,6 +82,18 @@ class Plan:
         """The branches of the block that a branch rank holds, ascending; under split "sample" all of them."""
         branches = self.blocks[block.name].branches
         return tuple(range(block.num_branches)) if branches is None else branches[branch_rank]
+
+    def on_ranks(self, ranks: Sequence[int]) -> Plan:
+        """The same placement on some of its ranks: whole branch groups in a row, as a run has that lost or found some.
+
+        A replica made of several ranks' rows counts for as many samples as its first rank's did.
+        """
+        data = len(ranks) // self.branch
+        rows = [ranks[d * self.branch : (d + 1) * self.branch] for d in range(data)]
+        names = [name for row in self.devices or () for name in row]
+        devices = tuple(tuple(names[rank] for rank in row) for row in rows) if names else None
+        samples = tuple(self.samples[row[0] // self.branch] for row in rows) if self.samples else None
+        return replace(self, data=data, devices=devices, samples=samples)
 
     def check(self, model: ModelSpec) -> None:
         """Raise PlanError with the first rule that the plan breaks for this network."""

@@ -44,6 +44,13 @@ def fire(trainer: Trainer, moment: str) -> None:
             raise ValueError("a user's bug")
         if how == "hang":
             time.sleep(1000)
+        if (
+            how == "hold"
+        ):  # until the controller gives up the groups: what the test does meanwhile is in this step
+            until = time.monotonic() + 120
+            while not trainer.context.aborted and time.monotonic() < until:
+                time.sleep(0.05)
+            continue
         if how == "cut":  # the network breaks, nobody dies
             trainer.context.abort()
             continue

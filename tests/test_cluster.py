@@ -28,9 +28,10 @@ from anabranch.cluster import (
     ray_calls,
     run_on_ray,
 )
+from anabranch.cluster.actors import Worker
 from anabranch.cluster.environment import hold_port, interface_of, thread_share
 from anabranch.cluster.failures import Failure, worker_error
-from anabranch.cluster.placement import Host, devices_of, place
+from anabranch.cluster.placement import Host, devices_of, place, place_more
 from anabranch.cluster.ray_session import hosts
 
 A = Host("a", "1", 8, 8, 4, 4, "H200")
@@ -60,6 +61,23 @@ def seated(*args: Any, **kwargs: Any) -> list[str]:
 )
 def test_branch_groups_are_packed(mesh: tuple[int, int], use_gpu: bool, cpus: float, expected: str) -> None:
     assert seated((A, B, C), mesh, use_gpu=use_gpu, cpus_per_worker=cpus) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("idle", "most", "branch", "use_gpu", "expected"),
+    [
+        ("", 1, 2, True, "bb"),
+        ("", 9, 4, True, "aaaa"),
+        ("bb", 9, 4, True, "aaaabbbb"),  # what the run holds there already counts
+        ("", 2, 8, False, "aaaaaaaabbbbbbbb"),
+        ("", 9, 7, True, ""),  # no whole branch group
+        ("z" * 9, 9, 7, True, ""),  # held on a host that is gone
+    ],
+)
+def test_room_for_more_branch_groups(idle: str, most: int, branch: int, use_gpu: bool, expected: str) -> None:
+    node = {"a": "1", "b": "2", "z": "9"}
+    found = place_more((A, B), [node[name] for name in idle], branch, most, use_gpu, 1.0)
+    assert [host.name for host in found] == list(expected)
 
 
 def test_planned_devices_are_taken_exactly() -> None:
@@ -171,6 +189,22 @@ def test_no_cluster_at_the_address() -> None:
         pass
     with pytest.raises(ClusterError, match="Ray Client"), connect("ray://head:10001"):
         pass
+
+
+def test_later_generations_meet_at_the_port_that_was_asked_for() -> None:
+    """Where it is free again; else anywhere, and who is late for an older generation has another name for it."""
+    with socket.socket() as held:
+        held.bind(("", 0))
+        port = held.getsockname()[1]
+    worker = Worker({})
+    assert worker.meeting_point(port).endswith(f":{port}")
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        listening.listen()
+        busy = listening.getsockname()[1]
+        assert not worker.meeting_point(busy).endswith(f":{busy}")
+    assert worker._held is not None
+    worker._held.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

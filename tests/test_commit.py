@@ -1,8 +1,13 @@
-"""The commit protocol, exhaustively: every interleaving of three ranks with up to two deaths, in recovery too."""
+"""The commit protocol, exhaustively: every interleaving of three ranks with up to two deaths, in recovery too.
+
+A dead rank is replaced or, where its host had the last room, left out; the ranks that are left out come back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +15,7 @@ import pytest
 from anabranch.runtime.commit import Decision, RankState, decide
 
 RANKS = range(3)
-NUM_STEPS, MAX_DEATHS = 2, 2
+NUM_STEPS, MAX_DEATHS, MAX_GROWN = 2, 2, 1
 COMPUTING, REDUCING, PREPARED, VOTING, PASSED = range(5)
 
 
@@ -30,7 +35,8 @@ class Rank(NamedTuple):
 class World(NamedTuple):
     """ranks: None for a dead one. entered: by step, who has ever entered its reduction and its vote (the dead too).
 
-    most: the largest step that any rank has committed, and when it was lost for good.
+    most: the largest step that any rank has committed, and when it was lost for good. grown: how often ranks that were
+    left out came back.
     """
 
     ranks: tuple[Rank | None, ...]
@@ -39,9 +45,10 @@ class World(NamedTuple):
     deaths: int = 0
     frozen: bool = False
     most: int = 0
+    grown: int = 0
 
 
-Decide = Callable[[list[RankState | None], int], Decision]
+Decide = Callable[[list[RankState | None], int, Collection[int]], Decision]
 
 
 def moves(world: World, decide: Decide) -> Iterator[World]:
@@ -55,8 +62,21 @@ def moves(world: World, decide: Decide) -> Iterator[World]:
             yield obey(world, r, rank)
         elif rank.committed < NUM_STEPS and rank.filled:
             yield from advance(world, r, rank)
-    if world.frozen and any(rank is None for rank in world.ranks):
-        yield recovered(world, decide)
+    dead = [r for r, rank in enumerate(world.ranks) if rank is None]
+    if world.frozen and dead:
+        for num in range(len(dead) + 1):  # any of them may be without room
+            for vacant in combinations(dead, num):
+                if num < len(world.ranks):
+                    yield recovered(world, decide, vacant)
+    missing = len(RANKS) - len(world.ranks)
+    if (
+        missing
+        and not dead
+        and world.grown < MAX_GROWN
+        and all(rank.order is None for rank in world.ranks if rank)
+    ):
+        newcomers = (Rank(0, filled=False),) * missing
+        yield recovered(world._replace(ranks=world.ranks + newcomers, grown=world.grown + 1), decide)
 
 
 def advance(world: World, r: int, rank: Rank) -> Iterator[World]:
@@ -65,37 +85,43 @@ def advance(world: World, r: int, rank: Rank) -> Iterator[World]:
     if rank.phase == COMPUTING:
         entered = with_rank(world.reducing, step, r)
         yield world._replace(ranks=put(world, r, rank._replace(phase=REDUCING)), reducing=entered)
-    elif rank.phase == REDUCING and len(world.reducing[step]) == len(RANKS):
+    elif rank.phase == REDUCING and len(world.reducing[step]) == len(world.ranks):
         yield world._replace(ranks=put(world, r, rank._replace(phase=PREPARED)))
     elif rank.phase == PREPARED:
         entered = with_rank(world.voting, step, r)
         yield world._replace(ranks=put(world, r, rank._replace(phase=VOTING)), voting=entered)
-    elif rank.phase == VOTING and len(world.voting[step]) == len(RANKS):
+    elif rank.phase == VOTING and len(world.voting[step]) == len(world.ranks):
         yield world._replace(ranks=put(world, r, rank._replace(phase=PASSED)))
     elif rank.phase == PASSED:
         applied = Rank(rank.committed + 1)
         yield world._replace(ranks=put(world, r, applied), most=max(world.most, applied.committed))
 
 
-def recovered(world: World, decide: Decide) -> World:
-    """The controller: survivors quiesced, the dead replaced by empty processes, all ordered."""
+def recovered(world: World, decide: Decide, vacant: Collection[int] = ()) -> World:
+    """The controller: survivors quiesced, the dead replaced by empty processes or left out, all ordered."""
     states = [rank.state if rank else None for rank in world.ranks]
-    decision = decide(states, 1)
+    decision = decide(states, 1, vacant)
     living = [state for state in states if state]
+    order = decision.ranks
+    assert sorted(order) == [r for r in range(len(states)) if r not in vacant], f"{decision} of {states}"
     if living:
         assert decision.action != "rewind", f"rewinds though {states} live"
         assert decision.step >= world.most, (
             f"step {world.most} was committed, {decision} of {states} loses it"
         )
-        assert all(source in range(3) and states[source] for source in decision.sources.values())
+        sources = decision.sources.values()
+        assert all(source < len(order) and states[order[source]] for source in sources), (
+            "a source has nothing"
+        )
+        assert all((states[order[r]] is None) == (r in decision.sources) for r in range(len(order)))
+    before = [world.ranks[r] for r in order]
     ranks = tuple(
-        (rank if rank and rank.filled else Rank(0, filled=False))._replace(order=decision)
-        for rank in world.ranks
+        (rank if rank and rank.filled else Rank(0, filled=False))._replace(order=decision) for rank in before
     )
     # Collectives of the new generation: nobody has entered them.
     nobody = tuple(frozenset[int]() for _ in range(NUM_STEPS))
     most = decision.step if decision.action == "rewind" else world.most
-    return World(ranks, nobody, nobody, world.deaths, False, most)
+    return World(ranks, nobody, nobody, world.deaths, False, most, world.grown)
 
 
 def obey(world: World, r: int, rank: Rank) -> World:
@@ -154,7 +180,8 @@ class _Frozen:
     """A decision that can be hashed."""
 
     def __init__(self, decision: Decision) -> None:
-        self.value = (decision.action, decision.step, tuple(sorted(decision.sources.items())))
+        sources = tuple(sorted(decision.sources.items()))
+        self.value = (decision.action, decision.step, sources, decision.ranks)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Frozen) and self.value == other.value
@@ -169,25 +196,30 @@ def test_every_interleaving_ends_at_one_step_and_loses_none() -> None:
     assert ended >= 3, "without, with one and with two deaths"
 
 
-def some_prepared_is_enough(states: list[RankState | None], branch: int) -> Decision:
-    held = {rank: state for rank, state in enumerate(states) if state}
-    if not held:
-        return Decision("rewind")
-    step = max(state.prepared for state in held.values())
-    return Decision("apply", step, {rank: min(held) for rank in RANKS if rank not in held})
+def some_prepared_is_enough(
+    states: list[RankState | None], branch: int, vacant: Collection[int] = ()
+) -> Decision:
+    right = decide(states, branch, vacant)
+    step = max((state.prepared for state in states if state), default=0)
+    return right if right.action == "rewind" else replace(right, action="apply", step=step)
 
 
-def always_discards(states: list[RankState | None], branch: int) -> Decision:
-    held = {rank: state for rank, state in enumerate(states) if state}
-    if not held:
-        return Decision("rewind")
-    step = min(state.committed for state in held.values())
-    return Decision("discard", step, {rank: min(held) for rank in RANKS if rank not in held})
+def always_discards(states: list[RankState | None], branch: int, vacant: Collection[int] = ()) -> Decision:
+    right = decide(states, branch, vacant)
+    step = min((state.committed for state in states if state), default=0)
+    return right if right.action == "rewind" else replace(right, action="discard", step=step)
 
 
-@pytest.mark.parametrize("wrong", [some_prepared_is_enough, always_discards])
+def forgets_who_is_new(states: list[RankState | None], branch: int, vacant: Collection[int] = ()) -> Decision:
+    """Sources by the ranks before, where some are left out."""
+    right = decide(states, branch, vacant)
+    sources = {new: right.ranks[source] for new, source in right.sources.items()}
+    return replace(right, sources=sources)
+
+
+@pytest.mark.parametrize("wrong", [some_prepared_is_enough, always_discards, forgets_who_is_new])
 def test_a_wrong_decision_is_found(wrong: Decide) -> None:
-    with pytest.raises(AssertionError, match=r"has no gradients|loses it|has committed"):
+    with pytest.raises(AssertionError, match=r"has no gradients|loses it|has committed|has nothing"):
         explore(wrong)
 
 
@@ -195,22 +227,53 @@ def state(committed: int, prepared: int | None = None, tended: int = 0) -> RankS
     return RankState(committed, committed if prepared is None else prepared, tended)
 
 
+FOUR = (0, 1, 2, 3)
+
+
 @pytest.mark.parametrize(
     ("states", "branch", "expected"),
     [
         # all survivors are prepared: they apply, the newcomer is filled by its data peer (same branches)
-        ([state(7, 8), None, state(7, 8), state(7, 8)], 2, Decision("apply", 8, {1: 3}, 0)),
+        ([state(7, 8), None, state(7, 8), state(7, 8)], 2, Decision("apply", 8, {1: 3}, 0, FOUR)),
         # one has committed, hence all were prepared: the others follow
-        ([state(7, 8), None, state(8), state(7, 8)], 2, Decision("apply", 8, {1: 3}, 0)),
+        ([state(7, 8), None, state(8), state(7, 8)], 2, Decision("apply", 8, {1: 3}, 0, FOUR)),
         # one is not prepared, so nobody can have passed the vote
-        ([state(7, 8), None, state(7), state(7, 8)], 2, Decision("discard", 7, {1: 3}, 0)),
+        ([state(7, 8), None, state(7), state(7, 8)], 2, Decision("discard", 7, {1: 3}, 0, FOUR)),
         # both holders of a branch are gone
-        ([state(7, 8), None, state(7, 8), None], 2, Decision("rewind")),
-        ([state(7), None], 2, Decision("rewind")),
-        ([None, None], 1, Decision("rewind")),
+        ([state(7, 8), None, state(7, 8), None], 2, Decision("rewind", ranks=FOUR)),
+        ([state(7), None], 2, Decision("rewind", ranks=(0, 1))),
+        ([None, None], 1, Decision("rewind", ranks=(0, 1))),
         # who has tested and saved tells the others
-        ([state(8, tended=4), state(8, tended=8), None], 1, Decision("discard", 8, {2: 0}, 1)),
+        ([state(8, tended=4), state(8, tended=8), None], 1, Decision("discard", 8, {2: 0}, 1, (0, 1, 2))),
     ],
 )
 def test_decisions(states: list[RankState | None], branch: int, expected: Decision) -> None:
     assert decide(states, branch) == expected
+
+
+@pytest.mark.parametrize(
+    ("held", "vacant", "branch", "expected"),
+    [
+        # the first replica's host is gone: the second goes on as the first
+        ((2, 3), (0, 1), 2, Decision("discard", 7, {}, 0, (2, 3))),
+        # of two broken replicas one whole branch group is made
+        ((0, 3), (1, 2), 2, Decision("discard", 7, {}, 0, (0, 3))),
+        # whole ones stay as they are, what is left of the others is joined, and who is over goes
+        ((0, 3, 4, 5, 7), (1, 2, 6), 2, Decision("discard", 7, {}, 0, (4, 5, 0, 3))),
+        # a newcomer beside it is filled, even where its replica is not the one that was lost
+        ((2, 3, 4), (0, 1), 2, Decision("discard", 7, {3: 1}, 0, (2, 3, 4, 5))),
+        # the only living holder of a branch is kept, not a newcomer in its place
+        ((0, 3), (1,), 2, Decision("discard", 7, {}, 0, (0, 3))),
+        # nobody holds the other branches: any process can be any rank, from the checkpoint
+        ((0, 2), (1, 3), 2, Decision("rewind", ranks=(0, 2))),
+        ((0,), (1, 2, 3), 2, Decision("rewind")),
+        # one comes back
+        ((0, 1), (), 1, Decision("discard", 7, {2: 0}, 0, (0, 1, 2))),
+    ],
+)
+def test_decisions_without_room(
+    held: tuple[int, ...], vacant: tuple[int, ...], branch: int, expected: Decision
+) -> None:
+    num = max(*held, *vacant, *(3 if branch == 2 else 2,) * 2, 5 if 4 in held else 0) + 1
+    states = [state(7) if rank in held else None for rank in range(num)]
+    assert decide(states, branch, vacant) == expected

@@ -19,7 +19,7 @@ from anabranch.blocks.gross import series_network
 from anabranch.cluster import WorkerContext
 from anabranch.runtime import commands
 from anabranch.runtime.assemble import make_data
-from anabranch.runtime.checkpoint import Checkpoints
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.cli import parse
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import load_config

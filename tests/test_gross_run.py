@@ -25,7 +25,7 @@ from anabranch.blocks.gross import convolutions, response_loss, series_network
 from anabranch.blocks.group_search import configuration_macs, series_layers, set_group_sizes
 from anabranch.blocks.group_series import Bottleneck, differences
 from anabranch.runtime.assemble import make_data
-from anabranch.runtime.checkpoint import Checkpoints
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.data.augment import normalise
 from anabranch.runtime.data.batches import epoch_order
 from anabranch.runtime.errors import ConfigError

@@ -1,0 +1,39 @@
+"""One process of a run, seen from the driver: a rank's, or one that waits for a place."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from anabranch.cluster.placement import Seat
+
+
+@dataclass
+class Member:
+    """seat: its rank is -1 where it waits. bundle: of the placement group, None: outside it. ref: of its run.
+
+    gpu: Ray's number of the one that it uses, None: whichever Ray gave, or none. stderr: its file. status: what it last
+    told, `answered` (time.monotonic()) when; status_ref: what it was asked and has not answered.
+    """
+
+    seat: Seat
+    bundle: int | None
+    actor: Any
+    gpu: str | None = None
+    ref: Any = None
+    stderr: str = ""
+    status: dict[str, Any] = field(default_factory=dict)
+    status_ref: Any = None
+    answered: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """It has this seat from now on, and has told nothing yet."""
+        device = f"{self.seat.host.name}:{self.seat.local_rank if self.gpu is None else self.gpu}"
+        self.status = {
+            "rank": self.seat.rank,
+            "host": self.seat.host.name,
+            "device": device,
+            "phase": "starting",
+        }
+        self.answered = time.monotonic()
