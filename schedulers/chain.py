@@ -204,7 +204,7 @@ def highest(
             held = held.add(options[i].memory[limit], closes[i])
             if i and options[i].rows == GROUP and options[i - 1].rows == OWN:
                 held = held.gathered(gathered[i][limit])
-        found.append(held.high)
+        found.append(held.peak)
     return tuple(found)
 
 
@@ -224,21 +224,32 @@ def _unit_ends(units: Sequence[int | None]) -> tuple[dict[int, int], dict[int, i
     return first, last
 
 
-def _room(chain: Chain) -> list[tuple[float, ...]]:
-    """[element]: the least memory that the elements before it keep."""
-    room: list[tuple[float, ...]] = []
-    least = [0.0] * len(chain.limits)
+def _room(chain: Chain) -> list[list[tuple[float, float]]]:
+    """[element][limit]: the least that the elements before it keep, and that they have in the optimizer."""
+    room: list[list[tuple[float, float]]] = []
+    least = [(0.0, 0.0)] * len(chain.limits)
+    alike: dict[int, list[tuple[float, float]]] = {}
     for options in chain.options:
-        room.append(tuple(least))
-        least = [
-            total + min(option.memory[limit].at("before") for option in options)
-            for limit, total in enumerate(least)
-        ]
+        room.append(least)
+        if id(options) not in alike:
+            alike[id(options)] = [
+                (
+                    min(option.memory[limit].at("before") for option in options),
+                    min(option.memory[limit].at("update") for option in options),
+                )
+                for limit in range(len(chain.limits))
+            ]
+        least = [(a + c, b + d) for (a, b), (c, d) in zip(least, alike[id(options)], strict=True)]
     return room
 
 
-def _has_room(memory: Sequence[Held], room: Sequence[float], limits: Sequence[float]) -> bool:
-    return all(held.high + r <= limit for held, r, limit in zip(memory, room, limits, strict=True))
+def _has_room(
+    memory: Sequence[Held], room: Sequence[tuple[float, float]], limits: Sequence[float]
+) -> bool:
+    return all(
+        held.high + kept <= limit and held.update + update <= limit
+        for held, (kept, update), limit in zip(memory, room, limits, strict=True)
+    )
 
 
 def _efficient(labels: list[Label], with_memory: bool, budget: float) -> tuple[list[Label], int]:

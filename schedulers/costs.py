@@ -104,7 +104,7 @@ class ModelCosts:
     elements: "stem", every block and "head" by name. shared: parameters that several elements use, by the
     names in ModelSpec. step_s: what every step costs besides (input, launch gaps, votes).
     optimizer_s_per_byte: by parameter byte. parameter_copies: live bytes for a parameter's byte (itself and the
-    optimizer's state: gradients and buckets come on top). label: "measured", "extrapolated", "predicted, not calibrated".
+    optimizer's state: gradients and buckets come on top), update_copies: more while the optimizer runs. label: "measured", "extrapolated", "predicted, not calibrated".
     key: what the figures hold for (hardware, versions, shapes), by name.
     """
 
@@ -114,6 +114,7 @@ class ModelCosts:
     step_s: float = 0.0
     optimizer_s_per_byte: float = 0.0
     parameter_copies: float = 2.0
+    update_copies: float = 0.0
     batch_sizes: tuple[int, ...] = ()
     label: str = "measured"
     key: Mapping[str, str] = field(default_factory=dict)

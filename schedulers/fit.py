@@ -66,7 +66,7 @@ def least_memory(chain: Chain) -> Iterator[tuple[int, ...]]:
 
 
 def _with_price(chain: Chain, limit: int, moment: int, price: float) -> Chain:
-    """The chain without limits, the bytes that one limit holds while element `moment` runs added to the seconds.
+    """The chain without limits, the bytes that one limit holds while element `moment` runs (-1: the optimizer) added to the seconds.
 
     At infinity these bytes are all that counts.
     """
@@ -77,6 +77,7 @@ def _with_price(chain: Chain, limit: int, moment: int, price: float) -> Chain:
         if i > moment:
             is_open &= not chain.closes[i]
         when = "before" if i < moment else "here" if i == moment else "open" if is_open else "later"
+        when = "update" if moment < 0 else when
         key = (id(options), when)
         if key not in made:
             made[key] = [_priced(option, option.memory[limit].at(when), price) for option in options]
@@ -96,7 +97,7 @@ def _priced(option: Option, num_bytes: float, price: float) -> Option:
 
 
 def _moment(chain: Chain, limit: int, way: Sequence[int]) -> int:
-    """The element during whose backward a way is fullest."""
+    """The element during whose backward a way is fullest; -1: it is in the optimizer."""
     options = [found[position] for found, position in zip(chain.options, way, strict=True)]
     held, moment = Held(), 0
     for i in reversed(range(len(options))):
@@ -105,7 +106,7 @@ def _moment(chain: Chain, limit: int, way: Sequence[int]) -> int:
             moment = i
         if i and options[i].rows == GROUP and options[i - 1].rows == OWN:
             held = held.gathered(chain.gathered[i][limit])
-    return moment
+    return -1 if held.update > held.high else moment
 
 
 def _cheapest(chain: Chain) -> tuple[int, ...]:

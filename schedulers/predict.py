@@ -261,7 +261,7 @@ class _Simulation:
             held = held.add(element, pricing.closes[i])
             if i and self.is_group[i] and not self.is_group[i - 1]:
                 held = held.gathered(pricing.costs[pricing.first.kind][i].input_bytes * rank.group)
-        return held.high
+        return held.peak
 
     def _branches(self, i: int, rank: _Rank) -> Sequence[int]:
         placed = self.placed[i] if self.is_group[i] else None

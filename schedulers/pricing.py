@@ -54,6 +54,7 @@ class Pricing:
         self._rates: dict[tuple[GroupKind, GroupKind], list[tuple[float, float]]] = {}
         self._counted: dict[int, bool] = {}
         self._memory: dict[tuple[bool, int, str, int, int | tuple[int, ...], tuple[bool, bool]], Bytes] = {}
+        self._copies = {kind: (m.parameter_copies, m.update_copies) for kind, m in self.models.items()}
         self._parts: dict[tuple[int, str, int, int | tuple[int, ...]], Part] = {}
 
     def _parameters(self) -> list[ParameterBytes]:
@@ -110,7 +111,7 @@ class Pricing:
         key = (i == 0, self.alike[i], kind, samples, branches, is_sent)
         if key not in self._memory:
             part, replicated = self.part(i, kind, samples, held), self.parameters[i].replicated
-            owned, copies = self.held_bytes(i, held), self.models[kind].parameter_copies
+            owned, copies = self.held_bytes(i, held), self._copies[kind]
             in_buckets, times = replicated * is_sent[0] + owned * is_sent[1], self.batch.accumulation
             found = element_bytes(
                 part.saved_bytes, part.peak_bytes, replicated + owned, in_buckets, copies, times
