@@ -48,9 +48,7 @@ _MAX_COUNTS = 8  # numbers of branches measured one by one; of more, a spread
 
 SPEEDS = "speeds"  # the key's entry for the workers' relative speeds
 OnTrial = Callable[[int, int], None]
-Times = dict[
-    str, tuple[float, float, float, float]
-]  # element → forward, backward seconds, saved bytes, peak
+Times = dict[str, tuple[float, float, float, float]]  # element → forward, backward seconds, saved bytes, peak
 
 
 @dataclass(frozen=True)

@@ -243,9 +243,7 @@ def _room(chain: Chain) -> list[list[tuple[float, float]]]:
     return room
 
 
-def _has_room(
-    memory: Sequence[Held], room: Sequence[tuple[float, float]], limits: Sequence[float]
-) -> bool:
+def _has_room(memory: Sequence[Held], room: Sequence[tuple[float, float]], limits: Sequence[float]) -> bool:
     return all(
         held.high + kept <= limit and held.update + update <= limit
         for held, (kept, update), limit in zip(memory, room, limits, strict=True)

@@ -104,7 +104,8 @@ class ModelCosts:
     elements: "stem", every block and "head" by name. shared: parameters that several elements use, by the
     names in ModelSpec. step_s: what every step costs besides (input, launch gaps, votes).
     optimizer_s_per_byte: by parameter byte. parameter_copies: live bytes for a parameter's byte (itself and the
-    optimizer's state: gradients and buckets come on top), update_copies: more while the optimizer runs. label: "measured", "extrapolated", "predicted, not calibrated".
+    optimizer's state: gradients and buckets come on top); update_copies: more while the optimizer runs.
+    label: "measured", "extrapolated", "predicted, not calibrated".
     key: what the figures hold for (hardware, versions, shapes), by name.
     """
 

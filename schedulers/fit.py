@@ -58,7 +58,7 @@ def fit(chain: Chain, below: float = _INFINITE) -> Solution:
 
 
 def least_memory(chain: Chain) -> Iterator[tuple[int, ...]]:
-    """For each limit ways that hold little under it, time left out: at the backward's start, and when that is fullest."""
+    """For each limit ways that hold little, time left out: at the backward's start, and when that way is fullest."""
     for limit in range(len(chain.limits)):
         way = _cheapest(_with_price(chain, limit, len(chain.options) - 1, _INFINITE))
         yield way
@@ -66,9 +66,9 @@ def least_memory(chain: Chain) -> Iterator[tuple[int, ...]]:
 
 
 def _with_price(chain: Chain, limit: int, moment: int, price: float) -> Chain:
-    """The chain without limits, the bytes that one limit holds while element `moment` runs (-1: the optimizer) added to the seconds.
+    """The chain without limits, the bytes held under one while element `moment` runs added to the seconds.
 
-    At infinity these bytes are all that counts.
+    moment: -1 is the optimizer. At infinity these bytes are all that counts.
     """
     made: dict[tuple[int, str], list[Option]] = {}
     found: list[list[Option]] = []

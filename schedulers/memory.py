@@ -91,8 +91,9 @@ def element_bytes(
 ) -> Bytes:
     """Of an element that keeps `saved` and has at most `peak` (`Work`), and of its parameters.
 
-    parameters: bytes the rank holds; in_buckets: of these, whose gradients others have too. copies: bytes live
-    for one of parameters, and more in the optimizer. times: micro-batches; from the second on there are gradients all the time.
+    parameters: bytes the rank holds; in_buckets: of these, whose gradients others have too. copies: bytes that live
+    for one of parameters, and more in the optimizer. times: micro-batches; from the second on there are gradients
+    all the time.
     """
     always, updating = copies[0] * parameters + in_buckets, copies[1] * parameters
     if times > 1:
