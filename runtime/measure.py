@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime.config import Config
+from anabranch.runtime.live_memory import LiveMemory
 from anabranch.runtime.machine import processor
 from anabranch.runtime.measure_links import link_costs, occupancy
 from anabranch.runtime.mesh import Mesh, make_mesh
@@ -47,9 +48,7 @@ _MAX_COUNTS = 8  # numbers of branches measured one by one; of more, a spread
 
 SPEEDS = "speeds"  # the key's entry for the workers' relative speeds
 OnTrial = Callable[[int, int], None]
-Times = dict[
-    str, tuple[float, float, float, float]
-]  # element → forward, backward seconds, saved bytes, largest tensor
+Times = dict[str, tuple[float, float, float, float]]  # element → forward, backward seconds, saved bytes, peak
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class _Seen:
     forward_s: float
     backward_s: float
     saved_bytes: float
-    largest_bytes: float
+    peak_bytes: float
 
     def at_speed_1(self, speed: float) -> _Seen:
         return replace(self, forward_s=self.forward_s * speed, backward_s=self.backward_s * speed)
@@ -128,6 +127,7 @@ def measure_costs(
                 _agreed(rest, network),
                 _agreed(per_byte, network),
                 _copies(setting.config),
+                _agreed([trial.update_copies for trial in running], network),
                 (len(setting.x),),
                 label,
                 key,
@@ -188,8 +188,9 @@ class _Trial:
             begun = time.perf_counter()
             self.step()
             self.once_s = time.perf_counter() - begun
-        self.saved = _saved_bytes(self.step)
+        self.memory, updating = _memory(self.step)
         self.num_bytes = sum(p.numel() * p.element_size() for p in self.parallel.parameters()) or 1
+        self.update_copies = updating / self.num_bytes
         self.spans: list[list[Span]] = []
         self.rest: list[float] = []
         self.optimizer: list[float] = []
@@ -226,7 +227,7 @@ class _Trial:
                 statistics.median(sums.get((part, name), [0.0])) / len(self.step.batches)
                 for part in ("forward", "backward")
             )
-            yield _Seen(name, samples, held, max(forward, 0.0), max(backward, 0.0), *self.saved[name])
+            yield _Seen(name, samples, held, max(forward, 0.0), max(backward, 0.0), *self.memory[name])
 
     def exchanges(self) -> Iterator[tuple[int, float]]:
         """(bytes, seconds) of all branch groups' all-reduces: of a group the shortest rank's, which waited for none."""
@@ -384,7 +385,7 @@ def _elements(
     return made
 
 
-_Four = tuple[float, float, float, float]  # forward, backward seconds, saved, largest bytes
+_Four = tuple[float, float, float, float]  # forward, backward seconds, saved, peak bytes
 
 
 def _block_work(seen: Sequence[_Seen], num_branches: int) -> tuple[Work, tuple[Work, ...]]:
@@ -448,7 +449,7 @@ def _grouped(seen: Sequence[_Seen], count: Callable[[_Seen], int]) -> dict[tuple
 
 
 def _four(one: _Seen) -> _Four:
-    return one.forward_s, one.backward_s, one.saved_bytes, one.largest_bytes
+    return one.forward_s, one.backward_s, one.saved_bytes, one.peak_bytes
 
 
 def _as_four(values: Iterable[float]) -> _Four:
@@ -457,10 +458,10 @@ def _as_four(values: Iterable[float]) -> _Four:
 
 
 def _medians(group: Sequence[_Seen]) -> _Four:
-    forward, backward, saved, largest = (
+    forward, backward, saved, peak = (
         statistics.median(values) for values in zip(*map(_four, group), strict=True)
     )
-    return forward, backward, saved, largest
+    return forward, backward, saved, peak
 
 
 def _between(found: dict[int, _Four], num_branches: int) -> list[_Four]:
@@ -481,44 +482,23 @@ def _minus(row: _Four, less: _Four) -> _Four:
 def _curves(by_samples: dict[int, _Four]) -> Work:
     """Curves through the origin: no samples, no work."""
     points = [(0.0, (0.0,) * 4), *sorted((float(n), row) for n, row in by_samples.items() if n)]
-    forward, backward, saved, largest = (Curve(tuple((n, row[i]) for n, row in points)) for i in range(4))
-    # Gradients with respect to the largest tensors, coming and going, lie on top of what is kept.
-    peak = Curve(tuple((n, 2 * y) for n, y in largest.points))
-    return Work(forward, backward, saved, peak)
+    return Work(*(Curve(tuple((n, row[i]) for n, row in points)) for i in range(4)))
 
 
-def _saved_bytes(step: PlanStep) -> dict[str, tuple[float, float]]:
-    """By element: bytes kept for the backward, and of the largest tensor. A storage counts where it is first kept."""
-    network = step.train.network
-    recorder = network.recorder
-    held = {p.untyped_storage().data_ptr() for p in [*network.parameters(), *network.buffers()]}
-    kept: list[Tensor] = []  # alive, so that no storage gets another's address
-    found = {name: [0.0, 0.0] for name, _, _ in network.elements()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held and recorder.element in found:
-            held.add(storage.data_ptr())
-            kept.append(tensor.detach())
-            mine = found[recorder.element]
-            mine[0] += storage.nbytes()
-            mine[1] = max(mine[1], storage.nbytes())
-        return tensor
-
+def _memory(step: PlanStep) -> tuple[dict[str, tuple[float, float]], float]:
+    """By element: bytes kept for the backward, and the most while it runs; more while the optimizer runs."""
+    recorder = step.train.network.recorder
     recorder.detailed = True
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with LiveMemory(step.train.network) as memory:
         step()
     recorder.detailed = False
-    return {name: (total / len(step.batches), largest) for name, (total, largest) in found.items()}
+    return memory.by_element(), memory.of_update()
 
 
 def _copies(config: Config) -> float:
-    """Live bytes for a parameter's: itself, its place in a bucket, the optimizer's state.
-
-    Gradients that have not left yet lie where activations were: at the peak few of both are there.
-    """
+    """Live bytes for a parameter's, all the time: itself and the optimizer's state."""
     optimizer = config.optimizer
-    return 2.0 + (2.0 if optimizer.name == "adamw" else 1.0 if optimizer.momentum else 0.0)
+    return 1.0 + (2.0 if optimizer.name == "adamw" else 1.0 if optimizer.momentum else 0.0)
 
 
 def _agreed(values: Sequence[float], network: nn.Module) -> float:

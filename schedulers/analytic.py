@@ -86,4 +86,5 @@ def _work(part: PartShape, kind: DeviceKind, precision: str) -> Work:
     traffic_s = 2 * part.activation_bytes / (kind.bytes_per_s * SUSTAINED_BYTES)  # written once, read once
     each, launches = max(compute_s, traffic_s), part.kernels * kind.launch_s
     saved = Curve.line(0.0, part.activation_bytes)
-    return Work(Curve.line(launches, each), Curve.line(2 * launches, 2 * each), saved, saved)
+    peak = Curve.line(0.0, 2 * part.activation_bytes)  # gradients of what is kept
+    return Work(Curve.line(launches, each), Curve.line(2 * launches, 2 * each), saved, peak)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from anabranch.schedulers.memory import Bytes, Held
+
 OWN, GROUP = 0, 1
 _INFINITE = float("inf")
 _State = tuple[int, tuple[tuple[int, int], ...]]  # rows, and (unit, position) of open units
@@ -24,7 +26,7 @@ class Option(NamedTuple):
     """One way to run an element.
 
     rows: OWN or GROUP. added_s: all its seconds but those of the backlog. drain_s: of backward compute, which
-    hides a backlog. waiting_s: of gradients that may be hidden. memory, peak: by limit, kept and transient.
+    hides a backlog. waiting_s: of gradients that may be hidden. memory: by limit.
     choice: what it stands for; of a unit's elements, equal positions are one choice.
     """
 
@@ -32,8 +34,7 @@ class Option(NamedTuple):
     added_s: float
     drain_s: float
     waiting_s: float
-    memory: tuple[float, ...]
-    peak: tuple[float, ...]
+    memory: tuple[Bytes, ...]
     choice: Any
 
 
@@ -42,6 +43,7 @@ class Chain:
     """options: by element. change_s: before each element, (own → group, group → own). closes: a bucket ends.
 
     unit: by element, a number shared by elements that take options of equal position, or None. limits: bytes.
+    gathered: by element and limit, bytes of its input where it is gathered (own → group).
     """
 
     options: Sequence[Sequence[Option]]
@@ -49,6 +51,7 @@ class Chain:
     closes: Sequence[bool]
     unit: Sequence[int | None]
     limits: tuple[float, ...] = ()
+    gathered: Sequence[tuple[float, ...]] = ()
 
 
 class Label(NamedTuple):
@@ -57,8 +60,7 @@ class Label(NamedTuple):
     t: float
     q: float
     w: float
-    memory: tuple[float, ...]
-    peak: tuple[float, ...]
+    memory: tuple[Held, ...]
     option: int
     before: Label | None
 
@@ -107,8 +109,8 @@ def solve(chain: Chain, below: float = _INFINITE, *, budget: float = _INFINITE, 
     for options in chain.options:
         drains.append(drains[-1] + max(option.drain_s for option in options))
     with_memory, labels, compared, lost = bool(chain.limits), 0, 0, _INFINITE
-    nothing = tuple(0.0 for _ in chain.limits)
-    states: dict[_State, list[Label]] = {(-1, ()): [Label(0.0, 0.0, 0.0, nothing, nothing, -1, None)]}
+    nothing = tuple(Held() for _ in chain.limits)
+    states: dict[_State, list[Label]] = {(-1, ()): [Label(0.0, 0.0, 0.0, nothing, -1, None)]}
     for i in reversed(range(num_elements)):
         reached: dict[_State, list[Label]] = {}
         unit, closes, drain_left = chain.unit[i], chain.closes[i], drains[i]
@@ -126,6 +128,7 @@ def solve(chain: Chain, below: float = _INFINITE, *, budget: float = _INFINITE, 
                     elif i == first[unit]:
                         after = tuple(pair for pair in chosen if pair[0] != unit)
                 new_rows, added, drain, waiting = option[:4]
+                gathers = with_memory and (new_rows, rows) == (OWN, GROUP)
                 if rows not in (-1, new_rows):
                     added += change[new_rows]  # own → group gathers, group → own scatters
                 least = _least_before(rest, chain.change_s[i], new_rows) if i else 0.0
@@ -139,13 +142,16 @@ def solve(chain: Chain, below: float = _INFINITE, *, budget: float = _INFINITE, 
                         q, w = q + w, 0.0
                     if t + least + max(q + w - drain_left, 0.0) >= below:
                         continue
-                    memory, peak = nothing, nothing
+                    memory = label.memory
                     if with_memory:
-                        memory = tuple(map(float.__add__, label.memory, option.memory))
-                        peak = tuple(map(max, label.peak, option.peak))
-                        if not _has_room(memory, peak, room[i], chain.limits):
+                        if gathers:
+                            memory = tuple(map(Held.gathered, memory, chain.gathered[i + 1]))
+                        memory = tuple(
+                            held.add(more, closes) for held, more in zip(memory, option.memory, strict=True)
+                        )
+                        if not _has_room(memory, room[i], chain.limits):
                             continue
-                    into.append(Label(t, q, w, memory, peak, position, label))
+                    into.append(Label(t, q, w, memory, position, label))
             if labels + compared > budget:
                 return Solution(_INFINITE, (), labels, False, 0.0)
         states = {}
@@ -175,21 +181,31 @@ def solve(chain: Chain, below: float = _INFINITE, *, budget: float = _INFINITE, 
 def evaluate(chain: Chain, path: Sequence[int]) -> tuple[float, tuple[float, ...]]:
     """Seconds and memory (by limit) of one way; options by position."""
     t = q = w = 0.0
-    memory = [0.0] * len(chain.limits)
-    peak = [0.0] * len(chain.limits)
     rows = -1
-    for i in reversed(range(len(path))):
-        option = chain.options[i][path[i]]
+    options = [found[position] for found, position in zip(chain.options, path, strict=True)]
+    for i, option in reversed(list(enumerate(options))):
         if rows not in (-1, option.rows):
             t += chain.change_s[i + 1][option.rows]
         rows = option.rows
         t, q, w = t + option.added_s, max(q - option.drain_s, 0.0), w + option.waiting_s
         if chain.closes[i]:
             q, w = q + w, 0.0
-        for limit in range(len(memory)):
-            memory[limit] += option.memory[limit]
-            peak[limit] = max(peak[limit], option.peak[limit])
-    return t + q, tuple(map(float.__add__, memory, peak))
+    return t + q, highest(options, chain.closes, chain.gathered)
+
+
+def highest(
+    options: Sequence[Option], closes: Sequence[bool], gathered: Sequence[tuple[float, ...]]
+) -> tuple[float, ...]:
+    """The peak of a step by limit, of one option for each element."""
+    found = []
+    for limit in range(len(options[0].memory)):
+        held = Held()
+        for i in reversed(range(len(options))):
+            held = held.add(options[i].memory[limit], closes[i])
+            if i and options[i].rows == GROUP and options[i - 1].rows == OWN:
+                held = held.gathered(gathered[i][limit])
+        found.append(held.peak)
+    return tuple(found)
 
 
 def _least_before(rest: Sequence[float], change_s: tuple[float, float], rows: int) -> float:
@@ -208,20 +224,30 @@ def _unit_ends(units: Sequence[int | None]) -> tuple[dict[int, int], dict[int, i
     return first, last
 
 
-def _room(chain: Chain) -> list[tuple[float, ...]]:
-    """[element]: the least memory that the elements before it keep."""
-    room: list[tuple[float, ...]] = []
-    least = [0.0] * len(chain.limits)
+def _room(chain: Chain) -> list[list[tuple[float, float]]]:
+    """[element][limit]: the least that the elements before it keep, and that they have in the optimizer."""
+    room: list[list[tuple[float, float]]] = []
+    least = [(0.0, 0.0)] * len(chain.limits)
+    alike: dict[int, list[tuple[float, float]]] = {}
     for options in chain.options:
-        room.append(tuple(least))
-        least = [total + min(option.memory[limit] for option in options) for limit, total in enumerate(least)]
+        room.append(least)
+        if id(options) not in alike:
+            alike[id(options)] = [
+                (
+                    min(option.memory[limit].at("before") for option in options),
+                    min(option.memory[limit].at("update") for option in options),
+                )
+                for limit in range(len(chain.limits))
+            ]
+        least = [(a + c, b + d) for (a, b), (c, d) in zip(least, alike[id(options)], strict=True)]
     return room
 
 
-def _has_room(
-    memory: Sequence[float], peak: Sequence[float], room: Sequence[float], limits: Sequence[float]
-) -> bool:
-    return all(m + p + r <= limit for m, p, r, limit in zip(memory, peak, room, limits, strict=True))
+def _has_room(memory: Sequence[Held], room: Sequence[tuple[float, float]], limits: Sequence[float]) -> bool:
+    return all(
+        held.high + kept <= limit and held.update + update <= limit
+        for held, (kept, update), limit in zip(memory, room, limits, strict=True)
+    )
 
 
 def _efficient(labels: list[Label], with_memory: bool, budget: float) -> tuple[list[Label], int]:
@@ -243,20 +269,9 @@ def _efficient(labels: list[Label], with_memory: bool, budget: float) -> tuple[l
         t, q, w = label.t, label.q, label.w
         for better in kept:
             if better.t + max(better.q - q, 0.0) + max(better.w - w, 0.0) <= t and (
-                not with_memory or _no_larger(better, label)
+                not with_memory or all(map(Held.no_larger, better.memory, label.memory))
             ):
                 break
         else:
             kept.append(label)
     return kept, compared
-
-
-def _no_larger(a: Label, b: Label) -> bool:
-    """Whether a needs no more memory than b, whatever both take on: kept bytes m, transient p, later p'.
-
-    m_a + max(p_a, p') ≤ m_b + max(p_b, p') for all p' when it holds for p' = 0 and for large p'.
-    """
-    return all(
-        m_a <= m_b and m_a + p_a <= m_b + p_b
-        for m_a, p_a, m_b, p_b in zip(a.memory, a.peak, b.memory, b.peak, strict=True)
-    )

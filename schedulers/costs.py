@@ -59,7 +59,7 @@ class Work:
     """One part of an element on one device, over the number of samples that it runs on (of a micro-batch).
 
     forward_s, backward_s: seconds at `Device.speed` 1. saved_bytes: kept from forward to backward.
-    peak_bytes: transient on top of what is kept.
+    peak_bytes: the most there while it runs, forward or backward, what is kept and its own gradients included.
     """
 
     forward_s: Curve = ZERO
@@ -103,8 +103,9 @@ class ModelCosts:
 
     elements: "stem", every block and "head" by name. shared: parameters that several elements use, by the
     names in ModelSpec. step_s: what every step costs besides (input, launch gaps, votes).
-    optimizer_s_per_byte: by parameter byte. parameter_copies: live bytes for a parameter's byte (itself,
-    gradient, bucket, momentum …). label: "measured", "extrapolated", "predicted, not calibrated".
+    optimizer_s_per_byte: by parameter byte. parameter_copies: live bytes for a parameter's byte (itself and the
+    optimizer's state: gradients and buckets come on top); update_copies: more while the optimizer runs.
+    label: "measured", "extrapolated", "predicted, not calibrated".
     key: what the figures hold for (hardware, versions, shapes), by name.
     """
 
@@ -113,7 +114,8 @@ class ModelCosts:
     shared: Mapping[str, ParameterBytes] = field(default_factory=dict)
     step_s: float = 0.0
     optimizer_s_per_byte: float = 0.0
-    parameter_copies: float = 4.0
+    parameter_copies: float = 2.0
+    update_copies: float = 0.0
     batch_sizes: tuple[int, ...] = ()
     label: str = "measured"
     key: Mapping[str, str] = field(default_factory=dict)

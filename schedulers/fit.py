@@ -1,7 +1,8 @@
 """A way through a chain that keeps its memory limits, where there are too many to look at them all.
 
-A price for each byte of the fullest limit turns the limit into seconds (Lagrange): the cheapest way at any
-price bounds all ways that fit from below. Prices between "too large" and "fits" are halved; then the two ways
+A price for each byte held under the fullest limit, at the moment when the fastest way is fullest, turns the limit
+into seconds (Lagrange): the cheapest way at any price bounds all ways that fit from below, as these fit at that
+moment too. Prices between "too large" and "fits" are halved; then the two ways
 on either side are joined, one up to some element and the other from there, where that is best.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from anabranch.schedulers.chain import GROUP, OWN, Chain, Option, Solution, evaluate, solve, to_go
+from anabranch.schedulers.memory import Held
 
 _INFINITE = float("inf")
 _PRICES = 12
@@ -21,17 +23,18 @@ def fit(chain: Chain, below: float = _INFINITE) -> Solution:
     nothing = Solution(_INFINITE, (), 0, False, _INFINITE)
     fast = _cheapest(chain)
     limit = _fullest(chain, fast)
+    moment = _moment(chain, limit, fast)
     candidates = [way for way in least_memory(chain) if _fits(chain, way)]
-    if _least_kept(chain, limit) > _left(chain, limit):
+    if min(to_go(_with_price(chain, limit, moment, _INFINITE))[-1]) > chain.limits[limit]:
         return nothing  # none fits
     low, high, bound, labels = 0.0, _INFINITE, 0.0, 0
     price = evaluate(chain, fast)[0] / max(chain.limits[limit], 1.0)
     slow: tuple[int, ...] | None = None
     for _ in range(_PRICES):
-        priced = _with_price(chain, limit, price)
+        priced = _with_price(chain, limit, moment, price)
         way = _cheapest(priced)
         labels += len(way)
-        bound = max(bound, min(to_go(priced)[-1]) - price * _left(chain, limit))
+        bound = max(bound, min(to_go(priced)[-1]) - price * chain.limits[limit])
         if bound >= below:
             return nothing
         if evaluate(chain, way)[1][limit] <= chain.limits[limit]:
@@ -43,9 +46,9 @@ def fit(chain: Chain, below: float = _INFINITE) -> Solution:
         slow = next((way for way in candidates), None)
     if slow is not None:
         candidates += [way for way in (slow, *_joined(chain, limit, fast, slow)) if _fits(chain, way)]
-    priced = _with_price(chain, limit, price)
+    priced = _with_price(chain, limit, moment, price)
     exact = solve(priced, width=_WIDTH)
-    bound = max(bound, exact.bound - price * _left(chain, limit))
+    bound = max(bound, exact.bound - price * chain.limits[limit])
     timed = [(evaluate(chain, way)[0], way) for way in candidates]
     seconds, best = min(timed, default=(_INFINITE, ()))
     labels += exact.labels + len(chain.options) * len(timed)
@@ -55,35 +58,61 @@ def fit(chain: Chain, below: float = _INFINITE) -> Solution:
 
 
 def least_memory(chain: Chain) -> Iterator[tuple[int, ...]]:
-    """For each limit, the way that keeps least under it, backlog and time left out."""
+    """For each limit ways that hold little, time left out: at the backward's start, and when that way is fullest."""
     for limit in range(len(chain.limits)):
-        yield _cheapest(_with_price(chain, limit, _INFINITE))
+        way = _cheapest(_with_price(chain, limit, len(chain.options) - 1, _INFINITE))
+        yield way
+        yield _cheapest(_with_price(chain, limit, _moment(chain, limit, way), _INFINITE))
 
 
-def _with_price(chain: Chain, limit: int, price: float) -> Chain:
-    """The chain without limits, kept bytes of one limit added to the seconds; all that counts at infinity."""
-    made: dict[int, list[Option]] = {}
-    for options in chain.options:
-        if id(options) not in made:
-            made[id(options)] = [
-                option._replace(
-                    added_s=option.memory[limit]
-                    if price == _INFINITE
-                    else option.added_s + price * option.memory[limit],
-                    waiting_s=0.0 if price == _INFINITE else option.waiting_s,
-                    memory=(),
-                    peak=(),
-                )
-                for option in options
-            ]
-    change_s = [(0.0, 0.0)] * len(chain.change_s) if price == _INFINITE else chain.change_s
-    return Chain([made[id(options)] for options in chain.options], change_s, chain.closes, chain.unit)
+def _with_price(chain: Chain, limit: int, moment: int, price: float) -> Chain:
+    """The chain without limits, the bytes held under one while element `moment` runs added to the seconds.
+
+    moment: -1 is the optimizer. At infinity these bytes are all that counts.
+    """
+    made: dict[tuple[int, str], list[Option]] = {}
+    found: list[list[Option]] = []
+    is_open = True
+    for i, options in enumerate(chain.options):
+        if i > moment:
+            is_open &= not chain.closes[i]
+        when = "before" if i < moment else "here" if i == moment else "open" if is_open else "later"
+        when = "update" if moment < 0 else when
+        key = (id(options), when)
+        if key not in made:
+            made[key] = [_priced(option, option.memory[limit].at(when), price) for option in options]
+        found.append(made[key])
+    gathered = [each[limit] * (i <= moment) for i, each in enumerate(chain.gathered)]
+    change_s = [
+        (num_bytes, 0.0) if price == _INFINITE else (gather + price * num_bytes, scatter)
+        for num_bytes, (gather, scatter) in zip(gathered, chain.change_s, strict=True)
+    ]
+    return Chain(found, change_s, chain.closes, chain.unit)
+
+
+def _priced(option: Option, num_bytes: float, price: float) -> Option:
+    if price == _INFINITE:
+        return option._replace(added_s=num_bytes, waiting_s=0.0, memory=())
+    return option._replace(added_s=option.added_s + price * num_bytes, memory=())
+
+
+def _moment(chain: Chain, limit: int, way: Sequence[int]) -> int:
+    """The element during whose backward a way is fullest; -1: it is in the optimizer."""
+    options = [found[position] for found, position in zip(chain.options, way, strict=True)]
+    held, moment = Held(), 0
+    for i in reversed(range(len(options))):
+        later, held = held, held.add(options[i].memory[limit], chain.closes[i])
+        if held.high > later.high + options[i].memory[limit].at("before"):
+            moment = i
+        if i and options[i].rows == GROUP and options[i - 1].rows == OWN:
+            held = held.gathered(chain.gathered[i][limit])
+    return -1 if held.update > held.high else moment
 
 
 def _cheapest(chain: Chain) -> tuple[int, ...]:
     """The way of least added seconds, backlog and limits left out."""
     if any(unit is not None for unit in chain.unit):
-        free = [[o._replace(memory=(), peak=(), waiting_s=0.0) for o in found] for found in chain.options]
+        free = [[o._replace(memory=(), waiting_s=0.0) for o in found] for found in chain.options]
         return solve(Chain(free, chain.change_s, chain.closes, chain.unit), width=_WIDTH).path
     best: dict[int, list[tuple[float, int]]] = {}
     steps: list[tuple[int, int]] = []  # for rows OWN and GROUP: the rows before
@@ -148,16 +177,3 @@ def _fits(chain: Chain, way: Sequence[int]) -> bool:
 def _fullest(chain: Chain, way: Sequence[int]) -> int:
     used = evaluate(chain, way)[1]
     return max(range(len(used)), key=lambda limit: used[limit] / max(chain.limits[limit], 1.0))
-
-
-def _left(chain: Chain, limit: int) -> float:
-    """Bytes that may be kept: the limit less a transient that every way has."""
-    return chain.limits[limit] - max(min(o.peak[limit] for o in options) for options in chain.options)
-
-
-def _least_kept(chain: Chain, limit: int) -> float:
-    least: dict[int, float] = {}
-    for options in chain.options:
-        if id(options) not in least:
-            least[id(options)] = min(option.memory[limit] for option in options)
-    return sum(least[id(options)] for options in chain.options)

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
-from anabranch.schedulers.chain import GROUP, OWN, Chain, Option, to_go
+from anabranch.schedulers.chain import GROUP, OWN, Chain, Option, highest, to_go
 from anabranch.schedulers.divide import Division, divisions
 from anabranch.schedulers.layout import Layout
+from anabranch.schedulers.memory import Bytes, largest
 from anabranch.schedulers.model_spec import EDGES
 from anabranch.schedulers.plan import SAMPLE, BranchPlacement, EdgeSplit
 from anabranch.schedulers.pricing import Pricing
@@ -64,7 +65,7 @@ class Options:
         self.times = pricing.batch.accumulation
         self._lists: dict[Hashable, list[Choice]] = {}
         self._priced: dict[Hashable, list[Option]] = {}
-        self._memory: dict[Hashable, tuple[tuple[float, ...], tuple[float, ...]]] = {}
+        self._alone: dict[Hashable, Option] = {}
 
     def _limits(self) -> tuple[Limit, ...]:
         each = self.memory == "each"
@@ -93,15 +94,20 @@ class Options:
             for i in members:
                 if len(members) > 1:
                     units[i] = number
-                priced = (self.pricing.alike[i], self.rates[self.pricing.bucket[i]], len(members) > 1, key)
+                priced = (
+                    i == 0,
+                    self.pricing.alike[i],
+                    self.rates[self.pricing.bucket[i]],
+                    len(members) > 1,
+                    key,
+                )
                 if priced not in self._priced:
                     found = [self.price(i, choice) for choice in choices]
                     self._priced[priced] = found if len(members) > 1 else efficient(found)
                 options[i] = self._priced[priced]
         limits = tuple(float(limit.num_bytes) for limit in self.limits)
-        return Chain(
-            options, [self._change(i) for i in range(len(names))], self.pricing.closes, units, limits
-        )
+        changes = [self._change(i) for i in range(len(names))]
+        return Chain(options, changes, self.pricing.closes, units, limits, self._gathered())
 
     def _choices(self, members: Sequence[int]) -> tuple[Hashable, list[Choice]]:
         """What the members of a unit may all be, and a key that is the same for the same choices."""
@@ -152,14 +158,12 @@ class Options:
         else:
             world_s, data_s = world * replicated, data * owned_most
         taken = self.occupancy[0] * world_s + self.occupancy[1] * data_s
-        kept = [self._kept(i, limit, is_group, placed) for limit in self.limits]
         return Option(
             GROUP if is_group else OWN,
             self.times * (forward + backward + exchange) + optimizer + taken,
             backward,
             world_s + data_s - taken,
-            tuple(memory for memory, _ in kept),
-            tuple(peak for _, peak in kept),
+            tuple(self._bytes(i, limit, is_group, placed) for limit in self.limits),
             choice,
         )
 
@@ -183,35 +187,33 @@ class Options:
         examples = {len(branches): branches for branches in held}
         return [(examples[num], times) for num, times in nums.items()]
 
-    def _kept(
-        self, i: int, limit: Limit, is_group: bool, placed: Sequence[tuple[int, ...]] | None
-    ) -> tuple[float, float]:
+    def _bytes(self, i: int, limit: Limit, is_group: bool, placed: Sequence[tuple[int, ...]] | None) -> Bytes:
         pricing, samples = self.pricing, limit.group if is_group else limit.own
         everything = tuple(range(pricing.num_branches[i]))
         columns = [everything] if placed is None else [placed[m] for m in limit.columns]
-        kept: list[tuple[float, float, int]] = []  # with the number of branch ranks
+        found: list[tuple[Bytes, int]] = []  # with the number of branch ranks
         for held, num in self.differing(i, columns):
-            part = pricing.part(i, limit.kind, samples, held)
-            parameters = pricing.parameters[i].replicated + pricing.held_bytes(i, held)
-            copies = pricing.models[limit.kind].parameter_copies
-            kept.append((copies * parameters + part.saved_bytes, part.peak_bytes, num))
+            found.append((pricing.memory(i, limit.kind, samples, held, placed is not None, self.layout), num))
         if self.memory == "average":
-            return sum(memory * num for memory, _, num in kept) / len(columns), 0.0
-        return max(memory for memory, _, _ in kept), max(peak for _, peak, _ in kept)
+            sums = zip(*([value * num for value in each] for each, num in found), strict=True)
+            return Bytes(*(sum(values) / len(columns) for values in sums))
+        return largest([each for each, _ in found])
+
+    def _gathered(self) -> list[tuple[float, ...]]:
+        """By element and limit: bytes of its gathered input."""
+        inputs = [cost.input_bytes for cost in self.pricing.costs[self.pricing.first.kind]]
+        return [tuple(num_bytes * limit.group for limit in self.limits) for num_bytes in inputs]
 
     def lacking(self, choices: Sequence[Choice]) -> list[float]:
         """By limit: bytes that these choices, one for each element, need beyond it."""
-        kept = [0.0] * len(self.limits)
-        peak = [0.0] * len(self.limits)
+        options = []
         for i, choice in enumerate(choices):
-            key = (self.pricing.alike[i], choice)
-            if key not in self._memory:
-                option = self.price(i, choice)
-                self._memory[key] = (option.memory, option.peak)
-            memory, transient = self._memory[key]
-            kept = [a + b for a, b in zip(kept, memory, strict=True)]
-            peak = [max(a, b) for a, b in zip(peak, transient, strict=True)]
-        return [k + p - limit.num_bytes for k, p, limit in zip(kept, peak, self.limits, strict=True)]
+            key = (i == 0, self.pricing.alike[i], choice)
+            if key not in self._alone:
+                self._alone[key] = self.price(i, choice)
+            options.append(self._alone[key])
+        used = highest(options, self.pricing.closes, self._gathered())
+        return [num_bytes - limit.num_bytes for num_bytes, limit in zip(used, self.limits, strict=True)]
 
     def bound_s(self) -> float:
         """A lower bound where branches could not be divided exactly: as if they could be cut at will."""
@@ -284,8 +286,11 @@ def efficient(options: list[Option]) -> list[Option]:
             if (
                 better.rows == option.rows
                 and better.added_s + later <= option.added_s
-                and all(a <= b for a, b in zip(better.memory, option.memory, strict=True))
-                and all(a <= b for a, b in zip(better.peak, option.peak, strict=True))
+                and all(
+                    a <= b
+                    for mine, others in zip(better.memory, option.memory, strict=True)
+                    for a, b in zip(mine, others, strict=True)
+                )
             ):
                 break
         else:

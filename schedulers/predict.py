@@ -20,12 +20,13 @@ rest joins the backlog q when its bucket closes, and drains while later elements
     step = Σ f_e + Σ c_e + exchanges + Σ occupancy · g_e + last q + optimizer + step_s
 
 Optimizer: by element the rank that holds most. With accumulation every micro-batch pays forward and backward,
-and the last one hides the gradients. A rank holds parameter_copies × parameters + Σ saved + the largest
-transient. Not counted: synchronized BatchNorm (there is none with the default bn_batch_size), targets.
+and the last one hides the gradients. Memory: see `memory`. Not counted: synchronized BatchNorm (there is none
+with the default bn_batch_size), targets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,7 @@ from anabranch.schedulers.costs import Batch, Collective, Costs, ModelCosts
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.layout import Layout, make_layout
 from anabranch.schedulers.links import GroupKind
+from anabranch.schedulers.memory import Held
 from anabranch.schedulers.model_spec import ModelSpec
 from anabranch.schedulers.plan import Devices, Plan
 from anabranch.schedulers.pricing import Part, Pricing
@@ -168,7 +170,6 @@ class _Simulation:
         num_elements = len(pricing.names)
         forward: list[_Phase] = []
         backward: list[_Phase] = []
-        saved, peak, held = ([0.0] * len(self.ranks) for _ in range(3))
         gradients: list[tuple[float, float]] = []
         optimizer_s = [0.0] * num_elements
         for i, name in enumerate(pricing.names):
@@ -192,13 +193,10 @@ class _Simulation:
             gradients.append((world_s, data_s))
             self._count("world", "all_reduce", self.layout.world, world_bytes)
             self._count("data", "all_reduce", self.layout.data_group, data_bytes)
-            for r, (part, rank) in enumerate(zip(parts, self.ranks, strict=True)):
-                saved[r] += part.saved_bytes
-                peak[r] = max(peak[r], part.peak_bytes)
-                held[r] += replicated + owned[r]
-                seconds = (replicated + owned[r]) * self._model(rank).optimizer_s_per_byte / rank.speed
+            for rank, num_bytes in zip(self.ranks, owned, strict=True):
+                seconds = (replicated + num_bytes) * self._model(rank).optimizer_s_per_byte / rank.speed
                 optimizer_s[i] = max(optimizer_s[i], seconds)
-        return self._add_up(forward, backward, gradients, sum(optimizer_s), saved, peak, held)
+        return self._add_up(forward, backward, gradients, sum(optimizer_s))
 
     def _add_up(
         self,
@@ -206,9 +204,6 @@ class _Simulation:
         backward: list[_Phase],
         gradients: list[tuple[float, float]],
         optimizer_s: float,
-        saved: list[float],
-        peak: list[float],
-        held: list[float],
     ) -> Prediction:
         pricing, times = self.pricing, self.times
         world, data = (
@@ -239,8 +234,6 @@ class _Simulation:
             compute = [total + repeat * own for total, own in zip(compute, phase.compute_s, strict=True)]
             if is_work:
                 exposed += repeat * (phase.before_s + phase.after_s)
-        copies = [self._model(rank).parameter_copies for rank in self.ranks]
-        memory = [c * h + s + p for c, h, s, p in zip(copies, held, saved, peak, strict=True)]
 
         def by_rank(values: list[float]) -> tuple[float, ...]:
             return tuple(values[kind] for kind in self.kind_of_rank)
@@ -251,7 +244,7 @@ class _Simulation:
             all_s - taken - backlog,
             by_rank(compute),
             by_rank([longest - own for own in compute]),
-            by_rank(memory),
+            by_rank([self._peak_bytes(rank) for rank in self.ranks]),
             tuple(Traffic(*key, num_bytes) for key, num_bytes in self.traffic.items()),  # type: ignore[arg-type]
             pricing.label,
             tuple(phases),
@@ -259,13 +252,27 @@ class _Simulation:
             times,
         )
 
+    def _peak_bytes(self, rank: _Rank) -> float:
+        """The most that a rank holds in the step."""
+        pricing, held = self.pricing, Held()
+        for i in reversed(range(len(pricing.names))):
+            samples = rank.group if self.is_group[i] else rank.own
+            is_owned = self.is_group[i] and self.placed[i] is not None
+            element = pricing.memory(i, rank.kind, samples, self._branches(i, rank), is_owned, self.layout)
+            held = held.add(element, pricing.closes[i])
+            if i and self.is_group[i] and not self.is_group[i - 1]:
+                held = held.gathered(pricing.costs[pricing.first.kind][i].input_bytes * rank.group)
+        return held.peak
+
+    def _branches(self, i: int, rank: _Rank) -> Sequence[int]:
+        placed = self.placed[i] if self.is_group[i] else None
+        return range(self.pricing.num_branches[i]) if placed is None else placed[rank.branch_rank]
+
     def _parts(self, i: int) -> tuple[list[Part], list[int]]:
         """By kind of rank: the element's work, and bytes of its branches' parameters."""
-        everything = range(self.pricing.num_branches[i])
-        placed = self.placed[i] if self.is_group[i] else None
         parts, owned = [], []
         for rank in self.ranks:
-            held = everything if placed is None else placed[rank.branch_rank]
+            held = self._branches(i, rank)
             samples = rank.group if self.is_group[i] else rank.own
             parts.append(self.pricing.part(i, rank.kind, samples, held))
             owned.append(self.pricing.held_bytes(i, held))

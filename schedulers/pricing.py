@@ -10,6 +10,7 @@ from anabranch.schedulers.costs import Batch, Costs, ElementCost, ParameterBytes
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.layout import Layout
 from anabranch.schedulers.links import GroupKind, Links
+from anabranch.schedulers.memory import Bytes, element_bytes
 from anabranch.schedulers.model_spec import ModelSpec
 
 
@@ -52,6 +53,8 @@ class Pricing:
         self._cut_buckets()
         self._rates: dict[tuple[GroupKind, GroupKind], list[tuple[float, float]]] = {}
         self._counted: dict[int, bool] = {}
+        self._memory: dict[tuple[bool, int, str, int, int | tuple[int, ...], tuple[bool, bool]], Bytes] = {}
+        self._copies = {kind: (m.parameter_copies, m.update_copies) for kind, m in self.models.items()}
         self._parts: dict[tuple[int, str, int, int | tuple[int, ...]], Part] = {}
 
     def _parameters(self) -> list[ParameterBytes]:
@@ -98,6 +101,24 @@ class Pricing:
         if key not in self._parts:
             self._parts[key] = _sum([cost.replicated, *_works(cost, held)], samples)
         return self._parts[key]
+
+    def memory(
+        self, i: int, kind: str, samples: int, held: Sequence[int], is_owned: bool, layout: Layout
+    ) -> Bytes:
+        """What element i holds on a rank. is_owned: its branches' parameters are of their branch rank alone."""
+        is_sent = layout.world.size > 1, (layout.data_group if is_owned else layout.world).size > 1
+        branches = len(held) if self.is_counted(i) else tuple(held)
+        key = (i == 0, self.alike[i], kind, samples, branches, is_sent)
+        if key not in self._memory:
+            part, replicated = self.part(i, kind, samples, held), self.parameters[i].replicated
+            owned, copies = self.held_bytes(i, held), self._copies[kind]
+            in_buckets, times = replicated * is_sent[0] + owned * is_sent[1], self.batch.accumulation
+            found = element_bytes(
+                part.saved_bytes, part.peak_bytes, replicated + owned, in_buckets, copies, times
+            )
+            images = times * samples * self.costs[kind][0].input_bytes if i == 0 else 0.0
+            self._memory[key] = found._replace(always=found.always + images)
+        return self._memory[key]
 
     def is_counted(self, i: int) -> bool:
         """Whether of the branches that a rank holds only their number counts."""

@@ -52,7 +52,7 @@ def _work(seconds: float, saved: float = 1e5) -> Work:
         Curve.line(seconds, seconds),
         Curve.line(seconds, 2 * seconds),
         Curve.line(0.0, saved),
-        Curve.line(0.0, saved / 2),
+        Curve.line(0.0, 1.5 * saved),
     )
 
 

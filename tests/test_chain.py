@@ -9,6 +9,7 @@ import pytest
 
 from anabranch.schedulers.chain import GROUP, OWN, Chain, Option, evaluate, solve, to_go
 from anabranch.schedulers.fit import fit
+from anabranch.schedulers.memory import Bytes
 from anabranch.schedulers.options import efficient
 
 INFINITE = float("inf")
@@ -20,9 +21,10 @@ def random_chain(random: Random, num_limits: int) -> Chain:
 
     def option(rows: int) -> Option:
         waiting, drain = random.choice([0.0, 2.0, 5.0]) * random.random(), 4 * random.random()
-        kept = tuple(random.uniform(0, 10) for _ in range(num_limits))
-        peak = tuple(random.uniform(0, 10) for _ in range(num_limits))
-        return Option(rows, drain + random.random(), drain, waiting, kept, peak, None)
+        memory = tuple(
+            Bytes(*(random.uniform(0, most) for most in (6, 8, 12, 5, 5, 6))) for _ in range(num_limits)
+        )
+        return Option(rows, drain + random.random(), drain, waiting, memory, None)
 
     same = random.random() < 0.4
     tied = {i for i in range(num) if random.random() < 0.5} if same else set[int]()
@@ -35,7 +37,8 @@ def random_chain(random: Random, num_limits: int) -> Chain:
         [(random.random(), random.random()) for _ in range(num)],
         [i == 0 or random.random() < 0.5 for i in range(num)],
         [7 if i in tied and len(tied) > 1 else None for i in range(num)],
-        tuple(random.uniform(0.5, 1.2) * 5 * num + 8 for _ in range(num_limits)),
+        tuple(random.uniform(0.5, 1.2) * 7 * num + 8 for _ in range(num_limits)),
+        [tuple(random.choice([0.0, 6.0]) for _ in range(num_limits)) for _ in range(num)],
     )
 
 
@@ -81,6 +84,7 @@ def test_solve_finds_the_best_way(num_limits: int) -> None:
                 chain.closes,
                 chain.unit,
                 chain.limits,
+                chain.gathered,
             )
             assert solve(fewer).seconds == pytest.approx(best), seed
     assert fits > 100

@@ -88,8 +88,9 @@ def test_branches_between_samples() -> None:
     assert found.exposed_s == pytest.approx(1.1 + 2.4 + 1.1 + 2.8 + 3.0)
     assert found.hidden_s == pytest.approx(4 + 50 / 110 * 3.1)
     assert found.wait_s == (0.0, 0.0)
-    # 4 copies of 380 B; saved: stem 7·2, block (3 + 5)·4, head 2; largest transient: block (2 + 1)·4
-    assert found.memory_bytes == pytest.approx((4 * 380 + 14 + 32 + 2 + 12,) * 2)
+    # always: 4 copies of 380 B, and 350 in buckets (its branch nobody else has); saved: stem 7·2, block (3 + 5)·4
+    # and what it gathers, 5·4; most while the head runs backward, with its gradients
+    assert found.memory_bytes == pytest.approx((4 * 380 + 350 + 14 + 32 + 20 + 200,) * 2)
     traffic = {(t.axis, t.collective): t.num_bytes for t in found.traffic}
     assert traffic == {
         ("branch", "all_gather"): 40,
@@ -133,7 +134,7 @@ def test_the_optimizer_by_element() -> None:
     # the block: branches 2·4 and 4·4 instead of 4 and 8; 30 B more to update
     assert found.total_s == pytest.approx(even.total_s + 4 + 8 + 0.3)
     assert found.wait_s == pytest.approx((0.0, 8.0 + 16.0))
-    assert found.memory_bytes[0] - found.memory_bytes[1] == pytest.approx(4 * 60 + 10 * 4 + 3 * 4)
+    assert found.memory_bytes[0] - found.memory_bytes[1] == pytest.approx(4 * 60 + 10 * 4)
 
 
 def test_overlap_takes_from_compute() -> None:
@@ -158,6 +159,19 @@ def test_accumulation() -> None:
     found = of(DATA_PLAN, cluster(1.0, 1.0), batch)
     # a micro-batch: own 1 sample: 12.5 s; twice. q: 4 → 0 (5) + 3.1 → 1.1 (2) + 3
     assert found.total_s == pytest.approx(2 * 12.5 + (3.1 - 2 + 3) + 4.1 + 0.5)
+
+
+def test_memory_follows_the_backward() -> None:
+    """Activations go while gradients come: how long these stay decides where the peak is."""
+    always = 4 * 410 + 410
+    early = of(DATA_PLAN, cluster(1.0, 1.0))  # fullest while the head runs: stem 7·2, block (3 + 10)·2, 200 B
+    assert early.memory_bytes[0] == pytest.approx(always + 14 + 26 + 200)
+    late = of(
+        DATA_PLAN, cluster(1.0, 1.0), replace(BATCH, bucket_bytes=1000)
+    )  # all leave together: at the stem's end
+    assert late.memory_bytes[0] == pytest.approx(always + 200 + 110 + 100)
+    batch = replace(BATCH, bn_batch_size=1, accumulation=2)  # an earlier micro-batch's are there all the time
+    assert of(DATA_PLAN, cluster(1.0, 1.0), batch).memory_bytes[0] == pytest.approx(always + 410 + 7 + 13 + 1)
 
 
 def test_owned_gradients_go_over_the_data_axis() -> None:
