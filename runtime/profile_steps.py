@@ -107,7 +107,9 @@ class _Loop:
 
     def __init__(self, trainer: Trainer, total: int) -> None:
         self.trainer, self.total, self.done = trainer, total, 0
-        self._steps = itertools.chain.from_iterable(trainer._steps(0) for _ in itertools.count())
+        self._steps = itertools.chain.from_iterable(
+            trainer.feed.steps(0, trainer.last_step) for _ in itertools.count()
+        )
         self._ended = time.perf_counter()
 
     def __call__(self) -> float:

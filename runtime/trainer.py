@@ -8,20 +8,18 @@ Under torchrun each process does the same; with a plan over several ranks it tak
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from anabranch.blocks.convert import prepare
-from anabranch.blocks.random import fold
 from anabranch.cluster import WorkerContext
 from anabranch.cluster.failures import failed_in_collective
 from anabranch.runtime.agreement import on_all_ranks
@@ -32,26 +30,25 @@ from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.checksum import check_replicas
 from anabranch.runtime.config import Config
-from anabranch.runtime.data.augment import augment_keys, augmented, normalise, ten_crops
-from anabranch.runtime.data.batches import batches, epoch_order
 from anabranch.runtime.data.load import bundle_of
-from anabranch.runtime.data.sources import BatchSource, DataBundle
-from anabranch.runtime.deal import Deal, deal_step
+from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.drift import DriftWatch
+from anabranch.runtime.evaluation import evaluate
 from anabranch.runtime.execution import HowToRun, how_to_run, is_ours
+from anabranch.runtime.feed import Feed
 from anabranch.runtime.fill import fill
 from anabranch.runtime.generation import Generation
 from anabranch.runtime.launch import alone, choose_launcher, from_environment
-from anabranch.runtime.loss import LossFunction, step_share
+from anabranch.runtime.loss import LossFunction
 from anabranch.runtime.lr_schedule import Plateau, learning_rate
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
-from anabranch.runtime.parallel_network import RankBatch, parallelize
+from anabranch.runtime.parallel_network import parallelize
 from anabranch.runtime.position import Position
 from anabranch.runtime.process_group import broadcast_json, process_group
 from anabranch.runtime.recorder import by_part
-from anabranch.runtime.step import MicroBatch, StepResult, TrainStep, autocast, num_correct
+from anabranch.runtime.step import StepResult, TrainStep
 from anabranch.schedulers import Plan, format_plan
 
 
@@ -156,13 +153,14 @@ class Trainer:
             network = in_precision(self.config, self._network)
             ours = is_ours(network)
             self.network = parallelize(network, self.plan, self.mesh).to(self.device)
+            self.feed = self._feed()
             self.how_to_run = HowToRun.from_dict(told) if told else self._how_to_run(ours)
             self.how_to_run.apply(self.network)
             self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
-            self.dtype = next(self.network.parameters()).dtype
             self._is_set_up = True
         else:
             self.network.regroup(self.mesh)
+            self.feed = self._feed()
             if "step" in vars(self):
                 self.step.close()
         self.step: TrainStep = TrainStep(
@@ -181,12 +179,11 @@ class Trainer:
         if told and names == set(told["execution"]):
             return HowToRun.from_dict(told)
         num = min(self.config.train.batch_size, self.num_train)
-        rows = self.network.rank_batch(
-            self._deals(num, self.config.train.bn_batch_size, self.config.train.accumulation)[0], num
-        )
+        train = self.config.train
+        rows = self.feed.rows(num, train.bn_batch_size, train.accumulation)[0]
         mesh, shape = self.config.mesh, (self.data.in_channels, *self.data.image_size)
         return how_to_run(
-            self.network, shape, rows, mesh, precision=self.config.train.precision, ours=ours
+            self.network, shape, rows, mesh, precision=train.precision, ours=ours
         )  # fmt: skip
 
     def _fit(self) -> dict[str, Any]:
@@ -305,7 +302,7 @@ class Trainer:
         """From the position to the end of the run."""
         config, p = self.config, self.position
         assert p is not None, "joined"
-        recorder, steps = self.network.recorder, self._steps(p.done)
+        recorder, steps = self.network.recorder, self.feed.steps(p.done, self.last_step)
         self._drift = DriftWatch(self._rank_names())
         self._started = time.perf_counter() - p.elapsed_s
         recorder.end_step()  # what came before belongs to no step
@@ -437,29 +434,10 @@ class Trainer:
         self._tell("on_end", result)
         return result
 
-    def _steps(self, done: int) -> Generator[tuple[int, Tensor, list[MicroBatch]], None, None]:
-        """(step, the step's sample indices, this rank's micro-batches) from step `done` on, prepared ahead."""
-        train = self.config.train
-        for epoch in range(done // self.steps_per_epoch, -(-self.last_step // self.steps_per_epoch)):
-            order = epoch_order(self.num_train, train.seed, epoch)
-            first = done % self.steps_per_epoch if epoch == done // self.steps_per_epoch else 0
-            last = min(self.steps_per_epoch, self.last_step - epoch * self.steps_per_epoch)
-            steps = [order[i * train.batch_size : (i + 1) * train.batch_size] for i in range(first, last)]
-            deals = [self._deals(len(ids), train.bn_batch_size, self._accumulation) for ids in steps]
-            rows = [
-                [self.network.rank_batch(d, len(ids)) for d in ds]
-                for ids, ds in zip(steps, deals, strict=True)
-            ]
-            fetched = self._fetch(self.data.train, steps, rows, epoch)
-            for index, (ids, parts) in enumerate(zip(steps, rows, strict=True)):
-                step = epoch * self.steps_per_epoch + first + index
-                key = fold(train.seed, step)
-                yield step, ids, [self._micro_batch(*next(fetched), ids, part, key, epoch) for part in parts]
-
-    @property
-    def _accumulation(self) -> int:
-        """Micro-batches of a step: with fewer replicas more, so that none computes more samples at a time."""
-        return self.config.train.accumulation * -(-self._whole_plan.data // self.plan.data)
+    def _feed(self) -> Feed:
+        """On the groups that stand. With fewer replicas in more micro-batches: none computes more samples at a time."""
+        accumulation = self.config.train.accumulation * -(-self._whole_plan.data // self.plan.data)
+        return Feed(self.network, self.data, self.config, self.plan, accumulation)
 
     def _reason(self) -> str:
         return self.context.stop_requested or "by another rank"
@@ -468,55 +446,9 @@ class Trainer:
         named = [name for row in self.plan.devices or () for name in row]
         return named or [f"rank {rank}" for rank in range(self.plan.world_size)]
 
-    def _deals(self, num_samples: int, bn_batch_size: int, accumulation: int = 1) -> list[Deal]:
-        mesh = self.mesh
-        return deal_step(
-            num_samples, bn_batch_size=min(bn_batch_size, num_samples), data=mesh.data, branch=mesh.branch,
-            samples=self.plan.samples, accumulation=accumulation,
-        )  # fmt: skip
-
-    def _fetch(
-        self, source: BatchSource, steps: Sequence[Tensor], rows: Sequence[Sequence[RankBatch]], epoch: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, target) of the rows that the stem takes, one pair a micro-batch."""
-        wanted = [
-            ids[part.range_of(self.network.input_rows).start : part.range_of(self.network.input_rows).stop]
-            for ids, parts in zip(steps, rows, strict=True)
-            for part in parts
-        ]
-        for batch in batches(source, wanted, epoch, self.device):
-            yield batch.x_NCHW, batch.labels
-
-    def _micro_batch(
-        self, x: Tensor, target: Tensor, ids: Tensor, rows: RankBatch, key: int, epoch: int
-    ) -> MicroBatch:
-        own, group = (ids[r.start : r.stop].to(self.device) for r in (rows.own_range, rows.group_range))
-        x = normalise(x, self.data.normalisation, self.dtype)
-        if self.config.data.augment in ("crop", "flip_crop", "affine"):
-            mine = own if self.network.input_rows == "own" else group
-            keys = augment_keys(self.config.train.seed, epoch, mine)
-            x = augmented(x, keys, self.config.data)
-        return MicroBatch(x, target, rows.with_samples(own, group, key))
-
-    @torch.no_grad()
     def _evaluate(self, step: int = 0) -> dict[str, Any]:
         self.context.publish(phase="evaluating")
-        self.network.eval()
-        size, num = self.config.train.eval_batch_size, len(self.data.test)
-        steps = [torch.arange(i, min(i + size, num)) for i in range(0, num, size)]
-        rows = [[self.network.rank_batch(self._deals(len(ids), 1)[0], len(ids))] for ids in steps]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        fetched = self._fetch(self.data.test, steps, rows, 0)
-        for (x, target), (part,) in zip(fetched, rows, strict=True):
-            with autocast(self.config.train.precision, self.device):
-                output = self._predicted(normalise(x, self.data.normalisation, self.dtype), part)
-                target = self.network.to_output_rows(target, part)
-                sums[0] += step_share(self.loss, output, target, num)
-            sums[1] += num_correct(output, target)
-        sums *= self.step.output_share
-        dist.all_reduce(sums)
-        loss, hits = sums.tolist()
-        metrics = {"test_loss": loss, "test_accuracy": hits / num}
+        metrics = evaluate(self.feed, self.loss, self.step.output_share)
         self.context.publish(**metrics)
         self._tell("on_evaluation", {"step": step, "epoch": step / self.steps_per_epoch, **metrics})
         return metrics
@@ -527,17 +459,6 @@ class Trainer:
         for told in on_all_ranks(self.mesh, self.device, self.data.unreadable, "count unreadable files"):
             found |= told
         return found
-
-    def _predicted(self, x: Tensor, rows: RankBatch) -> Tensor:
-        """The network's outputs; of several crops the logarithm of their classes' mean probabilities."""
-        data = self.config.data
-        if data.eval_crops == 1:
-            return self.network(x, rows)  # type: ignore[no-any-return]
-        crops = ten_crops(x, self.data.image_size, data.crop_padding)
-        logits = [self.network(crop, rows) for crop in crops]
-        exact = torch.promote_types(logits[0].dtype, torch.float32)  # half precisions would lose the mean
-        logs = torch.stack([y.to(exact).log_softmax(1) for y in logits])
-        return logs.logsumexp(0) - math.log(len(crops))
 
     def _checkpoints(self) -> Checkpoints | None:
         def on_failure(text: str) -> None:  # from the thread that saves
