@@ -76,9 +76,12 @@ def test_planned_devices_are_taken_exactly() -> None:
         (
             (4, 2),
             {"use_gpu": True},
-            "8 workers with a GPU and 1 CPUs each .* room for 6 .*a: 4 GPUs and 8 CPUs",
+            r"8 workers with a bundle of 1 CPUs and 1 GPU each .* room for 6: ask for [^\n]*\n"
+            r"  host  CPUs  free  GPUs  free  kind\n  a     8     8     4     4     H200\n"
+            r"  b     8     8     2     2     H200\n"
+            r"  c     4     4     0     0     –$",
         ),
-        ((3, 7), {}, "21 workers with 1 CPUs each .* room for 20 .*c: 4 CPUs.*: ask for fewer workers"),
+        ((3, 7), {}, r"21 workers with a bundle of 1 CPUs each .* room for 20: ask for fewer workers"),
         ((1, 2), {"cpus_per_worker": 1.5}, "cpus_per_worker is 1.5, .* make it 1 or 2"),
         ((1, 2), {"use_gpu": True, "devices": (("a:0",),)}, r"rows of \[1\] devices, the mesh is 1x2"),
         (
@@ -294,7 +297,10 @@ def test_refused_before_a_worker_starts(ray_hosts: tuple[Host, ...], tmp_path: P
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         cases = [
-            (RayRequest((1, 9)), "9 workers with 1 CPUs each were asked for, the cluster has room for 8"),
+            (
+                RayRequest((1, 9)),
+                "9 workers with a bundle of 1 CPUs each were asked for, the cluster has room for 8",
+            ),
             (RayRequest((1, 2), port=port), f"port {port} is in use on {ray_hosts[0].name}"),
             (RayRequest((1, 2), backend="nccl"), "nccl, which needs CUDA GPUs"),
         ]
