@@ -161,10 +161,16 @@ def ray_cluster() -> Iterator[None]:
 
         node: dict[str, Any] = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": 80 * 2**20}
         cluster = Cluster(
-            initialize_head=True, head_node_args={**node, "num_gpus": 4, "temp_dir": str(temp_dir)}
+            initialize_head=True,
+            head_node_args={
+                **node,
+                "num_gpus": 4,
+                "resources": {"accelerator_type:H100": 1},
+                "temp_dir": str(temp_dir),
+            },
         )
         try:
-            cluster.add_node(**node, num_gpus=2)
+            cluster.add_node(**node, num_gpus=2, resources={"accelerator_type:A100": 1})
             with connect(cluster.address):
                 yield
         finally:
@@ -227,6 +233,7 @@ def wait_for(true: Callable[[], bool]) -> None:
 def test_hosts_are_told_apart(ray_hosts: tuple[Host, ...]) -> None:
     assert [(host.cpus, host.gpus, host.free_gpus) for host in ray_hosts] == [(4, 4, 4), (4, 2, 2)]
     assert len(set(discover().names)) == 6
+    assert [device.kind for device in discover().devices] == ["H100"] * 4 + ["A100"] * 2
     assert all(host.name.startswith(socket.gethostname()) for host in ray_hosts)
 
 
@@ -300,6 +307,11 @@ def test_refused_before_a_worker_starts(ray_hosts: tuple[Host, ...], tmp_path: P
             (
                 RayRequest((1, 9)),
                 "9 workers with a bundle of 1 CPUs each were asked for, the cluster has room for 8",
+            ),
+            (
+                RayRequest((1, 7), use_gpu=True),
+                r"7 workers with a bundle of 1 CPUs and 1 GPU each were asked for, the cluster has room for 6: ask for "
+                r"[^\n]*\n  host.*\n.* 4     4     4     4     H100\n.* 4     4     2     2     A100$",
             ),
             (RayRequest((1, 2), port=port), f"port {port} is in use on {ray_hosts[0].name}"),
             (RayRequest((1, 2), backend="nccl"), "nccl, which needs CUDA GPUs"),
