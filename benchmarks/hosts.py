@@ -36,9 +36,13 @@ def run(
     """
     with tempfile.TemporaryDirectory() as place, ray_hosts(1, fast_mbit_per_s) as cluster:
         bench = _Bench(cluster, Path(place))
-        healthy = bench.call("doctor")
+        healthy = [bench.call("doctor") for _ in range(3)]
         result = {
-            "doctor": {"seconds": healthy["seconds"], "checks": healthy["result"].get("checks", [healthy])},
+            "doctor": {
+                "seconds": [each["seconds"] for each in healthy],
+                "passed": [each["code"] == 0 for each in healthy],
+                "checks": healthy[0]["result"].get("checks", [healthy[0]]),
+            },
             "profiles": [bench.profile(rate) for rate in (fast_mbit_per_s, slow_mbit_per_s)],
             "verify_without_shared_folder": bench.verify(),
             "faults": bench.faults(),
