@@ -7,13 +7,14 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format types contracts check clean
+.PHONY: help train test lint format types contracts check audit clean
 
 help:
 	@echo "make train      train the default network on two local workers"
 	@echo "make test       run every test"
 	@echo "make check      formatting, lint, strict types, import contracts"
 	@echo "make format     format and fix what can be fixed"
+	@echo "make audit      look the pinned dependencies up for known vulnerabilities"
 	@echo "make clean      remove .venv, build products and caches"
 
 train: .venv/train.stamp
@@ -38,6 +39,20 @@ types: .venv/test.stamp
 contracts: .venv/test.stamp
 	PYTHONPATH=.typing $(BIN)/lint-imports
 
+# --strict: an index without the data (a mirror) would leave every package out and pass. Findings are written to the
+# file, what went wrong is not.
+audit: .venv/audit.stamp
+	@found=$$(mktemp); errors=$$(mktemp); trap 'rm -f "$$found" "$$errors"' EXIT; \
+	for service in pypi osv; do \
+		if $(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict \
+			--vulnerability-service $$service --progress-spinner off --output "$$found" 2> "$$errors"; then \
+			echo "audit: no known vulnerability ($$service)"; exit 0; \
+		elif [ -s "$$found" ]; then cat "$$found"; exit 1; fi; \
+		echo "audit: $$service: $$(tail -n 1 "$$errors")" >&2; \
+	done; \
+	echo "audit: NOTHING was audited: neither service has the data here; run it where pypi.org or api.osv.dev answers" >&2; \
+	exit 2
+
 .venv/train.stamp: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "anabranch needs Python >= 3.11, $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -48,6 +63,10 @@ contracts: .venv/test.stamp
 
 .venv/test.stamp: .venv/train.stamp
 	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+.venv/audit.stamp: .venv/train.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check pip-audit
 	@touch $@
 
 clean:

@@ -318,6 +318,26 @@ def mixing(
 
 
 @app.command
+def hosts() -> None:
+    """Two hosts (namespaces; root): doctor, planted network faults, profile over a fast and a slow wire."""
+    from anabranch.benchmarks import hosts as case
+
+    record = case.run()
+    print(f"doctor: {', '.join(f'{seconds:.1f}' for seconds in record['doctor']['seconds'])} s")
+    for fault in record["faults"]:
+        print(f"{fault['fault']}: {'named' if fault['named'] else 'NOT NAMED'} in {fault['seconds']:.1f} s")
+    for profile in record["profiles"]:
+        places = ", ".join(rank["host"] for rank in profile["ranks"])
+        print(
+            f"{profile['mbit_per_s']:g} Mbit/s: step {1e3 * profile['step_s']['p50']:.0f} ms, transfer "
+            f"{1e3 * profile['transfer_s']:.0f} ms, ranks on {places}"
+        )
+    print(record["path"])
+    if not all([*record["doctor"]["passed"], *(fault["named"] for fault in record["faults"])]):
+        raise SystemExit(1)
+
+
+@app.command
 def fused(*, rounds: Rounds = 12) -> None:
     """Local branches fused against one after another, all stages, batch 32 and 128: what the choice made costs."""
     from anabranch.benchmarks import step_parts

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,8 +39,11 @@ class RayHosts:
         """The cluster's, on the wire."""
         return f"{self.hosts[0].address}:{_PORT}"
 
-    def start(self, index: int) -> None:
-        """Starts Ray on a host, and waits for it. Raises RuntimeError with what it printed where it does not start."""
+    def start(self, index: int, environ: Mapping[str, str] | None = None) -> None:
+        """Starts Ray on a host, and waits for it. Raises RuntimeError with what it printed where it does not start.
+
+        environ: what its workers have in their environment besides.
+        """
         host = self.hosts[index]
         role = ["--address", self.address]
         if index == 0:
@@ -52,7 +55,12 @@ class RayHosts:
             "--object-store-memory", str(_OBJECT_STORE_BYTES), "--disable-usage-stats",
         ]  # fmt: skip
         done = subprocess.run(
-            command, env=self._environ, capture_output=True, text=True, check=False, timeout=_START_S
+            command,
+            env={**self._environ, **(environ or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_START_S,
         )
         if done.returncode:
             raise RuntimeError(f"Ray did not start on {host.namespace}:\n{done.stdout}{done.stderr}")

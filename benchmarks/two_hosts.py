@@ -40,6 +40,23 @@ class Host:
         """Puts it up again."""
         _run("ip", "-n", self.namespace, "link", "set", self.device, "up")
 
+    def limit(self, mbit_per_s: float) -> None:
+        """Sets the rate at which this host sends."""
+        _run(
+            "tc", "-n", self.namespace, "qdisc", "replace", "dev", self.device, "root", "tbf",
+            "rate", f"{mbit_per_s:g}mbit", "burst", _BURST, "latency", "500ms",
+        )  # fmt: skip
+
+    @contextmanager
+    def blocking(self, port: int) -> Iterator[None]:
+        """This host refuses to send to a TCP port, as behind a firewall."""
+        rule = ("rule", "add", "ipproto", "tcp", "dport", str(port), "prohibit")
+        _run("ip", "-n", self.namespace, *rule)
+        try:
+            yield
+        finally:
+            _run("ip", "-n", self.namespace, "rule", "del", *rule[2:])
+
 
 def why_not() -> str:
     """Why two hosts cannot be made here; "" where they can."""
@@ -67,10 +84,7 @@ def two_hosts(mbit_per_s: float) -> Iterator[tuple[Host, Host]]:
             _run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.device)
             _run("ip", "-n", host.namespace, "link", "set", "lo", "up")
             _run("ip", "-n", host.namespace, "link", "set", host.device, "up")
-            _run(
-                "tc", "-n", host.namespace, "qdisc", "add", "dev", host.device, "root", "tbf",
-                "rate", f"{mbit_per_s:g}mbit", "burst", _BURST, "latency", "500ms",
-            )  # fmt: skip
+            host.limit(mbit_per_s)
         yield hosts[0], hosts[1]
     finally:
         for host in hosts:  # takes the wire along

@@ -50,7 +50,7 @@ def _check_room(found: tuple[Host, ...], num_workers: int, cpus_per_worker: floa
     try:
         place(found, (max(num_workers, 1), 1), use_gpu=use_gpu, cpus_per_worker=cpus_per_worker)
     except ClusterError as error:
-        what, _, remedy = str(error).rpartition(": ")
+        what, _, remedy = str(error).partition(": ")
         return Check("room", "", False, what, remedy)
     return Check("room", "", True, f"for {num_workers} workers" if num_workers else "for a worker at least")
 

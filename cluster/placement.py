@@ -150,7 +150,7 @@ def _check_room(hosts: tuple[Host, ...], world_size: int, use_gpu: bool, cpus_pe
     if world_size <= free:
         return
     total = sum(_places(host, host.cpus, host.gpus, use_gpu, cpus_per_worker) for host in hosts)
-    unit = "a GPU and " if use_gpu else ""
+    bundle = f"{cpus_per_worker:g} CPUs" + (" and 1 GPU" if use_gpu else "")
     busy = f", {free} of them free (other jobs hold the rest)" if free < total else ""
     remedy = (
         "fewer workers or a larger cluster"
@@ -158,9 +158,27 @@ def _check_room(hosts: tuple[Host, ...], world_size: int, use_gpu: bool, cpus_pe
         else "fewer workers, or a smaller launch.cpus_per_worker"
     )
     raise ClusterError(
-        f"{world_size} workers with {unit}{cpus_per_worker:g} CPUs each were asked for, the cluster has room for "
-        f"{total}{busy} ({', '.join(map(_describe, hosts))}): ask for {remedy}"
+        f"{world_size} workers with a bundle of {bundle} each were asked for, the cluster has room for {total}{busy}: "
+        f"ask for {remedy}\n{_table(hosts)}"
     )
+
+
+def _table(hosts: tuple[Host, ...]) -> str:
+    """What each host has, as lines."""
+    rows = [("host", "CPUs", "free", "GPUs", "free", "kind")] + [
+        (
+            h.name,
+            f"{h.cpus:g}",
+            f"{h.free_cpus:g}",
+            str(h.gpus),
+            str(h.free_gpus),
+            h.gpu_kind if h.gpus else "–",
+        )
+        for h in hosts
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
 def _describe(host: Host) -> str:

@@ -231,9 +231,11 @@ def _check_answers(address: str) -> None:
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise ClusterError(f"launch.address {address} is no HOST:PORT: give it as in 10.0.0.1:6379, or auto")
     try:
-        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
-    except (OSError, ValueError) as error:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, UnicodeError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {address} ({error}): start one there with `ray start --head`, "
             "or leave launch.address empty for one on this machine"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anabranch.runtime.manifest import step_of
+from anabranch.runtime.redact import redacted
 
 if TYPE_CHECKING:
     from anabranch.runtime.parallel_network import ParallelNetwork
@@ -93,7 +94,8 @@ class MetricsFile(Callback):
         self._file.close()
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        plain = values if kind == "step" else redacted(dict(values))  # a step's are numbers, and many
+        self._file.write(json.dumps({"kind": kind, **plain}) + "\n")
 
 
 def whole_lines(path: Path) -> list[str]:

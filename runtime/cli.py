@@ -25,6 +25,7 @@ from anabranch.runtime.config_file import require_section, shipped_configs
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.flags import ENV_PREFIX, config_from_flags, with_config_flags, with_gross_flags
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
+from anabranch.runtime.redact import redacted, shielded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -388,8 +389,12 @@ def run(call: Call) -> tuple[dict[str, Any] | None, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (default: this process's) and return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command line (default: this process's) and return its exit code; no secret is printed."""
+    with shielded():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     as_json = "--json" in argv
     try:
         call = parse(argv)
@@ -435,4 +440,4 @@ def _failure(error: BaseException) -> tuple[dict[str, Any], int]:
 
 def _print_json(result: dict[str, Any]) -> None:
     sys.stdout.flush()
-    print(json_module.dumps(result, default=str), flush=True)
+    print(json_module.dumps(redacted(result), default=str), flush=True)

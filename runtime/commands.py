@@ -39,7 +39,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
 
     Raises Interrupted or Terminated when told to stop, after the checkpoint.
     """
-    with _locked(config) as lock, Driver(config, console) as driver:
+    own_folder = not config.checkpoint.url  # else nothing but rank 0's files are in it
+    with _locked(config) as lock, Driver(config, console, shares_folder=own_folder) as driver:
         from anabranch.runtime.run_folder import RunFolder
 
         driver.config, checkpoint = _resumed(driver.config, console)
@@ -137,7 +138,7 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
     """Profiles a run's first steps: step_s, stragglers, suggestion, unattributed, overhead, files, run_dir."""
     if steps < 1:
         raise ConfigError(f"--steps is {steps}: profile at least 1")
-    with _locked(config) as lock, Driver(config, console) as driver:
+    with _locked(config) as lock, Driver(config, console, shares_folder=True) as driver:
         from anabranch.runtime.profile_command import print_result
         from anabranch.runtime.run_folder import RunFolder
 
@@ -182,7 +183,7 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     )
     if not importlib.util.find_spec("matplotlib"):
         console.print("without matplotlib there will be no plot: pip install matplotlib", style="yellow")
-    with _locked(config) as lock, Driver(config, console) as driver:
+    with _locked(config) as lock, Driver(config, console, shares_folder=True) as driver:
         from anabranch.runtime.gross_report import print_table
         from anabranch.runtime.gross_space import check_search
         from anabranch.runtime.run_folder import RunFolder

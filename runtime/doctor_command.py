@@ -12,6 +12,7 @@ from anabranch.cluster.checks import Check
 from anabranch.cluster.doctor import examine
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_rules import mesh_axes
+from anabranch.runtime.redact import redacted
 
 
 def doctor(config: Config, console: Console) -> dict[str, Any]:
@@ -49,5 +50,5 @@ def print_checks(console: Console, found: list[Check]) -> None:
 
 
 def escape(text: str) -> str:
-    """Square brackets are no markup here."""
-    return text.replace("[", r"\[")
+    """Square brackets are no markup here; secrets are taken out before a cell's lines are folded."""
+    return str(redacted(text)).replace("[", r"\[")

@@ -23,6 +23,7 @@ from anabranch.runtime.job_line import check_address, outlive_note
 from anabranch.runtime.launch import choose_launcher, leads, run_here
 from anabranch.runtime.progress import RunProgress
 from anabranch.runtime.recovery_policy import check_replicas_wanted, recovery_of
+from anabranch.runtime.redact import redacted
 from anabranch.runtime.run_record import RunRecord
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
 from anabranch.schedulers.cost_file import read_costs
@@ -37,7 +38,7 @@ class Driver:
 
     config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together; where
     `is_auto`, only a provisional one before `find_plan`. cluster: the plan's devices. model: what the plan places.
-    network: the one-device network, for checks.
+    network: the one-device network, for checks. shares_folder: every worker writes into the run's folder.
     """
 
     plan: Plan | None = None
@@ -46,8 +47,8 @@ class Driver:
     model: ModelSpec
     network: nn.Module
 
-    def __init__(self, config: Config, console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(self, config: Config, console: Console, *, shares_folder: bool = False) -> None:
+        self.config, self.console, self._shares_folder = config, console, shares_folder
         # An address is Ray's, also where srun started this.
         self.launcher = choose_launcher(config.launch.launcher or ("ray" if config.launch.address else ""))
         self.failures: list[dict[str, Any]] = []  # that training was recovered from
@@ -145,7 +146,7 @@ class Driver:
         launch = self.config.launch
         if self.launcher == "ray" and self.cluster is not None and is_remote(launch.address):
             names = {device.host for device in self.cluster.devices}
-            preflight(sorted(names), run_folder(launch.run_dir))
+            preflight(sorted(names), run_folder(launch.run_dir) if self._shares_folder else None)
 
     def find_plan(self) -> dict[str, Any] | None:
         """Measures, plans and times plans on the workers; from then on `plan` is the one chosen.
@@ -230,7 +231,7 @@ class Driver:
                     if record:
                         record.note(mesh=event["mesh"], mesh_changes=self.mesh_changes)
                 with (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**event, "text": text}) + "\n")
+                    file.write(json.dumps(redacted({**event, "text": text})) + "\n")
 
             recovery = recovery_of(self.config, self.plan, checkpoint, told)
             try:

@@ -90,7 +90,7 @@ class RunProgress:
         first = statuses[0]
         if (warning := first.get("warning")) and warning != self._warned:
             self._warned = warning
-            self._console.print(f"warning: {warning}", style="yellow", highlight=False)
+            self._console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
         figures = _figures(first)
         assert self._task is not None, "entered"
         if total := first.get("num_steps"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.redact import redacted
 
 RECORD, STOP = "run.json", "stop"
 # A driver writes every second; a loaded one or a slow file system may be late.
@@ -88,7 +89,7 @@ class RunRecord:
         self._fields["heard_at"] = time.time()
         aside = Path(self._folder, f"{RECORD}.tmp")
         with suppress(OSError):
-            aside.write_text(json.dumps(self._fields), encoding="utf-8")
+            aside.write_text(json.dumps(redacted(self._fields)), encoding="utf-8")
             aside.replace(aside.with_name(RECORD))
 
 

@@ -71,8 +71,9 @@ class Cluster:
         return {str(device): device for device in self.devices}
 
     def place(self, data: int, branch: int) -> Devices:
-        """Devices for a mesh, [data][branch], each branch group on one host where it fits.
+        """Devices for a mesh, [data][branch], each branch group on one host where it fits, the groups on all hosts.
 
+        Hosts are taken by turns, so that a lost one takes few replicas along; the groups of one host are neighbours.
         Groups that fit no host take what is left on as few hosts as possible. Raises PlanError when the
         cluster is too small.
         """
@@ -85,11 +86,13 @@ class Cluster:
         hosts: dict[str, list[str]] = {}
         for device in self.devices:
             hosts.setdefault(device.host, []).append(str(device))
-        groups, rest = [], []
-        for names in hosts.values():
-            whole = len(names) // branch * branch
-            groups += [tuple(names[start : start + branch]) for start in range(0, whole, branch)]
-            rest.append(names[whole:])
+        whole, rest = [], []
+        for host, names in enumerate(hosts.values()):
+            num = len(names) // branch
+            whole += [(turn, host, tuple(names[turn * branch : (turn + 1) * branch])) for turn in range(num)]
+            rest.append(names[num * branch :])
+        taken = sorted(sorted(whole)[:data], key=lambda group: group[1])
+        groups = [names for _, _, names in taken]
         left = [name for names in sorted(rest, key=len, reverse=True) for name in names]
         groups += [tuple(left[start : start + branch]) for start in range(0, len(left), branch)]
         return tuple(groups[:data])

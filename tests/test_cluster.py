@@ -94,9 +94,12 @@ def test_planned_devices_are_taken_exactly() -> None:
         (
             (4, 2),
             {"use_gpu": True},
-            "8 workers with a GPU and 1 CPUs each .* room for 6 .*a: 4 GPUs and 8 CPUs",
+            r"8 workers with a bundle of 1 CPUs and 1 GPU each .* room for 6: ask for [^\n]*\n"
+            r"  host  CPUs  free  GPUs  free  kind\n  a     8     8     4     4     H200\n"
+            r"  b     8     8     2     2     H200\n"
+            r"  c     4     4     0     0     –$",
         ),
-        ((3, 7), {}, "21 workers with 1 CPUs each .* room for 20 .*c: 4 CPUs.*: ask for fewer workers"),
+        ((3, 7), {}, r"21 workers with a bundle of 1 CPUs each .* room for 20: ask for fewer workers"),
         ((1, 2), {"cpus_per_worker": 1.5}, "cpus_per_worker is 1.5, .* make it 1 or 2"),
         ((1, 2), {"use_gpu": True, "devices": (("a:0",),)}, r"rows of \[1\] devices, the mesh is 1x2"),
         (
@@ -222,10 +225,16 @@ def ray_cluster() -> Iterator[None]:
 
         node: dict[str, Any] = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": 80 * 2**20}
         cluster = Cluster(
-            initialize_head=True, head_node_args={**node, "num_gpus": 4, "temp_dir": str(temp_dir)}
+            initialize_head=True,
+            head_node_args={
+                **node,
+                "num_gpus": 4,
+                "resources": {"accelerator_type:H100": 1},
+                "temp_dir": str(temp_dir),
+            },
         )
         try:
-            cluster.add_node(**node, num_gpus=2)
+            cluster.add_node(**node, num_gpus=2, resources={"accelerator_type:A100": 1})
             with connect(cluster.address):
                 yield
         finally:
@@ -288,6 +297,7 @@ def wait_for(true: Callable[[], bool]) -> None:
 def test_hosts_are_told_apart(ray_hosts: tuple[Host, ...]) -> None:
     assert [(host.cpus, host.gpus, host.free_gpus) for host in ray_hosts] == [(4, 4, 4), (4, 2, 2)]
     assert len(set(discover().names)) == 6
+    assert [device.kind for device in discover().devices] == ["H100"] * 4 + ["A100"] * 2
     assert all(host.name.startswith(socket.gethostname()) for host in ray_hosts)
 
 
@@ -358,7 +368,15 @@ def test_refused_before_a_worker_starts(ray_hosts: tuple[Host, ...], tmp_path: P
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         cases = [
-            (RayRequest((1, 9)), "9 workers with 1 CPUs each were asked for, the cluster has room for 8"),
+            (
+                RayRequest((1, 9)),
+                "9 workers with a bundle of 1 CPUs each were asked for, the cluster has room for 8",
+            ),
+            (
+                RayRequest((1, 7), use_gpu=True),
+                r"7 workers with a bundle of 1 CPUs and 1 GPU each were asked for, the cluster has room for 6: ask for "
+                r"[^\n]*\n  host.*\n.* 4     4     4     4     H100\n.* 4     4     2     2     A100$",
+            ),
             (RayRequest((1, 2), port=port), f"port {port} is in use on {ray_hosts[0].name}"),
             (RayRequest((1, 2), backend="nccl"), "nccl, which needs CUDA GPUs"),
         ]

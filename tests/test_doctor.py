@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -140,6 +141,80 @@ def test_address_of_nothing() -> None:
     assert "ray start --head" in check["remedy"]
 
 
+# A process in which everything is wrong that needs no second node; what it tells, as JSON.
+NODE = """
+import json, os, sys
+from anabranch.cluster.node_probe import NodeProbe
+probe, (port, closed) = NodeProbe(), map(int, sys.argv[1:])
+print(json.dumps(probe.look("/proc/none", deep=False) | {
+    "now": probe.clock(),
+    "interface": probe.interface("192.0.2.9"),
+    "listen": probe.listen(port),
+    "reach_error": probe.reach("127.0.0.1", closed, 1.0),
+    "write": [probe.write(folder, "b", "") for folder in ("/proc", "/not/there")],
+}))
+"""
+
+
+def test_faults_of_a_process_are_named(tmp_path: Path) -> None:
+    """Eleven planted for real, seen by the code that runs on a node, named by the doctor's checks."""
+    _plant_packages(tmp_path, torch="0.0.1", ray="0.0.2")
+    with socket.create_server(("", 0)) as taken, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        ports = [str(each.getsockname()[1]) for each in (taken, closed)]
+        environ = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}
+        paths = os.pathsep.join([str(tmp_path), *sys.path])
+        done = subprocess.run(
+            [sys.executable, "-c", NODE, *ports],
+            env={**environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "ib7"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    told = json.loads(done.stdout.splitlines()[-1])
+    bad = NodeReport(
+        "b",
+        "192.0.2.9",
+        versions=told["versions"],
+        missing_interfaces=told["missing_interfaces"],
+        auth_mode=told["auth_mode"],
+        free_bytes=told["free_bytes"],
+        skew_s=told["now"] - time.time(),
+        reach_error=told["reach_error"],
+    )
+    driver = NodeProbe().look("/", deep=False)["versions"]
+    found = [
+        *checks.check_versions(driver, [bad]),
+        *checks.check_interfaces([A, bad]),
+        *checks.check_interfaces([A, replace(bad, missing_interfaces=(), interface=told["interface"])]),
+        *checks.check_port(bad, int(ports[0]), told["listen"]),
+        *checks.check_reach(A, [A, bad]),
+        *checks.check_clocks([bad]),
+        *(c for error in told["write"] for c in checks.check_folder("/r", "", [replace(bad, folder_error=error)])),
+        *checks.check_disk("/r", [bad]),
+        *checks.check_token([bad]),
+    ]  # fmt: skip
+    said = "\n".join(check.found for check in found if not check.ok and check.remedy)
+    for text in (
+        "torch 0.0.1, the driver has", "ray 0.0.2, the driver has", "names ib7, not there",
+        "no interface owns Ray's address 192.0.2.9", f"{ports[0]} is in use", "Connection refused", "s ahead of",
+        "/r: ", "/r is not shared", "0.0 GiB free at /r: the disk is full", "from anyone who reaches 192.0.2.9",
+    ):  # fmt: skip
+        assert text in said, (text, said)
+
+
+def _plant_packages(site: Path, **versions: str) -> None:
+    """Packages of other versions, and a clock that is an hour fast, for a process with `site` in its path."""
+    for name, version in versions.items():
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (site / "sitecustomize.py").write_text(
+        "import time\n_now = time.time\ntime.time = lambda: _now() + 3600\n"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A second node with everything wrong that one can have, in a file system of its own where this user may make one.
 
@@ -160,13 +235,7 @@ def bad_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("not_shared", "read_only", "full"):
         (folder / name).mkdir()
     site = folder / "site"
-    (site / "torch-0.0.1.dist-info").mkdir(parents=True)
-    (site / "torch-0.0.1.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: torch\nVersion: 0.0.1\n"
-    )
-    (site / "sitecustomize.py").write_text(
-        "import time\n_now = time.time\ntime.time = lambda: _now() + 3600\n"
-    )
+    _plant_packages(site, torch="0.0.1")
     with tempfile.TemporaryDirectory(prefix="ab") as temp, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", temp)
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -150,3 +150,25 @@ def test_help_is_quick_and_needs_neither_torch_nor_ray() -> None:
     assert "anabranch" in imported
     assert not imported & {"torch", "ray", "numpy"}
     assert min(run_help()[1] for _ in range(3)) <= HELP_LIMIT_S
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "said"),
+    [
+        ("", 0, "no known vulnerability (pypi)"),
+        ("requests 2.19.0 CVE-2018-18074", 1, "requests 2.19.0 CVE-2018-18074"),
+        ("", 1, "pypi: it was skipped\naudit: osv: it was skipped\naudit: NOTHING was audited"),
+    ],
+)
+def test_audit_says_what_was_looked_up(tmp_path: Path, found: str, status: int, said: str) -> None:
+    """Found nothing, found something, could not look: three outcomes."""
+    stub = tmp_path / "pip-audit"
+    stub.write_text(
+        "#!/bin/sh\nset -e\necho \"$@\" | grep -q -- --strict\nwhile [ \"$1\" != --output ]; do shift; done\n"
+        f"printf '%s' '{found}' > \"$2\"\necho 'it was skipped' >&2\nexit {status}\n"
+    )  # fmt: skip
+    stub.chmod(0o755)
+    command = ["make", "-s", "-o", ".venv/audit.stamp", "audit", f"BIN={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert said in done.stdout + done.stderr
+    assert (done.returncode == 0) == (status == 0)

@@ -151,6 +151,21 @@ def test_devices(hosts: dict[str, int], data: int, branch: int, random: Random) 
     assert whole == min(data, sum(num // branch for num in hosts.values()))
 
 
+@pytest.mark.parametrize(
+    ("data", "branch", "expected"),
+    [
+        (2, 2, [["a:0", "a:1"], ["b:0", "b:1"]]),
+        (3, 2, [["a:0", "a:1"], ["a:2", "a:3"], ["b:0", "b:1"]]),
+        (2, 3, [["a:0", "a:1", "a:2"], ["b:0", "b:1", "b:2"]]),
+        (3, 1, [["a:0"], ["b:0"], ["c:0"]]),
+        (1, 4, [["a:0", "a:1", "a:2", "a:3"]]),
+    ],
+)
+def test_replicas_are_spread_over_unequal_hosts(data: int, branch: int, expected: list[list[str]]) -> None:
+    """A branch group on one host, the replicas on as many as there are."""
+    assert cluster(a=4, b=3, c=1).place(data, branch) == tuple(map(tuple, expected))
+
+
 def test_a_cluster_that_is_too_small() -> None:
     """The mesh, both numbers and the devices that are there."""
     message = (
