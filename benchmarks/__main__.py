@@ -241,6 +241,20 @@ def prediction(*, workers: Workers = 2, rounds: Rounds = 16) -> None:
 
 
 @app.command
+def search_growth(*, rounds: Annotated[int, Parameter(help="Searches of each size.")] = 3) -> None:
+    """Seconds of the search over numbers of blocks and of devices, with and without memory that binds."""
+    from anabranch.benchmarks import search_growth as case
+
+    record = case.run(rounds=rounds)
+    for one in record["asked"]:
+        print(
+            f"{one['blocks']} blocks, {one['devices']} devices: {one['measured_s']:.2f} s "
+            f"(asked for: {one['at_most_s']:.0f} s, {'met' if one['met'] else 'missed'})"
+        )
+    print(f"{record['path']}, {record['picture'] or 'no picture: pip install matplotlib'}")
+
+
+@app.command
 def regret(*, workers: Workers = 2, rounds: Rounds = 24) -> None:
     """The automatic plan against the best of all plans, re-timed."""
     from anabranch.benchmarks import plans
