@@ -236,8 +236,22 @@ def prediction(*, workers: Workers = 2, rounds: Rounds = 16) -> None:
     print(
         f"{record['num_plans']} plans: mean error {100 * record['mean_absolute_error']:.1f} %; "
         f"of {record['pairs_apart']} pairs more than 10 % apart {100 * (record['pairs_in_order'] or 0):.1f} % "
-        f"in order; {record['path']}"
+        f"in order; as asked: {'yes' if record.get('met') else 'no'}; {record['path']}"
     )
+
+
+@app.command
+def search_growth(*, rounds: Annotated[int, Parameter(help="Searches of each size.")] = 3) -> None:
+    """Seconds of the search over numbers of blocks and of devices, with and without memory that binds."""
+    from anabranch.benchmarks import search_growth as case
+
+    record = case.run(rounds=rounds)
+    for one in record["asked"]:
+        print(
+            f"{one['blocks']} blocks, {one['devices']} devices: {one['measured_s']:.2f} s "
+            f"(asked for: {one['at_most_s']:.0f} s, {'met' if one['met'] else 'missed'})"
+        )
+    print(f"{record['path']}, {record['picture'] or 'no picture: pip install matplotlib'}")
 
 
 @app.command
@@ -384,7 +398,9 @@ def _print_ratios(record: dict[str, Any]) -> None:
     for row in record["cases"]:
         low, high = row["ratio_interval_95"]
         print(f"{row['ratio_median']:.3f} ({low:.3f} to {high:.3f})  {row['case']}")
-    print(record["path"])
+    print(
+        f"as asked (upper ends of the intervals at most 1.02): {'yes' if record['met'] else 'no'}; {record['path']}"
+    )
 
 
 if __name__ == "__main__":

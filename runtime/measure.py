@@ -98,9 +98,11 @@ def measure_costs(
     on_trial(rounds, rounds + 1)
     seen = [one for trial in running for one in trial.seen()]
     exchanges: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    even = {trial.plan.branch for trial in running if trial.is_even}
     for trial in running:
-        for num_bytes, seconds in trial.exchanges():
-            exchanges[trial.plan.branch][num_bytes].append(seconds)
+        if trial.is_even or trial.plan.branch not in even:
+            for num_bytes, seconds in trial.exchanges():
+                exchanges[trial.plan.branch][num_bytes].append(seconds)
     rest = [statistics.median(trial.rest) for trial in running]
     per_byte = [statistics.median(trial.optimizer) / trial.num_bytes for trial in running]
     in_steps = {
@@ -219,18 +221,40 @@ class _Trial:
                     once[span.part, span.element] += (span.end - span.start) * (-1 if span.op else 1)
             for key, seconds in once.items():
                 sums[key].append(seconds)
+        whole = {part: self._whole_s(part, sums) for part in ("forward", "backward")}
         for name, _, rows in self.parallel.elements():
             samples = max(sum(batch.rows.layout_of(rows).group_sizes) for batch in self.step.batches)
             placed = self.plan.blocks.get(name)
             held = placed.branches[self.mesh.branch_rank] if placed and placed.branches else None
             forward, backward = (
-                statistics.median(sums.get((part, name), [0.0])) / len(self.step.batches)
+                whole[part] * statistics.median(sums.get((part, name), [0.0])) / len(self.step.batches)
                 for part in ("forward", "backward")
             )
             yield _Seen(name, samples, held, max(forward, 0.0), max(backward, 0.0), *self.memory[name])
 
+    @staticmethod
+    def _whole_s(part: str, sums: dict[tuple[str, str], list[float]]) -> float:
+        """What medians of elements must be multiplied by to add up to the median of all of them together.
+
+        Delays are rare and long: each element's median leaves out its own, a step has those of all elements.
+        """
+        of_part = [seconds for (which, _), seconds in sums.items() if which == part]
+        parts = sum(map(statistics.median, of_part))
+        return statistics.median(map(sum, zip(*of_part, strict=True))) / parts if parts > 0 else 1.0
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks have equally much to do."""
+        placed = [p.branches for p in self.plan.blocks.values() if p.branches]
+        return all(len({*map(len, branches)}) == 1 for branches in placed)
+
     def exchanges(self) -> Iterator[tuple[int, float]]:
-        """(bytes, seconds) of all branch groups' all-reduces: of a group the shortest rank's, which waited for none."""
+        """(bytes, seconds) of all branch groups' all-reduces.
+
+        Where all have equally much to do the mean over a group's ranks: that they wait for one another by turns is
+        part of what an exchange costs. Else the shortest rank's, which waited for none.
+        """
+        of_group = statistics.mean if self.is_even else min
         mine = [
             [(span.num_bytes, span.end - span.start) for span in spans if span.op == "all_reduce"]
             for spans in self.spans
@@ -240,7 +264,7 @@ class _Trial:
         for first in range(0, len(everyone), branch):
             for of_ranks in zip(*everyone[first : first + branch], strict=True):
                 for same in zip(*of_ranks, strict=True):
-                    yield same[0][0], min(seconds for _, seconds in same)
+                    yield same[0][0], of_group([seconds for _, seconds in same])
 
 
 def _trials(spec: ModelSpec, unequal: frozenset[str], world: int) -> Iterator[Plan]:

@@ -14,7 +14,7 @@ from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.plan_report import print_candidates, print_explanation, print_picture, print_traffic
 from anabranch.runtime.progress import print_placement
-from anabranch.schedulers import Cluster, ModelSpec, Plan, format_plan, parse_plan, read_plan
+from anabranch.schedulers import Cluster, ModelSpec, Plan, PlanFile, format_plan, parse_plan, read_plan
 from anabranch.schedulers.cluster_file import parse_devices, read_cluster
 from anabranch.schedulers.cost_file import read_costs
 from anabranch.schedulers.costs import Batch, Costs
@@ -37,7 +37,7 @@ def plan_here(config: Config, explained: bool, output: Path, console: Console) -
         if outcome is None:
             print_placement(console, driver.plan, driver.model)
             console.print("one worker, or a complete plan file: there is nothing to choose", highlight=False)
-            _write(output, driver.plan, console)
+            _write(output, driver.plan, _partial(config), console)
             return {"plan": format_plan(driver.plan), "predicted_step_s": None, "measured_step_s": None,
                     "data_parallel_step_s": None, "search_s": 0.0, "memory_bytes": None}  # fmt: skip
         assert driver.cluster is not None, "with a plan"
@@ -51,7 +51,7 @@ def plan_here(config: Config, explained: bool, output: Path, console: Console) -
         print_candidates(console, outcome)
         chosen = predict(driver.plan, driver.model, cluster, costs, batch)
         result = _shown(console, driver.plan, driver.model, cluster, costs, batch, chosen, explained)
-        _write(output, driver.plan, console)
+        _write(output, driver.plan, _partial(config), console)
         mine, data = rows[outcome["chosen"]], rows["data"]
         return {
             "plan": outcome["plan"],
@@ -79,7 +79,7 @@ def plan_elsewhere(
 ) -> dict[str, Any]:
     """Searches for machines that are not here: from a cost file, else from data sheets (labelled so). No Ray."""
     from anabranch.blocks.convert import prepare
-    from anabranch.runtime.assemble import auto_partial, make_data, make_network
+    from anabranch.runtime.assemble import make_data, make_network
     from anabranch.runtime.config_rules import mesh_axes
     from anabranch.runtime.model_shape import model_shape, shared_bytes
     from anabranch.runtime.model_spec import spec_of
@@ -104,7 +104,7 @@ def plan_elsewhere(
     train = config.train
     group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // len(cluster.devices))
     batch = Batch(train.batch_size, group, train.accumulation)
-    partial = read_plan(Path(config.mesh.plan)) if _is_file(config.mesh.plan) else auto_partial(config)[1]
+    partial = _partial(config)
     request = make_request(
         spec, cluster, mesh=mesh_axes(config.mesh.shape), partial=partial, costs=costs, batch=batch
     )
@@ -115,7 +115,7 @@ def plan_elsewhere(
                "search_s": found.seconds, "notes": list(found.notes)}  # fmt: skip
     print_candidates(console, outcome)
     shown = _shown(console, found.plan, spec, cluster, costs, batch, found.prediction, explained)
-    _write(output, found.plan, console)
+    _write(output, found.plan, partial, console)
     return {
         "plan": format_plan(replace(found.plan, scheduler=None)),
         "predicted_step_s": found.prediction.total_s,
@@ -187,9 +187,16 @@ def _shown(
     return {"traffic": traffic, "explain": [asdict(stage) for stage in stages]}
 
 
-def _write(output: Path, plan: Plan, console: Console) -> None:
-    """The plan file, which must read back."""
-    text = format_plan(replace(plan, scheduler=None))
+def _partial(config: Config) -> PlanFile | None:
+    """The plan file that the search began with."""
+    from anabranch.runtime.assemble import auto_partial
+
+    return read_plan(Path(config.mesh.plan)) if _is_file(config.mesh.plan) else auto_partial(config)[1]
+
+
+def _write(output: Path, plan: Plan, partial: PlanFile | None, console: Console) -> None:
+    """The plan file, which must read back; with the pins that the plan keeps."""
+    text = format_plan(replace(plan, scheduler=None), partial.pins if partial else ())
     parse_plan(text)
     try:
         output.write_text(text, encoding="utf-8")

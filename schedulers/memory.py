@@ -67,10 +67,13 @@ class Held(NamedTuple):
     def add(self, element: Bytes, closes: bool) -> Held:
         """With the element before. closes: after its backward the bucket leaves."""
         always, saved, high, waits, stays, updating = element
-        most = max(self.high + always + saved, self.kept + self.waits + always + high)
+        own = self.high + always + saved
+        most = self.kept + self.waits + always + high
+        if own > most:
+            most = own
         kept = self.kept + always + stays
-        update = self.update + always + stays + updating
-        return Held(kept, 0.0 if closes else self.waits + waits, most, update)
+        waits = 0.0 if closes else self.waits + waits
+        return Held(kept, waits, most, self.update + always + stays + updating)
 
     def gathered(self, num_bytes: float) -> Held:
         """The first of the elements gathers its input, and keeps it."""

@@ -9,29 +9,52 @@ from itertools import groupby
 from pathlib import Path
 
 from anabranch.schedulers.plan import BranchPlacement, EdgeSplit, Plan
-from anabranch.schedulers.plan_file import BlockRule
+from anabranch.schedulers.plan_file import BlockRule, PinRule, PlanFile
 from anabranch.schedulers.wording import lists
 
 
-def format_plan(plan: Plan) -> str:
-    """The plan as TOML. Blocks placed alike have one rule where a glob is for exactly them, else one each."""
-    lines = ["[mesh]", f"data = {plan.data}", f"branch = {plan.branch}"]
-    if plan.devices is not None:
-        rows = ["[" + ", ".join(map(_string, row)) + "]" for row in plan.devices]
+def format_plan(plan: Plan, pins: Iterable[PinRule] = ()) -> str:
+    """The plan as TOML. Blocks placed alike have one rule where a glob is for exactly them, else one each.
+
+    pins: that the plan was made with, so that they hold when it is changed.
+    """
+    return format_plan_file(
+        PlanFile(
+            plan.data,
+            plan.branch,
+            tuple(_rules(plan)),
+            plan.devices,
+            plan.samples,
+            plan.scheduler,
+            pins=tuple(pins),
+        )
+    )
+
+
+def format_plan_file(file: PlanFile) -> str:
+    """A plan file as TOML, a partial one too: `parse_plan` reads the same rules and pins back."""
+    lines = ["[mesh]", f"data = {file.data}", f"branch = {file.branch}"]
+    if file.devices is not None:
+        rows = ["[" + ", ".join(map(_string, row)) + "]" for row in file.devices]
         one_line = f"devices = [{', '.join(rows)}]"
         lines += (
             [one_line] if len(one_line) <= 100 else ["devices = [", *(f"    {row}," for row in rows), "]"]
         )
-    if plan.samples is not None:
-        lines.append(f"samples = {list(plan.samples)}")
-    if plan.scheduler is not None:
-        lines.append(f"scheduler = {_string(plan.scheduler)}")
-    for rule in _rules(plan):
+    if file.samples is not None:
+        lines.append(f"samples = {list(file.samples)}")
+    if file.scheduler is not None:
+        lines.append(f"scheduler = {_string(file.scheduler)}")
+    for rule in file.rules:
         lines += ["", "[[blocks]]", f"match = {_string(rule.match)}", f"split = {_string(rule.split)}"]
         if rule.counts is not None:
             lines.append(f"counts = {list(rule.counts)}")
+        elif rule.branches == "even":
+            lines.append('branches = "even"')
         elif isinstance(rule.branches, tuple):
             lines.append(f"branches = {lists(rule.branches)}")
+    for pin in file.pins:
+        lines += ["", "[[pins]]", f"match = {_string(pin.match)}", f"branch = {pin.branch}"]
+        lines.append(f"host = {_string(pin.host)}")
     return "\n".join(lines) + "\n"
 
 

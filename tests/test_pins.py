@@ -8,11 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from anabranch.schedulers import BlockSpec, Cluster, Device, ModelSpec, PlanError, read_plan, schedule
+from anabranch.schedulers import (
+    BlockSpec,
+    Cluster,
+    Device,
+    ModelSpec,
+    PlanError,
+    format_plan,
+    parse_plan,
+    read_plan,
+    schedule,
+)
 from anabranch.schedulers.analytic import ElementShape, PartShape, analytic_costs
 from anabranch.schedulers.cluster_file import parse_bandwidth, parse_devices, read_cluster
 from anabranch.schedulers.costs import Batch, ParameterBytes
 from anabranch.schedulers.explain import explain
+from anabranch.schedulers.plan_writer import format_plan_file
 from anabranch.schedulers.request import Request
 from anabranch.schedulers.search import search
 from anabranch.schedulers.synthetic import synthetic_request
@@ -49,6 +60,21 @@ def pinned(
     )
     plan = read_plan(path).resolve(MODEL, cluster, costs=analytic_costs(shapes(), ("cpu",)), batch=BATCH)
     return {name: placement.branches for name, placement in plan.blocks.items()}
+
+
+def test_partial_files_are_written_as_they_were_read() -> None:
+    """Rules, pins and the scheduler for the rest; a resolved plan takes the pins along."""
+    text = (
+        MESH + 'scheduler = "optimal"\n\n[[blocks]]\nmatch = "s1.*"\nsplit = "branch"\nbranches = "even"\n'
+        '\n[[blocks]]\nmatch = "s2.b"\nsplit = "branch"\ncounts = [1, 1, 1, 0]\n'
+        '\n[[pins]]\nmatch = "s2.*"\nbranch = 0\nhost = "b"\n'
+    )
+    file = parse_plan(text)
+    assert format_plan_file(file) == text
+    plan = schedule("even", MODEL, HOSTS, mesh=(1, 4))
+    again = parse_plan(format_plan(plan, file.pins))
+    assert [(pin.match, pin.branch, pin.host) for pin in again.pins] == [("s2.*", 0, "b")]
+    assert again.pins[0].line > 0
 
 
 @pytest.mark.parametrize("scheduler", ["optimal", "greedy"])
