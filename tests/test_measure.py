@@ -141,7 +141,9 @@ def unequal(rank: int, world_size: int, folder: str) -> str:
     return str(path)
 
 
-def automatic(rank: int, world_size: int, folder: str, limit: int, case: Case = CASE) -> list[Any]:
+def automatic(
+    rank: int, world_size: int, folder: str, limit: int, case: Case = CASE, times: int = 2
+) -> list[Any]:
     torch.set_num_threads(1)
     cluster = cluster_of(world_size)
     if limit:
@@ -151,7 +153,7 @@ def automatic(rank: int, world_size: int, folder: str, limit: int, case: Case = 
     stages: set[str] = set()
     with mock.patch.dict("os.environ", {"XDG_CACHE_HOME": folder}):
         outcomes = []
-        for _ in range(2):
+        for _ in range(times):
             stages.clear()
             outcomes.append(
                 audit.automatic_plan(
@@ -182,16 +184,16 @@ def test_an_automatic_plan_is_timed_and_costs_are_kept(tmp_path: Path) -> None:
 
 def test_a_memory_limit_leaves_out_data_parallelism(tmp_path: Path) -> None:
     """With less room than every rank holding everything takes, branches are spread, and no data parallelism is run."""
-    free = run_ranks(2, automatic, str(tmp_path), 0, WIDE)[0][0]
+    free = run_ranks(2, automatic, str(tmp_path), 0, WIDE, 1)[0][0]
     data = next(row for row in free["plans"] if row["name"] == "data")
     limit = int(0.97 * max(data["memory_bytes"]))
-    tight = run_ranks(2, automatic, str(tmp_path), limit, WIDE)[0][0]
+    tight = run_ranks(2, automatic, str(tmp_path), limit, WIDE, 1)[0][0]
     assert all(row["name"] != "data" for row in tight["plans"])
     chosen = next(row for row in tight["plans"] if row["name"] == tight["chosen"])
     assert max(chosen["memory_bytes"]) <= limit
     assert "branch" in tight["plan"]
     with pytest.raises(AssertionError, match=r"no plan fits the devices' memory: the closest one lacks"):
-        run_ranks(2, automatic, str(tmp_path), 10_000, WIDE)
+        run_ranks(2, automatic, str(tmp_path), 10_000, WIDE, 1)
 
 
 def test_data_parallelism_is_left_only_where_surely_slower() -> None:

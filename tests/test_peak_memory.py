@@ -93,9 +93,7 @@ def peaks(rank: int, world_size: int) -> list[tuple[str, list[int], list[float]]
         network, setting = case.network(), setting_of(case)
         cluster = cluster_of(world_size)
         devices, spec = [str(device) for device in cluster.devices], spec_of(network)
-        with mock.patch.multiple(
-            measure, link_costs=no_links, occupancy=lambda step: 0.0, _LEAST=1, _MOST=1, _WARM_UP=1
-        ):
+        with mock.patch.multiple(measure, link_costs=no_links, occupancy=lambda step: 0.0, _LEAST=1, _MOST=1):
             costs = measure.measure_costs(network, setting, cluster, devices)
         predict = Predictor(spec, cluster, costs, Batch(len(setting.x), setting.config.train.bn_batch_size))
         for name, plan in plans_of(spec, devices).items():

@@ -1,0 +1,161 @@
+"""From what elements took in trials to curves over samples and numbers of branches."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from anabranch.runtime.model_shape import parameter_bytes, traffic, unequal_blocks
+from anabranch.schedulers import ModelSpec
+from anabranch.schedulers.costs import Curve, ElementCost, Work
+
+_Four = tuple[float, float, float, float]  # forward, backward seconds, saved, peak bytes
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One element in one trial on one rank: its split, samples, branches held, and what it took."""
+
+    element: str
+    samples: int
+    held: tuple[int, ...] | None  # None: all, on own samples
+    forward_s: float
+    backward_s: float
+    saved_bytes: float
+    peak_bytes: float
+
+    def at_speed_1(self, speed: float) -> Seen:
+        return replace(self, forward_s=self.forward_s * speed, backward_s=self.backward_s * speed)
+
+
+def element_costs(
+    network: nn.Module, spec: ModelSpec, alike: dict[str, str], seen: Sequence[Seen]
+) -> dict[str, ElementCost]:
+    """Every element's costs from what all ranks of one kind saw of it and of blocks alike (`alike_blocks`)."""
+    by_element: dict[str, list[Seen]] = defaultdict(list)
+    for one in seen:
+        by_element[one.element].append(one)
+    moved = traffic(network)
+    unequal = unequal_blocks(network)
+    parameters = parameter_bytes(network, spec)
+    made: dict[str, ElementCost] = {}
+    for name in ("stem", "head"):
+        made[name] = ElementCost(
+            _work(by_element[name]),
+            input_bytes=moved[name][2],
+            parameters=parameters[name],
+        )
+    for block in spec.blocks:
+        seen_alike = [
+            one for name in alike if alike[name] == alike[block.name] for one in by_element.get(name, [])
+        ]
+        is_unequal = alike[block.name] in unequal
+        work = _unequal_work if is_unequal else _block_work
+        replicated, branches = work(seen_alike, block.num_branches)
+        sums, hidden, inputs = moved[block.name]
+        made[block.name] = ElementCost(
+            replicated, branches, is_unequal, sums, hidden, inputs, parameters[block.name]
+        )
+    return made
+
+
+def _block_work(seen: Sequence[Seen], num_branches: int) -> tuple[Work, tuple[Work, ...]]:
+    """Of alike branches: what is left without any (enter, join), and j branches together, for every j.
+
+    Numbers of branches that no trial had are drawn between those that were; a number of samples on which only all
+    branches ran takes its shares from the nearest on which more is known.
+    """
+    totals: dict[int, dict[int, _Four]] = defaultdict(dict)
+    for key, group in _grouped(seen, lambda one: num_branches if one.held is None else len(one.held)).items():
+        totals[key[0]][key[1]] = _medians(group)
+    known = max(totals.values(), key=len)
+    shapes = {n: _between(found, num_branches) if len(found) > 1 else None for n, found in totals.items()}
+    like = _between(known, num_branches) if len(known) > 1 else None
+    for n, found in totals.items():
+        if shapes[n] is None:
+            (whole,) = found.values()
+            shares = like or [_times(whole, j / num_branches) for j in range(num_branches + 1)]
+            shapes[n] = [
+                _as_four(
+                    w * part / all_ if all_ else 0.0
+                    for w, part, all_ in zip(whole, row, shares[-1], strict=True)
+                )
+                for row in shares
+            ]
+    by_samples = {n: rows for n, rows in shapes.items() if rows is not None}
+    replicated = _curves({n: rows[0] for n, rows in by_samples.items()})
+    branches = tuple(
+        _curves({n: _minus(rows[j], rows[0]) for n, rows in by_samples.items()})
+        for j in range(1, num_branches + 1)
+    )
+    return replicated, branches
+
+
+def _unequal_work(seen: Sequence[Seen], num_branches: int) -> tuple[Work, tuple[Work, ...]]:
+    """Of unequal branches: least squares over all that ran, by samples: enter and join, and each branch alone."""
+    by_samples: dict[int, list[list[float]]] = {}
+    for n, group in _grouped(seen, lambda one: 0).items():
+        rows = torch.zeros(len(group), num_branches + 1, dtype=torch.float64)
+        values = torch.zeros(len(group), 4, dtype=torch.float64)
+        for index, one in enumerate(group):
+            rows[index, 0] = 1
+            rows[index, [1 + b for b in (range(num_branches) if one.held is None else one.held)]] = 1
+            values[index] = torch.tensor(_four(one))
+        solved = torch.linalg.lstsq(rows, values, driver="gelsd").solution.clamp(min=0)
+        by_samples[n[0]] = solved.tolist()
+    works = [_curves({n: tuple(rows[i]) for n, rows in by_samples.items()}) for i in range(num_branches + 1)]  # type: ignore[misc]
+    return works[0], tuple(works[1:])
+
+
+def _work(seen: Sequence[Seen]) -> Work:
+    """Of stem or head, over samples."""
+    return _curves({n: _medians(group) for (n, _), group in _grouped(seen, lambda one: 0).items()})
+
+
+def _grouped(seen: Sequence[Seen], count: Callable[[Seen], int]) -> dict[tuple[int, int], list[Seen]]:
+    groups: dict[tuple[int, int], list[Seen]] = defaultdict(list)
+    for one in seen:
+        groups[one.samples, count(one)].append(one)
+    return groups
+
+
+def _four(one: Seen) -> _Four:
+    return one.forward_s, one.backward_s, one.saved_bytes, one.peak_bytes
+
+
+def _as_four(values: Iterable[float]) -> _Four:
+    a, b, c, d = values
+    return a, b, c, d
+
+
+def _medians(group: Sequence[Seen]) -> _Four:
+    forward, backward, saved, peak = (
+        statistics.median(values) for values in zip(*map(_four, group), strict=True)
+    )
+    return forward, backward, saved, peak
+
+
+def _between(found: dict[int, _Four], num_branches: int) -> list[_Four]:
+    """Rows for 0 … k branches from those measured, straight between them."""
+    curves = [Curve(tuple(sorted((float(j), row[i]) for j, row in found.items()))) for i in range(4)]
+    return [tuple(curve(j) for curve in curves) for j in range(num_branches + 1)]  # type: ignore[misc]
+
+
+def _times(row: _Four, factor: float) -> _Four:
+    return row[0] * factor, row[1] * factor, row[2] * factor, row[3] * factor
+
+
+def _minus(row: _Four, less: _Four) -> _Four:
+    a, b, c, d = (max(x - y, 0.0) for x, y in zip(row, less, strict=True))
+    return a, b, c, d
+
+
+def _curves(by_samples: dict[int, _Four]) -> Work:
+    """Curves through the origin: no samples, no work."""
+    points = [(0.0, (0.0,) * 4), *sorted((float(n), row) for n, row in by_samples.items() if n)]
+    return Work(*(Curve(tuple((n, row[i]) for n, row in points)) for i in range(4)))
