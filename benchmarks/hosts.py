@@ -118,7 +118,7 @@ class _Bench:
         """Each fault of the network, planted one after another: what `doctor` said of it, and how soon."""
         port = ("--launch.port", str(_PORT))
         found = []
-        cases: list[tuple[str, AbstractContextManager[Any], tuple[str, ...], str, str]] = [
+        faults: list[tuple[str, AbstractContextManager[None], tuple[str, ...], str, str]] = [
             ("port in use", self._listening(), port, "", f"{_PORT} is in use"),
             ("port blocked", self.cluster.hosts[1].blocking(_PORT), port, "", "cannot connect to"),
             ("unroutable address", nullcontext(), (), _UNROUTABLE, f"no Ray cluster answers at {_UNROUTABLE}"),
@@ -127,7 +127,7 @@ class _Bench:
             ("wrong interface", self._wrong_interface(), (), "", "no_such0"),
             ("link down", self._cut(), (), "", "no answer in"),
         ]  # fmt: skip
-        for name, planted, flags, address, named in cases:
+        for name, planted, flags, address, named in faults:
             with planted:
                 told = self.call("doctor", *flags, address=address)
             failed = [check for check in told["result"].get("checks", []) if not check["ok"]]
