@@ -101,8 +101,8 @@ def place_spares(
     free = {h: _free(h, use_gpu, cpus_per_worker) - sum(seat.host == h for seat in seats) for h in hosts}
     chosen: list[Host] = []
     for _ in range(num):
-        host = max(hosts, key=lambda host: free[host])
-        if free[host] < 1:
+        host = max(hosts, key=lambda host: free[host], default=None)
+        if host is None or free[host] < 1:
             raise ClusterError(
                 f"{num} workers more were asked for {what}, beside {len(seats)} the cluster has room for "
                 f"{len(chosen)}: ask for fewer, or a larger cluster"

@@ -216,7 +216,7 @@ class LaunchConfig:
     timeout_s: float = 600.0
     """Seconds after which a worker that does not start, or a collective that does not end, is an error."""
     max_failures: int = 3
-    """Lost workers that a run under Ray replaces and goes on without losing a step; 0: the first one ends it."""
+    """Losses (of a worker, or of all on a host at once) that a run under Ray makes good; 0: the first one ends it."""
     spares: int = 0
     """Workers more than the mesh needs, which have loaded everything and replace a lost one in a moment."""
     min_replicas: int = 0

@@ -31,7 +31,7 @@ from anabranch.cluster import (
 from anabranch.cluster.actors import Worker
 from anabranch.cluster.environment import hold_port, interface_of, thread_share
 from anabranch.cluster.failures import Failure, worker_error
-from anabranch.cluster.placement import Host, devices_of, place, place_more
+from anabranch.cluster.placement import Host, devices_of, place, place_more, place_spares
 from anabranch.cluster.ray_session import hosts
 
 A = Host("a", "1", 8, 8, 4, 4, "H200")
@@ -124,6 +124,11 @@ def test_other_jobs_are_named() -> None:
         place((busy,), (1, 2), use_gpu=True)
     with pytest.raises(ClusterError, match="2 workers on a, which has room for 1 more"):
         place((busy, B), (1, 2), use_gpu=True, devices=(("a:0", "a:1"),))
+
+
+def test_no_host_is_left_for_one_more() -> None:
+    with pytest.raises(ClusterError, match="the cluster has room for 0"):
+        place_spares((), (), 1, False, 1.0)
 
 
 def test_free_devices() -> None:

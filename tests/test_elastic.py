@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anabranch.benchmarks.fault_runs import python_path
-from anabranch.cluster import connect
+from anabranch.cluster import WorkerError, connect
 from anabranch.cluster.ray_session import hosts
 from anabranch.runtime import commands
 from anabranch.runtime.checkpoints import Checkpoints
@@ -181,3 +181,18 @@ def test_a_lost_host_and_its_return(nodes: Nodes, undisturbed: dict[str, Any], b
     assert_close(found["tensors"], undisturbed["tensors"])
     assert found["losses"] == pytest.approx(undisturbed["losses"], abs=1e-9)
     assert len(found["losses"]) == STEPS
+
+
+@pytest.mark.optin
+def test_by_default_a_lost_host_ends_the_run(nodes: Nodes) -> None:
+    """In one message that names it; it is there again for whoever comes next."""
+    folder = nodes.folder
+    for old in folder.glob("fired-*"):
+        old.unlink()
+    (folder / "FAULTS").write_text(json.dumps([hold(1, 3)]))
+    thread = when(folder / "fired-0", nodes.lose)
+    message = r"host .* was lost; no other host has room for its 1 rank: start it again, or let .*launch.min_replicas"
+    with pytest.raises(WorkerError, match=message):
+        trained(folder, "ended", {"mesh": {"plan": nodes.plan(1)}, "launch": {"cpus_per_worker": 1.0}})
+    thread.join()
+    nodes.give_back()
