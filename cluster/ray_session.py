@@ -217,9 +217,10 @@ def _set_local_environment() -> None:
     given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if not given and not (Path.home() / ".ray" / "auth_token").exists():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # else Ray warns on machines without GPUs
+    # else Ray warns on machines without GPUs
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's workers would step back (nice 15) behind whatever else runs on the machine: here they are what it is for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def _check_answers(address: str) -> None:
