@@ -29,7 +29,7 @@ from anabranch.benchmarks.injector import empty
 from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.cluster import connect
 
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 _TMPFS_BYTES = 24 * 2**20
 _IN_WORKER = ("kill", "stop", "exception", "memory")
 
