@@ -21,7 +21,7 @@ train: .venv/train.stamp
 	$(BIN)/anabranch train $(ARGS)
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint types contracts
 

@@ -30,8 +30,22 @@ hypothesis.settings.register_profile("anabranch", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("anabranch")
 
 
+_LONG = (
+    "test_train.py",
+    "test_families.py",
+    "test_gross_run.py",
+    "test_cluster.py",
+    "test_checkpoint.py",
+    "test_parity.py",
+    "test_fault_matrix.py",
+    "test_packaging.py",
+    "test_measure.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Opt-in tests run with `-m optin` only."""
+    """Opt-in tests run with `-m optin` only; the longest files begin, so that no process waits for one at the end."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
     if "optin" not in config.getoption("markexpr"):
         for item in items:
             if item.get_closest_marker("optin"):

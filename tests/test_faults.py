@@ -99,6 +99,7 @@ def fault(rank: int, step: int, moment: str, how: str = "SIGKILL") -> dict[str, 
     return {"rank": rank, "step": step, "moment": moment, "how": how}
 
 
+@pytest.mark.optin  # test_fault_matrix.py kills by default
 def test_killed_ranks_are_replaced_without_a_trace(
     run: Run, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:

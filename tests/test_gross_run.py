@@ -297,7 +297,7 @@ def _one_core() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.optin), 2])
 def test_killed_at_every_stage_it_ends_alike(world_size: int, undisturbed: Result, tmp_path: Path) -> None:
     """By SIGKILL on the last rank, before a checkpoint, between them, among the fits, the configurations' pieces."""
     stages = ["full, evaluating", "block terms 4/", "series-tune, saving", "alone-2-2-0-tune, training"]

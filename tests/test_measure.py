@@ -182,6 +182,7 @@ def test_an_automatic_plan_is_timed_and_costs_are_kept(tmp_path: Path) -> None:
             assert chosen["interval_95"][1] < 1
 
 
+@pytest.mark.optin  # test_peak_memory.py has a smaller one
 def test_a_memory_limit_leaves_out_data_parallelism(tmp_path: Path) -> None:
     """With less room than every rank holding everything takes, branches are spread, and no data parallelism is run."""
     free = run_ranks(2, automatic, str(tmp_path), 0, WIDE, 1)[0][0]
