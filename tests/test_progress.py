@@ -15,7 +15,7 @@ def test_plain_lines_say_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a phase that tells no step time too: as fast as since it began."""
     monkeypatch.setattr(progress, "_LINE_S", 0.0)
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     out = io.StringIO()
     with RunProgress(Console(file=out, width=200), "searching") as shown:
         for step in (1, 3):
