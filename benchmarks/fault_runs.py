@@ -30,6 +30,9 @@ eval_batch_size = 32
 [checkpoint]
 every_epochs = {CHECKPOINT_EVERY / 20}
 num_to_keep = 3
+[mesh]
+execution = "fused"
+memory_format = "contiguous"
 [launch]
 cpus_per_worker = 0.25
 timeout_s = 120.0

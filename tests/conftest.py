@@ -12,6 +12,9 @@ import tempfile
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
+# The suite starts hundreds of processes: the first compiles this project's modules, and the others read that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # What is measured once and kept: not in the user's home. Processes that this one starts share it.
 if "ANABRANCH_TEST_CACHE" not in os.environ:
     os.environ["ANABRANCH_TEST_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(

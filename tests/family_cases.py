@@ -71,6 +71,7 @@ def case_config(case: str, run_dir: Path) -> Config:
             },
             "checkpoint": {"every_epochs": 0.4},
             "launch": {"run_dir": str(run_dir)},
+            "mesh": {"execution": "fused", "memory_format": "contiguous"},  # measuring takes longer than the steps
             "profile": {"basis_every_steps": 1 if case in RECORDED else 0},
         }
     )  # fmt: skip

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases import train
+from ranks import run_ranks
 
 from anabranch.benchmarks import fault_judge, fault_runs
 from anabranch.benchmarks.fault_cells import Cell, cells
@@ -22,6 +24,7 @@ from anabranch.benchmarks.fault_runs import Ended, Fault, prepare
 from anabranch.benchmarks.faults import Bench
 from anabranch.benchmarks.injector import MOMENTS, set_off
 from anabranch.benchmarks.random_faults import run_random
+from anabranch.runtime.config_file import load_config
 
 # Several in one run, at their own steps: each must be survived for the next to go off.
 IN_CI = (
@@ -34,11 +37,23 @@ IN_CI = (
 )
 
 
+def undisturbed(rank: int, world_size: int, place: str) -> None:
+    """The run without faults, in processes that are there already; the injector was imported elsewhere, so it rests."""
+    os.chdir(place)
+    config = load_config("run.toml", {"launch": {"run_dir": str(Path(place, "run"))}})
+    train(rank, world_size, {"": (config, "")}, (2, 2))
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", fault_runs.python_path())  # `Bench` sets it
-        yield Bench(tmp_path_factory.mktemp("faults"), stack)
+        bench = Bench(tmp_path_factory.mktemp("faults"), stack)
+        plain = bench.root / "undisturbed-2x2-fp32"
+        prepare(plain, ())
+        run_ranks(4, undisturbed, str(plain))
+        bench._undisturbed[plain.name] = weights(plain / "run")[1]
+        yield bench
 
 
 def test_every_cell_is_named_once_and_run_or_void() -> None:
@@ -53,7 +68,6 @@ def test_every_cell_is_named_once_and_run_or_void() -> None:
 @pytest.fixture(scope="module")
 def plain(bench: Bench) -> Path:
     """The undisturbed run's folder."""
-    bench.undisturbed("2x2")
     return bench.root / "undisturbed-2x2-fp32"
 
 

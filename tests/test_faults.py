@@ -127,6 +127,7 @@ def test_without_a_peer_all_go_back_to_the_checkpoint(
     assert_same(found, undisturbed("1x2"))
 
 
+@pytest.mark.optin  # test_train.py::test_a_failing_worker_is_told_once_with_rank_and_host by default
 def test_the_same_error_again_ends_the_run(run: Run, folder: Path) -> None:
     faults = [fault(1, 2, "forward", "raise"), fault(1, 2, "forward", "raise")]
     with pytest.raises(WorkerError, match=r"^rank 1 on(.|\n)*ValueError: a user's bug"):

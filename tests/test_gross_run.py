@@ -261,7 +261,7 @@ COMMAND = [
     "--train.batch-size", "200", "--gross.tune-epochs", "3", "--gross.tune-milestones", "2",
     "--gross.reconstruct-epochs", "1",
     "--gross.reconstruct-milestones", "1", "--gross.fixed-tune-epochs", "1", "--gross.fixed-tune-milestones", "1",
-    "--gross.baselines", "2", "--gross.winners", "1",
+    "--gross.baselines", "2", "--gross.winners", "1", "--mesh.execution", "fused", "--mesh.memory-format", "contiguous",
 ]  # fmt: skip
 
 

@@ -252,10 +252,10 @@ def test_alone_stops_on_a_signal(number: signal.Signals, reason: str) -> None:
 def test_a_second_interrupt_does_not_wait() -> None:
     def stubborn(context: WorkerContext) -> dict[str, Any]:
         press((0.0, signal.SIGINT), (1.2, signal.SIGINT))
-        time.sleep(10)
+        time.sleep(60)
         return {}
 
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_here(stubborn, lambda statuses: None, "none", environ={})
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30

@@ -73,6 +73,10 @@ def test_a_resumed_run_follows_the_same_plateau(tmp_path: Path) -> None:
         "train": {"epochs": 4, "batch_size": 512, "max_steps": 11},
         "checkpoint": {"every_epochs": 0.34},  # the first one before any test
         "launch": {"launcher": "none"},
+        "mesh": {
+            "execution": "fused",
+            "memory_format": "contiguous",
+        },  # measuring takes longer than the steps
     }
 
     def rates(name: str, *more: dict[str, Any]) -> list[float]:

@@ -5,15 +5,18 @@ An editable install hides a file that the wheel lacks, so nothing here looks at 
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("benchmarks", "blocks", "cluster", "runtime", "schedulers")
@@ -64,17 +67,48 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     assert {name.split("/")[0] for name in inside if ".dist-info/" not in name} == {"anabranch"}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # installs torch and ray: a minute from local files, longer over a network
-def test_wheel_trains_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+def link_requirements(wheel: Path, site: Path) -> None:
+    """What the wheel requires, what that requires, and nothing else: links to what the tests run with."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        wanted = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
+    asked = [(Requirement(line), "") for line in wanted]
+    seen: set[tuple[str, str]] = set()
+    while asked:
+        requirement, extra = asked.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        found = distribution(requirement.name)
+        assert requirement.specifier.contains(found.version, prereleases=True), requirement
+        for entry in {Path(file).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (site / entry).exists():
+                (site / entry).symlink_to(Path(str(found.locate_file(entry))))
+        for extra in {"", *requirement.extras} - {e for name, e in seen if name == requirement.name}:
+            seen.add((requirement.name, extra))
+            asked += [(Requirement(line), extra) for line in found.requires or ()]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "dependencies",
+    [
+        "linked",
+        # a minute from local files, longer over a network; `make test` itself begins with their installation
+        pytest.param("installed", marks=[pytest.mark.slow, pytest.mark.optin]),
+    ],
+)
+def test_wheel_trains_in_an_empty_environment(wheel: Path, tmp_path: Path, dependencies: str) -> None:
     """A new environment, the wheel with its dependencies, no checkout in sight: the default network trains."""
     environment = tmp_path / "environment"
     run([sys.executable, "-m", "venv", "--without-pip", environment], cwd=tmp_path)
     python = environment / "bin/python"
-    run(
-        [*PIP, "--python", python, "install", "--no-compile", "-c", ROOT / "constraints.txt", wheel],
-        cwd=tmp_path,
-    )
+    options: list[str | Path] = ["-c", ROOT / "constraints.txt"]
+    if dependencies == "linked":
+        (site,) = environment.glob("lib/python*/site-packages")
+        link_requirements(wheel, site)
+        options = ["--no-deps"]
+    run([*PIP, "--python", python, "install", "--no-compile", *options, wheel], cwd=tmp_path)
+    run([*PIP, "--python", python, "check"], cwd=tmp_path)
     where = run([python, "-c", "import anabranch.runtime as r; print(r.__file__)"], cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment)
 

@@ -303,7 +303,9 @@ def short_run(folder: Path, **profile: int) -> Config:
             "data": {"name": "digits"},
             "train": {"max_steps": 5, "batch_size": 16, "epochs": 1, "orthogonality": 10.0},
             "launch": {"launcher": "none", "run_dir": str(folder)},
-            "mesh": {"shape": "1x1", "num_workers": 1},
+            "mesh": {
+                "shape": "1x1", "num_workers": 1, "execution": "fused", "memory_format": "contiguous"
+            },
             "profile": profile,
         }
     )  # fmt: skip

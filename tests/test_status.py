@@ -87,9 +87,13 @@ def test_what_is_no_record_is_named(tmp_path: Path, content: str, capsys: pytest
     assert str(tmp_path / "run.json") in capsys.readouterr().err
 
 
+# A step is soon there: small, and nothing is tried out before it.
+QUICK = ["--model.options.depth", "8", "--mesh.execution", "fused", "--mesh.memory-format", "contiguous"]
+
+
 def start(folder: Path) -> subprocess.Popen[str]:
     """One worker in the driver's process, that goes on for long; once it has made a step."""
-    command = ["train", "--launcher", "none", "--run-dir", str(folder), "--epochs", "1000", "--quiet"]
+    command = ["train", "--launcher", "none", "--run-dir", str(folder), "--epochs", "1000", "--quiet", *QUICK]
     process = subprocess.Popen(
         [sys.executable, "-m", "anabranch.runtime", *command], stderr=subprocess.PIPE, text=True
     )

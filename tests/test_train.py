@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,61 +94,71 @@ def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
     ]
 
 
+Calls = dict[str, int]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps in fp64, a checkpoint after the fourth, on a 1×2 mesh."""
+def undisturbed_calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Calls]:
+    """Six steps in fp64, a checkpoint after the fourth, on a 1×2 mesh; and the calls to Ray that they took."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    train(config(folder))
+    ray_calls.clear()
+    result = train(config(folder))
     assert len(losses(folder)) == 6
+    return folder, result["ray_calls"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_calls: tuple[Path, Calls]) -> Path:
+    return undisturbed_calls[0]
+
+
+@pytest.fixture(scope="module")
+def ended_early(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four of these steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    train(config(folder, {"train": {"max_steps": 4}}))
     return folder
+
+
+@pytest.fixture
+def stopped(ended_early: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ended_early, tmp_path / "stopped"))
 
 
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"num_workers": 2, "shape": "2x1", "plan": "data"},
         {"num_workers": 4, "shape": "2x2", "plan": "even"},
-        {"num_workers": 1, "shape": "1x1", "plan": "even"},
+        # test_checkpoint.py and test_families.py go on with these by default, in processes that are there already
+        pytest.param({"num_workers": 2, "shape": "2x1", "plan": "data"}, marks=pytest.mark.optin),
+        pytest.param({"num_workers": 1, "shape": "1x1", "plan": "even"}, marks=pytest.mark.optin),
     ],
-    ids=["2x1", "2x2", "1x1"],
+    ids=["2x2", "2x1", "1x1"],
 )
 def test_goes_on_with_the_same_losses_on_another_mesh(
-    mesh: dict[str, Any], undisturbed: Path, tmp_path: Path
+    mesh: dict[str, Any], undisturbed: Path, stopped: Path
 ) -> None:
-    stopped = tmp_path / "stopped"
-    train(config(stopped, {"train": {"max_steps": 4}}))
     given = {"mesh": mesh, "train": {"max_steps": 6}, "checkpoint": {"resume": str(stopped)}}
     train(load_resumed(stopped, given))
     assert losses(stopped)[:4] == losses(undisturbed)[:4]
     assert losses(stopped)[4:] == pytest.approx(losses(undisturbed)[4:], rel=1e-9)
 
 
-def test_goes_on_bit_equal_under_the_same_plan(undisturbed: Path, tmp_path: Path) -> None:
-    single = {"train": {"precision": "fp32"}}
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(config(whole, single))
-    train(config(stopped, single, {"train": {"max_steps": 4}}))
+def test_goes_on_bit_equal_under_the_same_plan(undisturbed: Path, stopped: Path) -> None:
     train(load_resumed(stopped, {"train": {"max_steps": 6}, "checkpoint": {"resume": str(stopped)}}))
-    assert losses(stopped) == losses(whole)
+    assert losses(stopped) == losses(undisturbed)
 
 
-def test_ray_is_outside_the_step(tmp_path: Path) -> None:
+def test_ray_is_outside_the_step(undisturbed_calls: tuple[Path, Calls], tmp_path: Path) -> None:
     """Ray calls over N and over 2N steps differ only by the once-a-second watch."""
-    counts = []
-    for steps in (5, 10):
-        ray_calls.clear()
-        result = train(
-            config(tmp_path / str(steps), {"train": {"max_steps": steps}, "checkpoint": {"every_epochs": 0}})
-        )
-        counts.append(
-            {
-                name: n
-                for name, n in result["ray_calls"].items()
-                if not name.startswith(("watch", "start_wait"))
-            }
-        )
-    assert counts[0] == counts[1]
-    assert counts[0]["run"] == 2
+    ray_calls.clear()
+    twice = train(config(tmp_path, {"train": {"max_steps": 12}}))["ray_calls"]
+    steps, twice_the_steps = (
+        {name: n for name, n in calls.items() if not name.startswith(("watch", "start_wait"))}
+        for calls in (undisturbed_calls[1], twice)
+    )
+    assert steps == twice_the_steps
+    assert steps["run"] == 2
 
 
 class Recorder(Callback):
@@ -200,7 +211,7 @@ def test_eval_and_export_read_a_run(undisturbed: Path, tmp_path: Path) -> None:
 
 def test_verify_says_how_far_the_plan_is_from_one_device() -> None:
     result = commands.verify(
-        Config.from_dict(SMALL, {"mesh": {"num_workers": 4, "shape": "2x2"}}),
+        Config.from_dict(SMALL, {"mesh": {"num_workers": 2, "shape": "1x2"}}),
         2,
         True,
         1e-9,
@@ -217,6 +228,8 @@ from anabranch.blocks import build
 
 def broken_loss(output, target):
     if torch.distributed.get_rank() == 1:
+        with open("raised", "a") as file:
+            file.write("once ")
         raise ValueError("my own mistake")
     return torch.nn.functional.cross_entropy(output, target, reduction="none")
 
@@ -236,6 +249,7 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def test_a_failing_worker_is_told_once_with_rank_and_host(user_folder: Path) -> None:
+    """After another process tried the same step and failed alike: the run has ended then."""
     with pytest.raises(WorkerError) as raised:
         train(config(user_folder / "run", {"train": {"loss": "theirs:broken_loss"}}))
     message = str(raised.value)
@@ -243,10 +257,11 @@ def test_a_failing_worker_is_told_once_with_rank_and_host(user_folder: Path) -> 
     assert message.count("ValueError: my own mistake") == 1
     assert "theirs.py" in message
     assert "onnection" not in message
+    assert (user_folder / "raised").read_text() == "once once "
 
 
 def test_a_failing_factory_is_told_with_the_users_line(user_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"theirs\.py.*line 11(.|\n)*undefined_name"):
+    with pytest.raises(ConfigError, match=r"theirs\.py.*line 13(.|\n)*undefined_name"):
         train(config(user_folder / "run", {"model": {"name": "theirs:broken_net"}}))
     assert not (user_folder / "run").exists()
 
@@ -327,6 +342,10 @@ LONG = [
     "0",
     "--model.options.depth",
     "8",
+    "--mesh.execution",
+    "fused",
+    "--mesh.memory-format",
+    "contiguous",
     "--json",
     "--run-dir",
 ]
@@ -351,8 +370,14 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def stop_by(sig: signal.Signals, folder: Path, *more: str) -> tuple[int, dict[str, Any], float, set[int]]:
-    """Trains in a process group of its own and sends it a signal in the middle, as a terminal does."""
+def stop_by(
+    sig: signal.Signals, folder: Path, *more: str
+) -> tuple[int, dict[str, Any], tuple[float, float], set[int]]:
+    """Trains in a process group of its own and sends it a signal in the middle, as a terminal does.
+
+    Exit code, answer, seconds from its start to the signal and from there to its end, and who is left.
+    """
+    begun = time.monotonic()
     process = subprocess.Popen(
         [*CLI, *LONG, str(folder), *more],
         stdout=subprocess.PIPE,
@@ -371,7 +396,7 @@ def stop_by(sig: signal.Signals, folder: Path, *more: str) -> tuple[int, dict[st
         sent = time.monotonic()
         os.killpg(process.pid, sig)
         out, err = process.communicate(timeout=60)
-        seconds = time.monotonic() - sent
+        seconds = sent - begun, time.monotonic() - sent
     finally:
         process.kill()
     alive = {pid for pid in family if (stat := process_stat(pid)) is not None and stat[0] != "Z"}
@@ -381,7 +406,7 @@ def stop_by(sig: signal.Signals, folder: Path, *more: str) -> tuple[int, dict[st
 def test_ctrl_c_saves_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -> None:
     code, answer, seconds, alive = stop_by(signal.SIGINT, tmp_path / "run")
     assert code == 130
-    assert seconds <= 10
+    assert seconds[1] <= max(10.0, seconds[0] / 2)  # a machine on which the start took long is slow
     assert not alive
     assert f"--resume {tmp_path / 'run'}" in answer["error"]
     assert list((tmp_path / "run" / "checkpoints").iterdir())
