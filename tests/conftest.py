@@ -35,14 +35,27 @@ hypothesis.settings.load_profile("anabranch")
 
 _LONG = (
     "test_train.py",
-    "test_families.py",
-    "test_gross_run.py",
-    "test_cluster.py",
-    "test_checkpoint.py",
     "test_parity.py",
+    "test_cluster.py",
+    "test_gross_run.py",
+    "test_checkpoint.py",
     "test_fault_matrix.py",
-    "test_packaging.py",
+    "test_families.py",
     "test_measure.py",
+    "test_shared_basis.py",
+    "test_step.py",
+    "test_elastic.py",
+    "test_bench.py",
+    "test_peak_memory.py",
+    "test_report.py",
+    "test_profile.py",
+    "test_cru_net.py",
+    "test_packaging.py",
+    "test_resnext.py",
+    "test_image_folder.py",
+    "test_plan_command.py",
+    "test_hostile.py",
+    "test_optimal.py",
 )
 
 

@@ -275,11 +275,11 @@ def reduce(context: WorkerContext) -> dict[str, Any]:
 
 def step(num_steps: int, context: WorkerContext) -> dict[str, Any]:
     """A worker that only counts its steps, and the calls to Ray that its process made in them."""
-    before = ray_calls.total()
+    before, begun = ray_calls.total(), time.monotonic()
     for number in range(num_steps):
         context.publish(phase="train", step=number)
         time.sleep(0.15)
-    return {"ray_calls": ray_calls.total() - before}
+    return {"ray_calls": ray_calls.total() - before, "seconds": time.monotonic() - begun}
 
 
 def look(context: WorkerContext) -> dict[str, Any]:
@@ -293,7 +293,7 @@ def no_watch(statuses: list[dict[str, Any]]) -> None:
 
 def wait_for(true: Callable[[], bool]) -> None:
     """Ray does such things a little later."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -322,14 +322,15 @@ def test_ray_is_outside_the_step(ray_hosts: tuple[Host, ...]) -> None:
         ray_calls.clear()
         results = run_on_ray(partial(step, num_steps), RayRequest((2, 1)), seen.append)
         calls.append(dict(ray_calls))
-        assert results == [{"ray_calls": 0}] * 2
+        assert [result["ray_calls"] for result in results] == [0, 0]
         assert ray_calls["watch_status"] <= 2 * len(seen)
         assert [(status["rank"], status["step"]) for status in seen[-1]] == [
             (rank, num_steps - 1) for rank in range(2)
         ]
         assert len({status["pid"] for status in seen[-1]}) == 2
-    assert 2 <= len(seen) <= 5, "3 s of steps are watched about once a second, and at the end"
-    assert all(status["seen_s"] < 1 for status in seen[-1])
+    most = 2 + max(result["seconds"] for result in results)
+    assert 2 <= len(seen) <= most, "3 s of steps are watched about once a second, and at the end"
+    assert all(status["seen_s"] < most for status in seen[-1])
     once, twice = ({k: v for k, v in made.items() if not k.startswith("watch")} for made in calls)
     for made in (once, twice):
         del made["start_wait"]  # how long the actors take is not the steps' doing

@@ -138,6 +138,7 @@ def test_a_run_on_a_folder_with_an_unreadable_file(folder: Path, tmp_path: Path,
         "data": {"name": "image_folder", "path": str(folder), "augment": "area_crop", "options": SIZES},
         "train": {"epochs": 2, "batch_size": 8},
         "launch": {"launcher": "none", "run_dir": str(tmp_path / "run")},
+        "mesh": {"execution": "fused", "memory_format": "contiguous"},
     }
     with pytest.raises(Exception, match=r"04\.png cannot be read as an image .* data\.on_bad_image to skip"):
         commands.train(Config.from_dict(layers), Console(quiet=True))
@@ -227,7 +228,7 @@ def evaluated(rank: int, world_size: int, folder: str, shape: str) -> dict[str, 
         {
             "data": {"name": "image_folder", "path": folder, "options": SIZES, "eval_crops": 10},
             "train": {"precision": "fp64", "batch_size": 8, "eval_batch_size": 4},
-            "mesh": {"shape": shape, "plan": "even"},
+            "mesh": {"shape": shape, "plan": "even", "execution": "fused", "memory_format": "contiguous"},
         }
     )
     context = replace(alone(), rank=rank, world_size=world_size)
