@@ -200,7 +200,7 @@ def test_stopped_again_and_again_it_ends_alike(undisturbed: Result, tmp_path: Pa
     while True:
         world_size = 1 + stops % 2
         layer = {"mesh": {"shape": f"1x{world_size}"}}
-        result = run_ranks(world_size, gross_cases.search, str(tmp_path), QUICK, 40, layer)[0]
+        result = run_ranks(world_size, gross_cases.search, str(tmp_path), QUICK, 30, layer)[0]
         if result["stopped"] is None:
             break
         assert set(result) == {"stopped", "run_dir", "status", "phases"}
