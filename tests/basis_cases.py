@@ -95,14 +95,16 @@ def parity(rank: int, world_size: int, cases: Sequence[Case], defect: str = "") 
     for case in cases:
         network = seeded(case.network)
         plan = plan_for(spec_of(network), case)
-        size = 64 if case.network == "mobilenet" else 16
+        # five halvings leave 2x2; its three steps, the last one short, are of half the samples then
+        size, scale = (64, 2) if case.network == "mobilenet" else (16, 1)
         generator = torch.Generator().manual_seed(7)
-        number = case.trial.get("num_samples", 36)
+        number = case.trial.get("num_samples", 36 // scale)
         trial = Trial(
             torch.randn(number, 2, size, size, generator=generator, dtype=torch.float64),
             torch.randint(5, (number,), generator=generator),
             **{
-                "batch_size": 16, "bn_batch_size": 8, "precision": "fp64", "optimizer": OptimizerConfig(lr=0.02),
+                "batch_size": 16 // scale, "bn_batch_size": 8 // scale, "precision": "fp64",
+                "optimizer": OptimizerConfig(lr=0.02),
                 "penalty": None if case.penalty is None else OrthogonalityPenalty(**case.penalty),
                 **{name: value for name, value in case.trial.items() if name != "num_samples"},
             },

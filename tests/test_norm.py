@@ -112,7 +112,8 @@ def test_gradients_are_the_derivatives(sizes: tuple[int, ...]) -> None:
             y: Tensor = torch.func.functional_call(ours, {"weight": weight, "bias": bias}, (x,))
         return y
 
-    inputs = (_x(4), ours.weight.detach().requires_grad_(), ours.bias.detach().requires_grad_())
+    x = _x(4)[:, :, :2, :2].detach().requires_grad_()
+    inputs = (x, ours.weight.detach().requires_grad_(), ours.bias.detach().requires_grad_())
     assert torch.autograd.gradcheck(run, inputs)
 
 

@@ -30,7 +30,7 @@ CLI = [sys.executable, "-m", "anabranch.runtime"]
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"name": "multi_resnet", "options": {"depth": 8, "num_branches": 3}},
     "data": {"name": "digits", "augment": "crop", "crop_padding": 1},
-    "train": {"epochs": 1, "max_steps": 6, "batch_size": 32, "bn_batch_size": 16, "precision": "fp64"},
+    "train": {"epochs": 1, "max_steps": 8, "batch_size": 32, "bn_batch_size": 16, "precision": "fp64"},
     "checkpoint": {"every_epochs": 0.1},
     # chosen, for runs that are to be equal to the last bit: what is measured may turn out otherwise in another process
     "mesh": {"execution": "fused", "memory_format": "contiguous"},
@@ -99,11 +99,11 @@ Calls = dict[str, int]
 
 @pytest.fixture(scope="module")
 def undisturbed_calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Calls]:
-    """Six steps in fp64, a checkpoint after the fourth, on a 1×2 mesh; and the calls to Ray that they took."""
+    """Eight steps in fp64, a checkpoint after each fourth, on a 1×2 mesh; and the calls to Ray that they took."""
     folder = tmp_path_factory.mktemp("undisturbed")
     ray_calls.clear()
     result = train(config(folder))
-    assert len(losses(folder)) == 6
+    assert len(losses(folder)) == 8
     return folder, result["ray_calls"]
 
 
@@ -113,16 +113,16 @@ def undisturbed(undisturbed_calls: tuple[Path, Calls]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ended_early(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four of these steps."""
+def stopped_calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Calls]:
+    """Half of these steps, in the same way."""
     folder = tmp_path_factory.mktemp("stopped")
-    train(config(folder, {"train": {"max_steps": 4}}))
-    return folder
+    ray_calls.clear()
+    return folder, train(config(folder, {"train": {"max_steps": 4}}))["ray_calls"]
 
 
 @pytest.fixture
-def stopped(ended_early: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(ended_early, tmp_path / "stopped"))
+def stopped(stopped_calls: tuple[Path, Calls], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped_calls[0], tmp_path / "stopped"))
 
 
 @pytest.mark.parametrize(
@@ -138,27 +138,27 @@ def stopped(ended_early: Path, tmp_path: Path) -> Path:
 def test_goes_on_with_the_same_losses_on_another_mesh(
     mesh: dict[str, Any], undisturbed: Path, stopped: Path
 ) -> None:
-    given = {"mesh": mesh, "train": {"max_steps": 6}, "checkpoint": {"resume": str(stopped)}}
+    given = {"mesh": mesh, "train": {"max_steps": 8}, "checkpoint": {"resume": str(stopped)}}
     train(load_resumed(stopped, given))
     assert losses(stopped)[:4] == losses(undisturbed)[:4]
     assert losses(stopped)[4:] == pytest.approx(losses(undisturbed)[4:], rel=1e-9)
 
 
 def test_goes_on_bit_equal_under_the_same_plan(undisturbed: Path, stopped: Path) -> None:
-    train(load_resumed(stopped, {"train": {"max_steps": 6}, "checkpoint": {"resume": str(stopped)}}))
+    train(load_resumed(stopped, {"train": {"max_steps": 8}, "checkpoint": {"resume": str(stopped)}}))
     assert losses(stopped) == losses(undisturbed)
 
 
-def test_ray_is_outside_the_step(undisturbed_calls: tuple[Path, Calls], tmp_path: Path) -> None:
+def test_ray_is_outside_the_step(
+    undisturbed_calls: tuple[Path, Calls], stopped_calls: tuple[Path, Calls]
+) -> None:
     """Ray calls over N and over 2N steps differ only by the once-a-second watch."""
-    ray_calls.clear()
-    twice = train(config(tmp_path, {"train": {"max_steps": 12}}))["ray_calls"]
-    steps, twice_the_steps = (
+    twice, once = (
         {name: n for name, n in calls.items() if not name.startswith(("watch", "start_wait"))}
-        for calls in (undisturbed_calls[1], twice)
+        for _, calls in (undisturbed_calls, stopped_calls)
     )
-    assert steps == twice_the_steps
-    assert steps["run"] == 2
+    assert once == twice
+    assert once["run"] == 2
 
 
 class Recorder(Callback):
@@ -441,7 +441,7 @@ def test_torchrun_starts_the_same_worker(tmp_path: Path, undisturbed: Path) -> N
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 6
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 8
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
