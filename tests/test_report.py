@@ -120,12 +120,8 @@ def test_in_a_browser(run: Path, tmp_path: Path, width: int) -> None:
     assert found["charts"] >= 5
     assert found["tables"] >= found["charts"]
     (tmp_path / "empty.html").write_text("<title>x</title><body></body>")
-    for again in range(3):  # another process on the machine delays a browser too: then once more
-        *_, empty = browse(tmp_path / "empty.html", tmp_path, width)
-        if again == 2 or seconds - empty <= 2.0:
-            break
-        *_, seconds = browse(tmp_path / "report.html", tmp_path, width, *dark)
-    assert seconds - empty <= max(2.0, empty)  # where a browser takes long for nothing, the machine is slow
+    *_, empty = browse(tmp_path / "empty.html", tmp_path, width)
+    assert seconds - empty <= 2.0
 
 
 def test_is_self_contained_and_small(run: Path, tmp_path: Path) -> None:
