@@ -210,6 +210,7 @@ def gross_rank(
     print(f"rank correlation, by seed: {correlations}; {record['path']}")
 
 
+Resume = Annotated[bool, Parameter(help="Leave out cases that the record has.", negative=())]
 Workers = Annotated[int, Parameter(help="Worker processes.")]
 Rounds = Annotated[int, Parameter(help="Interleaved rounds of what is compared.")]
 
@@ -228,11 +229,11 @@ def digits(*, seeds: Annotated[int, Parameter(help="Runs.")] = 3) -> None:
 
 
 @app.command
-def prediction(*, workers: Workers = 2, rounds: Rounds = 16) -> None:
+def prediction(*, workers: Workers = 2, rounds: Rounds = 16, resume: Resume = False) -> None:
     """Predicted against measured step times of plans that no trial of the measurement ran."""
     from anabranch.benchmarks import plans
 
-    record = plans.prediction(workers=workers, rounds=rounds)
+    record = plans.prediction(workers=workers, rounds=rounds, resume=resume)
     print(
         f"{record['num_plans']} plans: mean error {100 * record['mean_absolute_error']:.1f} %; "
         f"of {record['pairs_apart']} pairs more than 10 % apart {100 * (record['pairs_in_order'] or 0):.1f} % "
@@ -255,19 +256,19 @@ def search_growth(*, rounds: Annotated[int, Parameter(help="Searches of each siz
 
 
 @app.command
-def regret(*, workers: Workers = 2, rounds: Rounds = 24) -> None:
+def regret(*, workers: Workers = 2, rounds: Rounds = 24, resume: Resume = False) -> None:
     """The automatic plan against the best of all plans, re-timed."""
     from anabranch.benchmarks import plans
 
-    _print_ratios(plans.regret(workers=workers, rounds=rounds))
+    _print_ratios(plans.regret(workers=workers, rounds=rounds, resume=resume))
 
 
 @app.command
-def never_slower(*, workers: Workers = 2, rounds: Rounds = 24) -> None:
+def never_slower(*, workers: Workers = 2, rounds: Rounds = 24, resume: Resume = False) -> None:
     """The automatic plan against plain data parallelism, ten networks and batches."""
     from anabranch.benchmarks import plans
 
-    _print_ratios(plans.never_slower(workers=workers, rounds=rounds))
+    _print_ratios(plans.never_slower(workers=workers, rounds=rounds, resume=resume))
 
 
 @app.command

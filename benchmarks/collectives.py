@@ -30,6 +30,7 @@ from anabranch.runtime.collectives import (
     reduce_from_branches,
     scatter_samples,
 )
+from anabranch.runtime.process_group import share_memory
 
 SIZES = tuple(4**i * 1024 for i in range(8))  # bytes: 1 KiB … 16 MiB
 _OURS_MOVE = {
@@ -76,6 +77,8 @@ def _measure(rank: int, rounds: int, sizes: tuple[int, ...]) -> dict[str, Any]:
     left_out: list[str] = []
     for size in groups:
         group = dist.new_group(list(range(size)))
+        if rank < size:
+            share_memory(group)
         for num_bytes in sizes:
             sides = _sides(group, size, num_bytes, device) if rank < size else {}
             names = _NAMES if size == world else tuple(_NAMES)

@@ -2,7 +2,8 @@
 
 Both run in the same processes, in turn, round by round: the machine's drift hits both. DDP is tuned
 (`broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True`), BN groups, batches, optimizer, threads and
-allocator are equal. Ours also reduces loss, hits and the running statistics, DDP's copies of those drift apart.
+allocator are equal. `ddp_shared` reduces its gradients through shared memory, as ours are, and not over gloo.
+Ours also reduces loss, hits and the running statistics, DDP's copies of those drift apart.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def run(
 ) -> dict[str, Any]:
     """Measures and writes the record: paired ratios ours ÷ DDP by round, their median with its 95 % interval."""
     samples = run_workers(_WORKERS, _measure, rounds, steps, batch_size, threads=1)
-    ours, ddp = samples["ours"], samples["ddp"]
-    ratios = [a / b for a, b in zip(ours, ddp, strict=True)]
-    median, low, high = median_interval(ratios)
+    ours, ddp, shared = samples["ours"], samples["ddp"], samples["ddp_shared"]
+    median, low, high = median_interval([a / b for a, b in zip(ours, ddp, strict=True)])
+    of_shared = median_interval([a / b for a, b in zip(ours, shared, strict=True)])
     record = {
         "network": {"name": "multi_resnet", **_NETWORK},
         "batch_size": batch_size,
@@ -48,6 +49,10 @@ def run(
         "ddp_median_s": statistics.median(ddp),
         "ratio_median": median,
         "ratio_interval_95": [low, high],
+        "ddp_shared_s": shared,
+        "ddp_shared_median_s": statistics.median(shared),
+        "ddp_shared_ratio_median": of_shared[0],
+        "ddp_shared_ratio_interval_95": [*of_shared[1:]],
     }
     path = write_record("data_parallel", record, folder) if folder else write_record("data_parallel", record)
     return {**record, "path": str(path)}
@@ -60,6 +65,7 @@ def _measure(rank: int, rounds: int, steps: int, batch_size: int) -> dict[str, l
     plan = Plan(_WORKERS, 1, {block.name: SAMPLE for block in spec_of(network).blocks}, "sample", "sample")
     sides: dict[str, Callable[[], object]] = {
         "ddp": ddp_step(copy.deepcopy(network), x, target),
+        "ddp_shared": ddp_step(copy.deepcopy(network), x, target, shared=True),
         "ours": OurStep(network, plan, x, target),
     }
     return interleaved(sides, rounds, steps, warm_up=3)

@@ -31,6 +31,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from anabranch.cluster import WorkerContext
+from anabranch.runtime import exchange
 
 MOMENTS = ("forward", "branch_all_reduce", "reduction", "optimizer", "checkpoint")
 KINDS = ("kill", "stop", "exception", "memory", "raylet", "driver", "disk", "network", "host")
@@ -210,7 +211,7 @@ def install(folder: Path) -> None:
 
     def wrapped(collective: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
-            group = options.get("group")
+            group = arguments[1] if len(arguments) > 1 else options.get("group")
             injector.before_collective(group)
             result = collective(*arguments, **options)
             injector.after_collective(group)
@@ -221,8 +222,7 @@ def install(folder: Path) -> None:
     WorkerContext.publish = told  # type: ignore[method-assign]
     dist.init_process_group = grouped
     os.fsync = synced  # type: ignore[assignment]
-    for name in ("all_reduce", "reduce_scatter_tensor", "all_to_all_single", "batch_isend_irecv"):
-        setattr(dist, name, wrapped(getattr(dist, name)))
+    exchange.all_reduce = wrapped(exchange.all_reduce)
     register_module_forward_pre_hook(injector.forward)
     register_optimizer_step_pre_hook(injector.optimizer)
 

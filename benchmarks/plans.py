@@ -5,8 +5,9 @@ Every case measures costs on the workers as `anabranch plan` does, and steps in 
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -91,19 +92,33 @@ _ERROR = {
     4: (0.20, 0.90),
 }  # by workers, as asked: mean error at most, pairs in order at least
 _MOST_RATIO = 1.02
+_TURNS = 3  # of measuring costs and timing plans
 
 
-def prediction(*, workers: int = 2, rounds: int = 16, folder: Path = RESULTS) -> dict[str, Any]:
-    """Predicted against measured step times of many plans, none of them used for calibration."""
-    cases = []
-    for case in PREDICTION:
-        plans, samples, predicted, reference = run_workers(workers, _prediction, case, rounds)
-        rows = [
-            {"plan": text, "predicted_s": seconds, "measured_s": statistics.median(samples[name]),
-             "samples_s": samples[name]}
-            for (name, text), seconds in zip(plans.items(), predicted, strict=True)
-        ]  # fmt: skip
-        cases.append({"case": str(case), "plans": rows, "reference": reference})
+def _by_case(
+    name: str, cases: Sequence[Case], workers: int, rounds: int, folder: Path, resume: bool,
+    measured: Callable[[int, Case, int], Mapping[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every case's row, in folder/NAME.json as soon as it is there; resume: rows that the record has are not redone."""
+    path, rows = folder / f"{name}.json", []
+    before = json.loads(path.read_text()) if resume and path.exists() else {"cases": []}
+    known = {row["case"]: row for row in before["cases"] if before.get("rounds") == rounds}
+    for case in cases:
+        rows.append(
+            known.get(str(case)) or {"case": str(case), **run_workers(workers, measured, case, rounds)}
+        )
+        write_record(name, {"workers": workers, "rounds": rounds, "cases": rows}, folder)
+    return rows
+
+
+def prediction(
+    *, workers: int = 2, rounds: int = 16, folder: Path = RESULTS, resume: bool = False
+) -> dict[str, Any]:
+    """Predicted against measured step times of many plans, none of them used for calibration.
+
+    Costs are measured, and the plans timed, in turn: the machine drifts by more than the error that is looked for.
+    """
+    cases = _by_case(f"prediction_{workers}", PREDICTION, workers, rounds, folder, resume, _prediction)
     figures = _prediction_figures(cases)
     if workers in _ERROR:
         most, least = _ERROR[workers]
@@ -123,23 +138,33 @@ def prediction(*, workers: int = 2, rounds: int = 16, folder: Path = RESULTS) ->
     return {**record, "path": str(write_record(f"prediction_{workers}", record, folder))}
 
 
-def _prediction(
-    rank: int, case: Case, rounds: int
-) -> tuple[dict[str, str], dict[str, list[float]], list[float], dict[str, float]]:
+def _prediction(rank: int, case: Case, rounds: int) -> dict[str, Any]:
     network, setting = case.network(), case.setting()
     cluster, devices = _cluster()
     spec = spec_of(network)
-    costs = measure_costs(network, setting, cluster, devices, budget_s=40)
-    predict = Predictor(spec, cluster, costs, _batch(setting))
-    plans = _some_plans(spec, devices)
-    data = _data(
-        spec, devices
-    )  # which the measurement ran: how far it is off is the machine's drift, not the model's
-    samples = time_plans(network, {**plans, "data": data}, setting, rounds=rounds, budget_s=60)
-    reference = {"predicted_s": predict(data).total_s, "measured_s": statistics.median(samples.pop("data"))}
-    return {name: format_plan(plan) for name, plan in plans.items()}, samples, [
-        predict(plan).total_s for plan in plans.values()
-    ], reference  # fmt: skip
+    # The measurement ran data parallelism itself: how far that is off is the machine's drift, not the model's.
+    plans = {**_some_plans(spec, devices), "data": _data(spec, devices)}
+    predicted: dict[str, list[float]] = {name: [] for name in plans}
+    samples: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in range(_TURNS):
+        costs = measure_costs(network, setting, cluster, devices, budget_s=60 / _TURNS)
+        predict = Predictor(spec, cluster, costs, _batch(setting))
+        timed = time_plans(network, plans, setting, rounds=max(rounds // _TURNS, 2), budget_s=90 / _TURNS)
+        for name, plan in plans.items():
+            predicted[name].append(predict(plan).total_s)
+            samples[name] += timed[name]
+    rows = {
+        name: {
+            "plan": format_plan(plan),
+            "predicted_s": statistics.median(predicted[name]),
+            "measured_s": statistics.median(samples[name]),
+            "predictions_s": predicted[name],
+            "samples_s": samples[name],
+        }
+        for name, plan in plans.items()
+    }
+    reference = rows.pop("data")
+    return {"plans": [*rows.values()], "reference": reference}
 
 
 def _prediction_figures(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -164,9 +189,11 @@ def _prediction_figures(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def regret(*, workers: int = 2, rounds: int = 24, folder: Path = RESULTS) -> dict[str, Any]:
+def regret(
+    *, workers: int = 2, rounds: int = 24, folder: Path = RESULTS, resume: bool = False
+) -> dict[str, Any]:
     """The automatic plan against the best of all plans of these small networks, re-timed in fresh rounds."""
-    rows = [{"case": str(case), **run_workers(workers, _regret, case, rounds)} for case in REGRET]
+    rows = _by_case(f"regret_{workers}", REGRET, workers, rounds, folder, resume, _regret)
     slow_links = sum(not row["data_parallel_is_best"] for row in rows)
     met = _keep_ratio(rows) and slow_links >= 2
     record = {
@@ -208,9 +235,11 @@ def _regret(rank: int, case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def never_slower(*, workers: int = 2, rounds: int = 24, folder: Path = RESULTS) -> dict[str, Any]:
+def never_slower(
+    *, workers: int = 2, rounds: int = 24, folder: Path = RESULTS, resume: bool = False
+) -> dict[str, Any]:
     """The automatic plan against plain data parallelism, in fresh rounds, over ten networks and batches."""
-    rows = [{"case": str(case), **run_workers(workers, _never_slower, case, rounds)} for case in NEVER_SLOWER]
+    rows = _by_case(f"never_slower_{workers}", NEVER_SLOWER, workers, rounds, folder, resume, _never_slower)
     record = {
         "workers": workers, "rounds": rounds, "cases": rows, "met": _keep_ratio(rows),
         "asked": {"ratio_interval_95_upper": _MOST_RATIO, "cases": 10},

@@ -24,6 +24,7 @@ from anabranch.blocks.network import named_blocks
 from anabranch.runtime.collectives import Wire
 from anabranch.runtime.config import MeshConfig
 from anabranch.runtime.deal import deal_step
+from anabranch.runtime.exchange import all_reduce
 from anabranch.runtime.execution import how_to_run
 from anabranch.runtime.intervals import median_interval
 from anabranch.runtime.mesh import make_mesh
@@ -143,7 +144,7 @@ def _exchange(rank: int, rounds: int, depth: int, branches: int, batch: int) -> 
 
     def collectives() -> None:
         for buffer in buffers:
-            dist.all_reduce(buffer)
+            all_reduce(buffer, whole.network.wire.group).wait()
 
     exposed: dict[str, list[float]] = {}
 

@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.blocks.branch_sum import Execution
+from anabranch.runtime import exchange
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import parallelize
+from anabranch.runtime.process_group import share_memory
 from anabranch.runtime.step import MicroBatch, TrainStep, autocast
 from anabranch.schedulers import Plan
 
@@ -31,12 +33,32 @@ def images(batch_size: int, channels: int = 3, size: int = 32, classes: int = 10
     return x, torch.randint(classes, (batch_size,), generator=generator)
 
 
+def through_shared_memory(ddp: DistributedDataParallel) -> None:
+    """Let torch DDP reduce its gradients as ours are, where CPU ranks share a host; else nothing changes."""
+    group = dist.group.WORLD
+    assert group is not None, "in a process group"
+    share_memory(group)
+    if not exchange.shares_memory(group):
+        return
+
+    def hook(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
+        mean = bucket.buffer().div_(group.size())
+        exchange.all_reduce(mean, group).wait()
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(mean)
+        return done
+
+    ddp.register_comm_hook(None, hook)
+
+
 def ddp_step(
-    network: nn.Module, x: Tensor, target: Tensor, *, tuned: bool = True, precision: str = "fp32"
-) -> Step:
+    network: nn.Module, x: Tensor, target: Tensor, *,
+    tuned: bool = True, shared: bool = False, precision: str = "fp32",
+) -> Step:  # fmt: skip
     """A step of torch DDP on this rank's share of the batch; Nesterov SGD, loss read every step, as ours.
 
-    tuned: broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True; else torch's defaults.
+    tuned: broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True; else torch's defaults. shared:
+    `through_shared_memory`.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     x, target = x.chunk(num_ranks)[rank], target.chunk(num_ranks)[rank]
@@ -46,6 +68,8 @@ def ddp_step(
         "static_graph": True,
     }
     ddp = DistributedDataParallel(network, **(options if tuned else {}))
+    if shared:
+        through_shared_memory(ddp)
     optimizer = make_optimizer(OptimizerConfig(), ddp.parameters())
 
     def step() -> None:

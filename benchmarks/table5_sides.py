@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.benchmarks.plain_resnet import plain_pre_resnet
-from anabranch.benchmarks.steps import images
+from anabranch.benchmarks.steps import images, through_shared_memory
 from anabranch.blocks import build
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.convert import prepare
@@ -146,7 +146,10 @@ class DdpSide:
         if wrapped:
             with warnings.catch_warnings():  # newer versions want another name for broadcast_buffers
                 warnings.simplefilter("ignore", FutureWarning)
-                self.network = DistributedDataParallel(network, **(_TUNED if tuned else {}))  # type: ignore[arg-type]
+                ddp = DistributedDataParallel(network, **(_TUNED if tuned else {}))  # type: ignore[arg-type]
+            if tuned and device.type == "cpu":
+                through_shared_memory(ddp)
+            self.network = ddp
         self.precision, self.loss = setting.config.train.precision, 0.0
         self.optimizer = make_optimizer(setting.config.optimizer, self.network.parameters())
 

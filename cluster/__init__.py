@@ -2,7 +2,7 @@
 
 from anabranch.cluster.errors import ClusterError, StoppedError, WorkerError
 from anabranch.cluster.ray_calls import ray_calls
-from anabranch.cluster.ray_session import connect, discover
+from anabranch.cluster.ray_session import connect, discover, load_ray
 from anabranch.cluster.recovery import Recovery
 from anabranch.cluster.run import RayRequest, run_on_ray
 from anabranch.cluster.worker_context import WorkerContext
@@ -16,6 +16,7 @@ __all__ = [
     "WorkerError",
     "connect",
     "discover",
+    "load_ray",
     "ray_calls",
     "run_on_ray",
 ]

@@ -43,6 +43,12 @@ def note_given_back() -> None:
 _SAID_BY_US = "A worker died or was killed"
 
 
+def load_ray() -> None:
+    """Import ray (most of a second) under the settings that it reads then."""
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _SAID_BY_US)
+    import ray  # noqa: F401
+
+
 @contextmanager
 def connect(address: str = "", num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[None]:
     """Be connected to Ray: to the cluster at `address` (or RAY_ADDRESS), else to a new one on this machine.
@@ -53,7 +59,7 @@ def connect(address: str = "", num_cpus: int | None = None, num_gpus: int | None
 
     Raises ClusterError when no cluster answers at the address.
     """
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _SAID_BY_US)  # read when ray is imported
+    load_ray()
     import ray
 
     if ray.is_initialized():
@@ -221,6 +227,9 @@ def _set_local_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's workers would step back (nice 15) behind whatever else runs on the machine: here they are what it is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # A first connection that comes before the listener is tried again after a second: ask sooner, as long in all.
+    os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
+    os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "200")
 
 
 def _check_answers(address: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anabranch.runtime.collectives import gathered_rows
+from anabranch.runtime.exchange import all_gather
 from anabranch.runtime.mesh import Mesh
 
 
@@ -29,10 +29,10 @@ def on_all_ranks(mesh: Mesh, device: torch.device, work: Callable[[], Any], what
             {"error": f"rank {mesh.rank} on {socket.gethostname()}: {type(error).__name__}: {error}"},
         )
     mine = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8).to(device)
-    sizes = gathered_rows(
+    sizes = all_gather(
         torch.tensor([len(mine)], device=device), [1] * mesh.world_size, mesh.world_group
     ).tolist()
-    rows = gathered_rows(mine, sizes, mesh.world_group).cpu().split(sizes)
+    rows = all_gather(mine, sizes, mesh.world_group).cpu().split(sizes)
     everything = [json.loads(row.numpy().tobytes()) for row in rows]
     errors = [told["error"] for told in everything if "error" in told]
     if failure is not None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anabranch.runtime.collectives import gathered_rows
+from anabranch.runtime.exchange import all_gather
 from anabranch.runtime.parallel_network import ParallelNetwork
 
 _BITS = {1: torch.uint8, 2: torch.int16}  # by bytes an element; wider ones in pieces of four bytes
@@ -34,7 +34,7 @@ def check_replicas(network: ParallelNetwork) -> None:
         names = [name for name in tensors if network.roles[name].over == over]
         if names and len(ranks) > 1:
             mine = torch.stack([checksum(tensors[name]) for name in names])
-            sums = gathered_rows(mine[None], [1] * len(ranks), group).T.tolist()
+            sums = all_gather(mine[None], [1] * len(ranks), group).T.tolist()
             found += [
                 _sides(name, ranks, row) for name, row in zip(names, sums, strict=True) if len(set(row)) > 1
             ]

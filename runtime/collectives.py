@@ -23,10 +23,8 @@ from torch import Tensor, nn
 
 from anabranch.blocks.branch_sum import Hidden
 from anabranch.blocks.convolution import WeightGradients
+from anabranch.runtime import exchange
 from anabranch.runtime.recorder import Recorder
-
-# renamed in torch 2.13
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(eq=False)
@@ -54,11 +52,10 @@ class Wire:
         """
         total = torch.empty_like(x, dtype=self.dtype_of(x), memory_format=self.format_of(x)).copy_(x)
         begun = self.recorder.now() if self.recorder else None
-        work = dist.all_reduce(self.flat(total), group=self.group, async_op=True)
+        work = exchange.all_reduce(self.flat(total), self.group)
         if meanwhile is not None:
             meanwhile()
             begun = self.recorder.now() if self.recorder else None  # what is exposed begins here
-        assert work is not None, "asked to be asynchronous"
         work.wait()
         if self.recorder:
             self.recorder.exchanged("all_reduce", total.nbytes, begun)
@@ -70,9 +67,11 @@ class Wire:
         return torch.bfloat16 if self.half else torch.float32
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """`gathered_rows` over the group."""
+        """All ranks' rows in order: rank i gives sizes[i]."""
         start = self.recorder.now() if self.recorder else None
-        rows = gathered_rows(self.flat(x.contiguous(memory_format=self.format_of(x))), sizes, self.group)
+        rows = exchange.all_gather(
+            self.flat(x.contiguous(memory_format=self.format_of(x))), sizes, self.group
+        )
         if self.recorder:
             self.recorder.exchanged("all_gather", rows.nbytes, start)
         return rows.permute(0, 3, 1, 2) if self.is_image(x) else rows
@@ -105,7 +104,7 @@ class SumInParts:
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.buffer: Tensor | None = None
-        self._works: list[Any] = []
+        self._works: list[exchange.Work] = []
 
     def begin(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """Parts of the new buffer."""
@@ -116,8 +115,7 @@ class SumInParts:
 
     def send(self, part: Tensor) -> None:
         if len(part):
-            work = dist.all_reduce(self.wire.flat(part), group=self.wire.group, async_op=True)
-            self._works.append(work)
+            self._works.append(exchange.all_reduce(self.wire.flat(part), self.wire.group))
 
     def whole(self) -> Tensor:
         assert self.buffer is not None, "begun"
@@ -216,20 +214,6 @@ _copy: Callable[..., Tensor] = _Copy.apply
 _reduce: Callable[..., Tensor] = _Reduce.apply
 _gather: Callable[..., Tensor] = _Gather.apply
 _scatter: Callable[..., Tensor] = _Scatter.apply
-
-
-def gathered_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """All ranks' rows in order, outside autograd; padded on the way, as gloo refuses unequal shapes."""
-    longest = max(sizes)
-    x = x.contiguous()
-    if x.shape[0] < longest:
-        x = torch.cat([x, x.new_zeros((longest - x.shape[0], *x.shape[1:]))])
-    everything = x.new_empty((len(sizes) * longest, *x.shape[1:]))
-    _all_gather_single(everything, x, group=group)
-    if all(size == longest for size in sizes):
-        return everything
-    rows = everything.view(len(sizes), longest, *x.shape[1:])
-    return torch.cat([rows[index, :size] for index, size in enumerate(sizes)])
 
 
 def _own_rows(x: Tensor, sizes: Sequence[int], rank: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from anabranch.cluster import RayRequest, WorkerError, connect, discover, ray_calls, run_on_ray
+from anabranch.cluster import RayRequest, WorkerError, connect, discover, load_ray, ray_calls, run_on_ray
 from anabranch.cluster.doctor import is_remote, preflight
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_rules import mesh_axes
@@ -62,7 +62,11 @@ class Driver:
             if note := outlive_note(address, sys.argv[1:]):
                 self.console.print(note, highlight=False, soft_wrap=True, markup=False)
         try:
-            with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, torch to import: both at once
+            with ThreadPoolExecutor(1) as beside:
+                if self.launcher == "ray":
+                    load_ray()
+                # Ray's processes take seconds to start, torch to import: both at once. Not the two imports, which
+                # would wait for each other.
                 prepared = beside.submit(self._prepare)
                 if self.launcher == "ray":
                     self._stack.enter_context(connect(address))

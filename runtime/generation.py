@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from anabranch.cluster import WorkerContext
+from anabranch.runtime import exchange
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.process_group import gather_json, process_group
 
@@ -100,6 +101,7 @@ class Generation:
 
 def _abort(connections: Iterable[_Socket]) -> None:
     """Only connected sockets: gloo's listener ends the process where it is shut down."""
+    exchange.shut_down()
     if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
         for group in list(dist.distributed_c10d._world.pg_names):
             with suppress(RuntimeError):  # it may have failed by itself

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from anabranch.runtime import exchange
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.plan_step import PlanStep
 from anabranch.runtime.process_group import gather_json
@@ -19,7 +20,7 @@ _SIZES = tuple(4**i * 1024 for i in range(8))  # bytes: 1 KiB … 16 MiB
 _ROUNDS, _SLOW_S = 5, 0.25  # larger messages than one that takes so long are drawn out
 
 _RUN: dict[Collective, Callable[[torch.Tensor, dist.ProcessGroup], object]] = {
-    "all_reduce": lambda x, group: dist.all_reduce(x, group=group),
+    "all_reduce": lambda x, group: exchange.all_reduce(x, group).wait(),
     "all_gather": lambda x, group: _all_gather(x, group),
 }
 
@@ -82,10 +83,8 @@ def _measured(
 
 
 def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> None:
-    from anabranch.runtime.collectives import gathered_rows
-
     each = len(x) // group.size()
-    gathered_rows(x[:each], [each] * group.size(), group)
+    exchange.all_gather(x[:each], [each] * group.size(), group)
 
 
 def occupancy(step: PlanStep, rounds: int = 5) -> float:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.process_group import share_memory
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ class Mesh:
         return self.data * self.branch
 
 
-def make_mesh(data: int, branch: int, device_type: str = "cpu") -> Mesh:
-    """The mesh over the default process group, which must have data·branch ranks (else ConfigError)."""
+def make_mesh(data: int, branch: int, device_type: str = "cpu", timeout_s: float = 600.0) -> Mesh:
+    """The mesh over the default process group, which must have data·branch ranks (else ConfigError).
+
+    Groups of CPU ranks on one host exchange through shared memory, and wait for a rank no longer than `timeout_s`.
+    """
     if dist.get_world_size() != data * branch:
         raise ConfigError(
             f"a mesh of {data}x{branch} needs {data * branch} ranks, there are {dist.get_world_size()}: "
@@ -46,7 +50,7 @@ def make_mesh(data: int, branch: int, device_type: str = "cpu") -> Mesh:
     device_mesh = init_device_mesh(device_type, (data, branch), mesh_dim_names=("data", "branch"))
     world = dist.group.WORLD
     assert world is not None, "init_device_mesh needs the default process group"
-    return Mesh(
+    mesh = Mesh(
         device_mesh,
         data,
         branch,
@@ -56,3 +60,7 @@ def make_mesh(data: int, branch: int, device_type: str = "cpu") -> Mesh:
         device_mesh.get_group("branch"),
         world,
     )
+    if device_type == "cpu":
+        for group in (mesh.world_group, mesh.data_group, mesh.branch_group):
+            share_memory(group, timeout_s)
+    return mesh

@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from anabranch.runtime import exchange
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.parallel_network import ParallelNetwork
 
@@ -53,7 +53,7 @@ def clip_gradients(network: ParallelNetwork, max_norm: float) -> Tensor:
             (owned if network.roles[name].over == "data" else replicated).append(parameter.grad)
     squares = [_square_sum(owned, network), _square_sum(replicated, network)]
     if network.mesh.branch > 1:
-        dist.all_reduce(squares[0], group=network.mesh.branch_group)
+        exchange.all_reduce(squares[0], network.mesh.branch_group).wait()
     norm = (squares[0] + squares[1]).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if owned or replicated:

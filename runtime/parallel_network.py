@@ -27,6 +27,7 @@ from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, Hidd
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.convolution import WeightGradients, exchanging
 from anabranch.blocks.network import named_blocks
+from anabranch.runtime import exchange
 from anabranch.runtime.collectives import (
     SumInParts,
     Wire,
@@ -219,7 +220,7 @@ class ParallelNetwork(nn.Module):
 
         def all_reduce(x: Tensor) -> Tensor:
             start = self.recorder.now()
-            torch.distributed.all_reduce(x, group=group)
+            exchange.all_reduce(x, group).wait()
             self.recorder.exchanged(f"{over}_sum", x.nbytes, start)
             return x
 

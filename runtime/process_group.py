@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from anabranch.cluster import WorkerContext
 from anabranch.cluster.environment import keep_freed_memory
-from anabranch.runtime.collectives import gathered_rows
+from anabranch.runtime import exchange
 
 
 @contextmanager
@@ -55,8 +56,18 @@ def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[
     try:
         yield
     finally:
+        exchange.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def share_memory(group: dist.ProcessGroup, timeout_s: float = 600.0) -> None:
+    """Let exchanges of CPU tensors over the group go through shared memory, where all its ranks are on one host.
+
+    timeout_s: for a rank to give its part. Collective.
+    """
+    if group.size() > 1 and dist.get_backend(group) == "gloo" and not exchange.shares_memory(group):
+        exchange.share_memory(group, partial(gather_json, device="cpu", group=group), timeout_s)
 
 
 def broadcast_json(value: Any, device: torch.device | str, source: int = 0) -> Any:
@@ -72,5 +83,5 @@ def gather_json(value: Any, device: torch.device | str, group: dist.ProcessGroup
     sizes = torch.zeros(group.size(), dtype=torch.int64, device=device)
     sizes[group.rank()] = len(text)
     dist.all_reduce(sizes, group=group)
-    everything = gathered_rows(text, sizes.tolist(), group).cpu().split(sizes.tolist())
+    everything = exchange.all_gather(text, sizes.tolist(), group).cpu().split(sizes.tolist())
     return [json.loads(bytes(part.tolist())) for part in everything]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from anabranch.runtime.collectives import gathered_rows
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.exchange import all_gather
 from anabranch.runtime.lr_schedule import learning_rate
 from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.process_group import gather_json
@@ -218,7 +218,7 @@ def _gathered(
     sizes = gather_json(len(rows), device)
     world = dist.group.WORLD
     assert world is not None, "in a process group"
-    everything = gathered_rows(table, sizes, world).cpu().numpy()
+    everything = all_gather(table, sizes, world).cpu().numpy()
     last = [[s.part, s.element, s.op, s.num_bytes, there(s.start), there(s.end)] for s in mine[-1][0]]
     shifted = [[name, kind, thread, there(start), seconds] for name, kind, thread, start, seconds in events]
     told = gather_json([list(signatures), facts, shifted, last], device)

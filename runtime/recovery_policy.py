@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from anabranch.blocks.errors import ModelError
 from anabranch.cluster import ClusterError, Recovery
 from anabranch.cluster.failures import Failure
 from anabranch.runtime.commit import RankState, decide
@@ -83,6 +82,8 @@ def _newest(run_dir: Path, url: str, first: str) -> tuple[str, int]:
 
 def _retries(failure: Failure) -> bool:
     """Wrong input stays wrong."""
+    from anabranch.blocks.errors import ModelError  # not at the top: torch comes with it, while Ray starts
+
     if failure.exception is None:
         return True
     try:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
+from anabranch.runtime import exchange
 from anabranch.runtime.parallel_network import ParallelNetwork
 
 _Kind = tuple[str, torch.dtype]  # the axis that gradients are summed over, and their precision
@@ -42,7 +43,7 @@ class _Bucket:
     views: list[Tensor] = field(default_factory=list)
     pending: set[int] = field(default_factory=set)  # ids of parameters whose gradient is not ready
     unused: list[int] = field(default_factory=list)  # indices of parameters that this rank did not use
-    work: dist.Work | None = None
+    work: exchange.Work | None = None
     sent: Any = None  # when, where the recorder is detailed
 
     @property
@@ -165,7 +166,7 @@ class GradientReducer:
         bucket.unused = [i for i, u in enumerate(used) if not u]
         if self.network.recorder.detailed:
             bucket.sent = self.network.recorder.now()
-        bucket.work = dist.all_reduce(bucket.buffer, group=bucket.group, async_op=True)
+        bucket.work = exchange.all_reduce(bucket.buffer, bucket.group)
 
     def finish(self) -> None:
         """Sends what is left, waits, and hands out the sums: p.grad is whole on every rank that holds p.
@@ -182,7 +183,7 @@ class GradientReducer:
                 statistics.rows.mul_(self._share)
             if self._groups[over].size() > 1 and statistics.buffer.numel():
                 sent = recorder.now() if recorder.detailed else None
-                work = dist.all_reduce(statistics.buffer, group=self._groups[over], async_op=True)
+                work = exchange.all_reduce(statistics.buffer, self._groups[over])
                 works.append((f"{over}_bucket", statistics.buffer.nbytes, sent, work))
         for bucket in self._buckets:
             assert bucket.work is not None

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from anabranch.blocks.shared_basis import BasisGroup, basis_groups
+from anabranch.runtime import exchange
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.process_group import gather_json
@@ -170,7 +170,7 @@ class GatheredTensors:
         for name, part in zip(names, flat.split([self.shapes[n].numel() for n in names]), strict=True):
             dim, positions = self._where[name]
             whole[name] = part.view(self.shapes[name]).index_copy_(dim, positions, self.parameters[name])
-        dist.all_reduce(flat, group=self.group)
+        exchange.all_reduce(flat, self.group).wait()
         return whole
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from anabranch.blocks.convert import prepare
 from anabranch.cluster import WorkerContext
 from anabranch.cluster.failures import failed_in_collective
+from anabranch.runtime import exchange
 from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.assemble import in_precision, local_cluster, make_loss, make_penalty, make_plan, settle
 from anabranch.runtime.basis_record import BasisRecord
@@ -148,7 +148,9 @@ class Trainer:
 
         told: how the ranks that go on run it.
         """
-        self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
+        self.mesh = make_mesh(
+            self.plan.data, self.plan.branch, self.device.type, self.config.launch.timeout_s
+        )
         if not self._is_set_up:
             network = in_precision(self.config, self._network)
             ours = is_ours(network)
@@ -340,7 +342,7 @@ class Trainer:
             return
         if self.mesh.world_size > 1:
             ballot = torch.zeros(1, device=self.device)
-            dist.all_reduce(ballot)
+            exchange.all_reduce(ballot, self.mesh.world_group).wait()
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
         elif self.context.aborted:  # alone, no collective tells it that others are to join

@@ -12,7 +12,7 @@ from anabranch.schedulers.costs import Costs, Curve, ElementCost, GroupCost, Mod
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.wording import shown
 
-_SCHEMA = 2
+_SCHEMA = 3  # since ranks of one host share memory
 
 
 def write_costs(costs: Costs, path: str | Path) -> None:

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from anabranch.runtime import collectives
+from anabranch.runtime import collectives, exchange, process_group
 from anabranch.runtime.collectives import (
     Wire,
     copy_to_branches,
     gather_samples,
-    gathered_rows,
     reduce_from_branches,
     scatter_samples,
 )
@@ -27,6 +26,13 @@ Sizes = tuple[int, ...]
 
 def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def share_memory() -> None:
+    """What these checks exchange goes through shared memory from here on."""
+    group = _world().group
+    process_group.share_memory(group, 30.0)
+    assert exchange.shares_memory(group)
 
 
 def _world() -> Wire:
@@ -132,9 +138,11 @@ def gather(rank: int, world_size: int, sizes: Sizes) -> None:
         _close(oracle, part)
         _close(whole.grad, x.cos() * weight)
 
-    _close(gathered_rows(x[rows].transpose(1, 2), sizes, _world().group), x.transpose(1, 2))  # not contiguous
+    _close(
+        exchange.all_gather(x[rows].transpose(1, 2), sizes, _world().group), x.transpose(1, 2)
+    )  # not contiguous
     labels = torch.arange(n)
-    assert torch.equal(gathered_rows(labels[rows], sizes, _world().group), labels)
+    assert torch.equal(exchange.all_gather(labels[rows], sizes, _world().group), labels)
 
 
 def half_precision(rank: int, world_size: int) -> None:
@@ -169,10 +177,10 @@ def with_second_all_reduce(rank: int, world_size: int, pair: str) -> bool:
         if pair == "scatter":
             first, *rest = backward(ctx, *grads)
             assert first is not None
-            dist.all_reduce(first)
+            exchange.all_reduce(first, _world().group).wait()
             return first, *rest
         summed = grads[0].clone()
-        dist.all_reduce(summed)
+        exchange.all_reduce(summed, _world().group).wait()
         result: tuple[Tensor | None, ...] = backward(ctx, summed)
         return result
 

@@ -28,24 +28,32 @@ CHECKS: list[tuple[str, int, tuple[Any, ...]]] = [
 ]
 
 
-def run_checks(rank: int, world_size: int, checks: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
+def run_checks(
+    rank: int, world_size: int, checks: Sequence[tuple[str, tuple[Any, ...]]], shared: bool
+) -> None:
+    if shared:
+        on_ranks.share_memory()
     for name, args in checks:
         getattr(on_ranks, name)(rank, world_size, *args)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_pairs_equal_their_oracles(world_size: int) -> None:
+def test_pairs_equal_their_oracles(world_size: int, shared: bool) -> None:
     checks = [(name, args) for name, size, args in CHECKS if size == world_size]
-    run_ranks(world_size, run_checks, checks)
+    run_ranks(world_size, run_checks, checks, shared)
 
 
-def defects(rank: int, world_size: int) -> dict[str, bool]:
+def defects(rank: int, world_size: int, shared: bool) -> dict[str, bool]:
+    if shared:
+        on_ranks.share_memory()
     pairs = ("copy", "reduce", "gather", "scatter")
     return {pair: on_ranks.with_second_all_reduce(rank, world_size, pair) for pair in pairs}
 
 
-def test_a_second_all_reduce_in_backward_is_found() -> None:
-    assert all(all(found.values()) for found in run_ranks(2, defects))
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_second_all_reduce_in_backward_is_found(shared: bool) -> None:
+    assert all(all(found.values()) for found in run_ranks(2, defects, shared))
 
 
 def test_a_sum_needs_its_gradient_on_all_ranks_alike() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from parity_cases import Case, Choice, S, seeded, verify
 from ranks import run_ranks
 from torch import Tensor
 from torch.nn import functional as F
 
+from anabranch.runtime import exchange
 from anabranch.runtime.checksum import ReplicaError, check_replicas, checksum
 from anabranch.runtime.config import LrScheduleConfig
 from anabranch.runtime.deal import deal_step
@@ -124,7 +124,7 @@ def observed(rank: int, world_size: int) -> list[str]:
     )
     sizes = {id(bucket.buffer): index for index, bucket in enumerate(run.step.reducer._buckets)}
     events: list[str] = []
-    all_reduce, finish = dist.all_reduce, run.step.reducer.finish
+    all_reduce, finish = exchange.all_reduce, run.step.reducer.finish
 
     def seen(tensor: Tensor, *args: Any, **options: Any) -> Any:
         if id(tensor) in sizes:
@@ -135,12 +135,12 @@ def observed(rank: int, world_size: int) -> list[str]:
         events.append("backward is over")
         finish()
 
-    dist.all_reduce = seen
+    exchange.all_reduce = seen  # type: ignore[assignment]
     run.step.reducer.finish = finished  # type: ignore[method-assign]
     try:
         run.gradients()
     finally:
-        dist.all_reduce = all_reduce
+        exchange.all_reduce = all_reduce
     return events
 
 

@@ -1,0 +1,79 @@
+"""How tensors go between ranks: through shared memory among CPU ranks of one host, else `torch.distributed`.
+
+Every exchange in a step goes through here, whatever the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anabranch.runtime.shared_memory import SharedMemory, Talk
+
+# renamed in torch 2.13
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_shared: dict[dist.ProcessGroup, SharedMemory] = {}
+
+
+class Work(Protocol):
+    """An exchange that was begun."""
+
+    def wait(self) -> object:
+        """Until its result is there (on CUDA: until what is computed next will find it)."""
+
+
+def share_memory(group: dist.ProcessGroup, talk: Talk, timeout_s: float) -> None:
+    """Let the group's exchanges go through shared memory where all its ranks are on this host. Collective.
+
+    talk: as for `SharedMemory.join`.
+    """
+    if joined := SharedMemory.join(group.rank(), group.size(), talk, timeout_s):
+        _shared[group] = joined
+
+
+def shares_memory(group: dist.ProcessGroup) -> bool:
+    """Whether the group's exchanges go through shared memory."""
+    return group in _shared
+
+
+def shut_down() -> None:
+    """Every exchange through shared memory fails at once, here and on the other ranks. From any thread."""
+    for group in list(_shared.values()):
+        group.shut_down()
+
+
+def close() -> None:
+    """Leaves shared memory, as the groups are left."""
+    while _shared:
+        _shared.popitem()[1].close()
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Work:
+    """Begins the sum of all ranks' x (without gaps), which replaces x. Raises when it, or its `wait`, fails."""
+    if group in _shared and x.device.type == "cpu":
+        return _shared[group].all_reduce(x)
+    work: Work | None = dist.all_reduce(x, group=group, async_op=True)
+    assert work is not None, "asked to be asynchronous"
+    return work
+
+
+def all_gather(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """All ranks' rows in order, outside autograd: rank i gives sizes[i], unequal and zero allowed."""
+    x = x.contiguous()
+    if group in _shared and x.device.type == "cpu":
+        everything = x.new_empty((sum(sizes), *x.shape[1:]))
+        _shared[group].all_gather(x, sizes, everything).wait()
+        return everything
+    longest = max(sizes)
+    if x.shape[0] < longest:  # gloo refuses unequal shapes
+        x = torch.cat([x, x.new_zeros((longest - x.shape[0], *x.shape[1:]))])
+    everything = x.new_empty((len(sizes) * longest, *x.shape[1:]))
+    _all_gather_single(everything, x, group=group)
+    if all(size == longest for size in sizes):
+        return everything
+    rows = everything.view(len(sizes), longest, *x.shape[1:])
+    return torch.cat([rows[index, :size] for index, size in enumerate(sizes)])

@@ -1,0 +1,179 @@
+"""Exchanges through shared memory: right, in any order of waiting, with memory that is used again, and never a hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+
+from anabranch.runtime import exchange, process_group, shared_memory
+from anabranch.runtime.shared_memory import SharedMemory
+
+
+def world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def joined(timeout_s: float = 30.0) -> SharedMemory:
+    process_group.share_memory(world(), timeout_s)
+    return exchange._shared[world()]
+
+
+def part(rank: int, numel: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(numel, generator=generator, dtype=torch.float64)
+    return (x * 1000).to(dtype)
+
+
+def sums(rank: int, size: int) -> list[Tensor]:
+    """Of many sizes and types; the whole list is begun before anything is waited for, and waited for backwards."""
+    joined()
+    kinds = [(n, t) for n in (0, 1, 7, 1000, 300_000) for t in (torch.float32, torch.float64, torch.int64)]
+    results = [part(rank, numel, dtype) for numel, dtype in kinds]
+    works = [exchange.all_reduce(x, world()) for x in results]
+    for work in reversed(works):
+        work.wait()
+    for (numel, dtype), found in zip(kinds, results, strict=True):
+        parts = [part(r, numel, dtype) for r in range(size)]
+        expected = parts[0].clone()
+        for one in parts[1:]:
+            expected += one
+        assert torch.equal(found, expected)  # to the bit: added in the order of the ranks
+    x = part(rank, 10, torch.float32)[rank]  # no dimension
+    exchange.all_reduce(x, world()).wait()
+    results.append(x)
+    for sizes in ([2, 3, 4][:size], [0, 5, 1][:size], [0, 0, 0][:size]):
+        rows = part(rank, sizes[rank] * 6, torch.float32).view(sizes[rank], 2, 3)
+        got = exchange.all_gather(rows, sizes, world())
+        everyone = [part(r, sizes[r] * 6, torch.float32).view(sizes[r], 2, 3) for r in range(size)]
+        assert torch.equal(got, torch.cat(everyone))
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_and_rows_are_the_same_on_all_ranks(size: int) -> None:
+    first, *others = run_ranks(size, sums)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def steps(rank: int, size: int) -> tuple[int, int]:
+    """Segments after 3 and after 50 steps, each with a large sum that is waited for at its end."""
+    group, counts = joined(), []
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(50):
+        bucket = torch.full((100_000,), float(step))
+        work = exchange.all_reduce(bucket, world())
+        for numel in (1000, 2000, 1000):
+            x = torch.ones(numel)
+            if torch.rand((), generator=generator) < 0.1:
+                time.sleep(0.002)  # ranks run ahead of each other
+            exchange.all_reduce(x, world()).wait()
+            assert torch.equal(x, torch.full((numel,), float(size)))
+        work.wait()
+        assert torch.equal(bucket, torch.full((100_000,), float(step * size)))
+        counts.append(group._num_segments)
+    return counts[2], counts[-1]
+
+
+def test_memory_is_used_again() -> None:
+    for early, late in run_ranks(3, steps):
+        assert late <= early + 4, "a few more while ranks run ahead, not some more a step"
+
+
+def kept_until_read(rank: int, size: int) -> None:
+    """A rank that begins many exchanges while the other has read none of them overwrites nothing."""
+    joined()
+    if rank == 1:
+        time.sleep(0.3)
+    xs = [torch.full((5000,), float(i)) for i in range(100)]
+    works = [exchange.all_reduce(x, world()) for x in xs]
+    works[-1].wait()
+    assert [float(x[0]) for x in xs] == [size * float(i) for i in range(100)]
+    assert all(bool((x == x[0]).all()) for x in xs)
+
+
+def test_what_is_not_read_yet_is_not_overwritten() -> None:
+    run_ranks(2, kept_until_read)
+
+
+def lost(rank: int, size: int, how: str) -> float:
+    """Seconds until the others' exchange failed."""
+    group = joined(timeout_s=1.0 if how == "stop" else 60.0)
+    x = torch.ones(10)
+    exchange.all_reduce(x, world()).wait()
+    pids = process_group.gather_json(os.getpid(), "cpu")
+    if rank == 1:
+        if how == "leave":
+            exchange.close()
+            return 0.0
+        if how == "stop":
+            time.sleep(3)
+            return 0.0
+        threading.Timer(0.2, exchange.shut_down).start()
+    begun = time.monotonic()
+    words = {"stop": "rank 1 of this host gave nothing for 1 s"}.get(how, "connection closed by peer, rank")
+    if how == "abort" and rank == 0:
+        time.sleep(0.5)  # shut down by the other before this one begins
+    with pytest.raises(ConnectionError, match=words):
+        exchange.all_reduce(x, world()).wait()
+    assert len(pids) == size
+    assert group.rank == rank
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("how", ["leave", "abort", "stop"])
+def test_a_lost_rank_is_an_error_at_once(how: str) -> None:
+    assert max(run_ranks(2, lost, how)) < 10
+
+
+def killed(rank: int, size: int, folder: str) -> None:
+    joined(60.0)
+    Path(folder, str(rank)).write_text(str(os.getpid()))
+    if rank == 1:
+        signal.pause()
+    begun = time.monotonic()
+    try:
+        exchange.all_reduce(torch.ones(10), world()).wait()
+    except ConnectionError as error:
+        Path(folder, "said").write_text(f"{time.monotonic() - begun} {error}")
+
+
+def test_a_killed_rank_is_seen_at_once(tmp_path: Path) -> None:
+    def kill() -> None:
+        while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(AssertionError, match="rank 1: died"):
+        run_ranks(2, killed, str(tmp_path))
+    for _ in range(100):
+        if (tmp_path / "said").exists():
+            break
+        time.sleep(0.1)
+    assert "connection closed by peer, rank 1" in (tmp_path / "said").read_text()
+
+
+def on_two_hosts(rank: int, size: int) -> bool:
+    shared_memory._host = lambda: f"host {rank // 2}"
+    process_group.share_memory(world())
+    x = torch.ones(3)
+    exchange.all_reduce(x, world()).wait()
+    assert x.tolist() == [size] * 3
+    return exchange.shares_memory(world())
+
+
+def test_ranks_of_several_hosts_use_the_network() -> None:
+    assert run_ranks(3, on_two_hosts) == [False] * 3
