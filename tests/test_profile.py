@@ -55,6 +55,12 @@ def slowed() -> Profiled:
     return ranks, plan, model, build_profile(ranks, plan, model, BATCH)
 
 
+def profiled(mesh: tuple[int, int], steps: int, slow: str) -> dict[str, Any]:
+    """A profile of two ranks."""
+    ranks, plan, model = run_ranks(2, profile_on_rank, mesh, steps, slow)[0]
+    return build_profile(ranks, plan, model, BATCH)
+
+
 def waits_at(name: str, profile: dict[str, Any]) -> list[float]:
     """What each rank waits for the others in a block, in half of the steps."""
     (block,) = [e for e in profile["elements"] if e["name"] == name]
@@ -71,9 +77,7 @@ def test_a_slow_rank_is_named_with_its_block_and_its_delay_is_the_others_wait(sl
         wait_s = waits_at(SLOW, profile)
         if again == 2 or (abs(wait_s[0] - SLOW_S) <= bound_s and wait_s[1] <= bound_s):
             break
-        profile, plain = (
-            build_profile(*run_ranks(2, profile_on_rank, (1, 2), 24, slow)[0], BATCH) for slow in (SLOW, "")
-        )
+        profile, plain = (profiled((1, 2), 24, slow) for slow in (SLOW, ""))
         bound_s = 0.002 + max(waits_at(SLOW, plain))  # what that process does to ranks of which none sleeps
     assert abs(wait_s[0] - SLOW_S) <= bound_s
     assert wait_s[1] <= bound_s
@@ -194,7 +198,7 @@ def test_the_costs_of_a_profile_predict_its_step(slowed: Profiled) -> None:
 
 def test_data_parallel_ranks_wait_for_each_other_in_the_reduction() -> None:
     for again in range(3):  # another process on the machine delays a rank too: then once more
-        profile = build_profile(*run_ranks(2, profile_on_rank, (2, 1), 12, SLOW)[0], BATCH)
+        profile = profiled((2, 1), 12, SLOW)
         found = [(each["rank"], each["element"]) for each in profile["stragglers"]]
         if again == 2 or found[:1] == [(1, SLOW)]:
             break
