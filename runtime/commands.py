@@ -154,13 +154,16 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
             mesh = replace(driver.config.mesh, costs=audit["costs"] if audit else driver.config.mesh.costs)
             launch = replace(driver.config.launch, run_dir=str(folder.path))
             driver.config = replace(driver.config, launch=launch, mesh=mesh)
+            if audit is not None:
+                (folder.path / "audit.json").write_text(json.dumps(audit, indent=1) + "\n")
             print_placement(console, driver.plan, driver.model)
         result = driver.run("profile", "profiling", steps=steps)
     if result is None:
         return None
     if reason := result.get("stopped"):
         raise _stopped(reason)(
-            f"stopped before all {steps} steps were measured, no profile was written: run it again, or with fewer --steps",
+            f"stopped before all {steps} steps were measured, no profile was written: run it again, "
+            "or with fewer --steps",
             driver.config.launch.run_dir,
         )
     return print_result(console, result)

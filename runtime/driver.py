@@ -38,7 +38,8 @@ class Driver:
 
     config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together; where
     `is_auto`, only a provisional one before `find_plan`. cluster: the plan's devices. model: what the plan places.
-    network: the one-device network, for checks. last_step: how many steps the run has. shares_folder: every worker writes into the run's folder.
+    network: the one-device network, for checks. last_step: how many steps the run has. shares_folder: every worker
+    writes into the run's folder.
     """
 
     plan: Plan | None = None

@@ -80,14 +80,18 @@ def _element(
         seconds = float(np.median(forward + backward))
         rate = sum(counted) / seconds if seconds > 0 else 0.0
         kernels, gap = _kernels(of_rank, name)
+        num_bytes = sum(e.num_bytes for e in mine if rank in e.ranks)
+        transfer = summed(mine, rank, lambda e: e.transfer, num_steps)
+        moving = float(np.median(transfer))
         rows.append(
             {
                 "held": list(plan.held(block, rank % plan.branch)) if block else [],
                 "forward_s": spread(forward),
                 "backward_s": spread(backward),
-                "transfer_s": spread(summed(mine, rank, lambda e: e.transfer, num_steps)),
+                "transfer_s": spread(transfer),
                 "wait_s": spread(summed(mine, rank, lambda e: e.wait, num_steps)),
-                "bytes": sum(e.num_bytes for e in mine if rank in e.ranks),
+                "bytes": num_bytes,
+                "bytes_per_s": num_bytes / moving if moving > 0 else 0.0,
                 "flops": counted,
                 "flops_per_s": rate,
                 "utilisation": rate / peaks[of_rank.facts["kind"]],
@@ -140,7 +144,7 @@ def _exchanges(merged: Merged) -> list[dict[str, Any]]:
                 "calls": calls,
                 "transfer_s": seconds,
                 "wait_s": wait,
-                "bytes_per_s": num_bytes / shortest if shortest > 0 else 0.0,
+                "bytes_per_s": num_bytes / shortest if shortest > 0 and not group[0].reduction else None,
             }
         )
     return found

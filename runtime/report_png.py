@@ -73,14 +73,18 @@ def _parts(figure_of: Any, profile: dict[str, Any]) -> Any:
 
 
 def _timeline(figure_of: Any, profile: dict[str, Any]) -> Any:
-    from anabranch.runtime.report_page import drawn
+    from anabranch.runtime.report_charts import drawn
 
     num = len(profile["ranks"])
     figure = figure_of(figsize=(7, 0.8 + 0.4 * num))
     axes = figure.subplots()
     for rank in range(num):
         for kind, _, start, seconds in drawn(profile["timeline"]["spans"], rank):
-            axes.broken_barh([(1e3 * start, 1e3 * seconds)], (rank - 0.4, 0.8), facecolors=_COLOURS[kind])
+            axes.broken_barh(
+                [(1e3 * start, 1e3 * seconds)],
+                (rank - 0.4, 0.8),
+                facecolors=_COLOURS[kind.removesuffix(" odd")],
+            )
     axes.set_yticks(range(num), [f"rank {rank}" for rank in range(num)])
     axes.invert_yaxis()
     axes.set_xlabel("ms")

@@ -299,9 +299,9 @@ def test_tables(slowed: Profiled) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text('{"schema": 99}')
-    with pytest.raises(ConfigError, match="schema 99, this version reads schema 1"):
+    with pytest.raises(ConfigError, match="schema 99, this version reads schema 2"):
         read_profile(path)
-    path.write_text('{"schema": 1, "ra')
+    path.write_text('{"schema": 2, "ra')
     with pytest.raises(ConfigError, match="not a profile"):
         read_profile(path)
     config = Config.from_dict(SMALL)
