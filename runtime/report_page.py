@@ -50,7 +50,7 @@ def _run(run: RunData, number: int, many: bool) -> str:
         found += charts.timeline(profile) + charts.prediction(profile)
     found += tables.placement(run)
     if run.audit:
-        found += tables.timed_plans(run.audit)
+        found += tables.timed_plans(run.audit, _step_s(run))
     if profile:
         found += tables.blocks(profile) + tables.exchanges(profile)
     return found + ("</section>" if many else "")
@@ -87,6 +87,14 @@ def _of_metrics(run: RunData) -> Facts:
     return [*facts, ("images/s", f"{last['images_per_s']:.0f}")]
 
 
+def _step_s(run: RunData) -> float | None:
+    """The middle of a run's steps, else of its profile's."""
+    times = sorted(step["step_time_s"] for step in run.steps)
+    if times:
+        return float(times[len(times) // 2])
+    return float(run.profile["steps"]["step_s"]["p50"]) if run.profile else None
+
+
 def _contents(runs: Sequence[RunData]) -> str:
     links = "".join(f'<li><a href="#run{i}">{escape(run.name)}</a></li>' for i, run in enumerate(runs))
     return f'<nav aria-label="Runs"><ul>{links}</ul></nav>'
@@ -96,14 +104,7 @@ def _compared(runs: Sequence[RunData]) -> str:
     rows = []
     for run in runs:
         last, tests = run.steps[-1] if run.steps else {}, [e["test_accuracy"] for e in run.evaluations]
-        times = sorted(step["step_time_s"] for step in run.steps)
-        step_s = (
-            times[len(times) // 2]
-            if times
-            else run.profile["steps"]["step_s"]["p50"]
-            if run.profile
-            else None
-        )
+        step_s = _step_s(run)
         rows.append(
             [
                 run.name,

@@ -104,8 +104,8 @@ def exchanges(profile: Mapping[str, Any]) -> str:
     return f"<h3>Exchanges</h3>{table('Exchanges', head, rows)}" if rows else ""
 
 
-def timed_plans(audit: Mapping[str, Any]) -> str:
-    """The plans that were predicted and timed before the run, against plain data parallelism."""
+def timed_plans(audit: Mapping[str, Any], step_s: float | None) -> str:
+    """The plans that were predicted and timed before the run, against plain data parallelism; step_s: of the run."""
     rows = []
     for one in audit["plans"]:
         measured, interval = one.get("measured_step_s"), one.get("interval_95")
@@ -119,5 +119,8 @@ def timed_plans(audit: Mapping[str, Any]) -> str:
                 f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "–",
             ]
         )
+    if step_s is not None:
+        (chosen,) = (one["predicted_step_s"] for one in audit["plans"] if one["name"] == audit["chosen"])
+        rows.append(["this run", ms(chosen), ms(step_s), f"{100 * (chosen / step_s - 1):+.0f} %", "–", "–"])
     head = ["plan", "predicted ms", "measured ms", "difference", "of data parallelism's time", "95 %"]
     return f"<h3>Plans, predicted and timed</h3>{table('Plans, predicted and timed', head, rows)}"

@@ -165,6 +165,20 @@ def test_every_chart_has_its_numbers(run: Path) -> None:
     assert "rank 0 (a cpu) is waited for in" in text
 
 
+def test_a_plan_that_was_predicted_and_timed_is_compared_with_the_run(tmp_path: Path) -> None:
+    path = metrics(tmp_path / "run", 30)
+    plans = [
+        {"name": "1x2", "predicted_step_s": 0.09, "measured_step_s": 0.12, "error": -0.25, "ratio": 0.8,
+         "interval_95": [0.75, 0.85]},
+        {"name": "data", "predicted_step_s": 0.13},
+    ]  # fmt: skip
+    (path / "audit.json").write_text(json.dumps({"chosen": "1x2", "plans": plans}))
+    text = re.sub(r"<[^>]+>", " ", page([read_run(path)]))
+    assert re.search(r"1x2 \(chosen\) +90\.0 +120 +-25 % +0\.800 +0\.750 to 0\.850", text)
+    assert re.search(r"data +130 +– ", text)
+    assert re.search(r"this run +90\.0 +100 +-10 % ", text)
+
+
 def test_a_torn_run_is_used_up_to_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = metrics(tmp_path / "run", 30)
     with (path / "metrics.jsonl").open("a") as file:
