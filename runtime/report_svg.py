@@ -33,7 +33,7 @@ def lines(name: str, series: Mapping[str, Sequence[Point]], colours: Sequence[st
     def place(point: Point) -> str:
         return f"{100 * (point[0] - x0) / (x1 - x0):.2f},{_LINES * (y1 - point[1]) / (y1 - y0):.1f}"
 
-    heights = [(tick, _LINES * (y1 - tick) / (y1 - y0)) for tick in _ticks(y0, y1)]
+    heights = [(tick, _LINES * (y1 - tick) / (y1 - y0)) for tick in ticks(y0, y1)]
     body = "".join(f'<line class="grid" x1="0" x2="100%" y1="{at:.1f}" y2="{at:.1f}"/>' for _, at in heights)
     curves = ""
     for colour, (label, of_series) in zip(colours, series.items(), strict=True):
@@ -43,7 +43,7 @@ def lines(name: str, series: Mapping[str, Sequence[Point]], colours: Sequence[st
             f'<polyline class="line {colour}" points="{twice}"><title>{escape(label)}</title></polyline>'
         )
     body += f'<svg width="100%" height="{_LINES}" viewBox="0 0 100 {_LINES}" preserveAspectRatio="none">{curves}</svg>'
-    body += _axis([(tick, (tick - x0) / (x1 - x0)) for tick in _ticks(x0, x1)], _LINES, "", grid=False)
+    body += _axis([(tick, (tick - x0) / (x1 - x0)) for tick in ticks(x0, x1)], _LINES, "", grid=False)
     body += f'<text class="tick" x="100%" y="{_LINES + 34}" text-anchor="end">{escape(x_name)}</text>'
     names = "".join(f'<span style="top:{at - 9:.0f}px">{number(tick)}</span>' for tick, at in heights)
     return _plot(name, f'<div class="names heights" aria-hidden="true">{names}</div>', body, _LINES + 38)
@@ -76,7 +76,7 @@ def rows(
                         f"<title>{escape(words)}</title></rect>"
                     )
     below = height * len(named)
-    axis = _axis([(tick, tick / total) for tick in _ticks(0.0, total, 4)], below, f" {unit}")
+    axis = _axis([(tick, tick / total) for tick in ticks(0.0, total, 4)], below, f" {unit}")
     names = "".join(f'<span style="height:{height}px">{escape(label)}</span>' for label, _ in named)
     return _plot(name, f'<div class="names" aria-hidden="true">{names}</div>', axis + body, below + _AXIS)
 
@@ -112,10 +112,10 @@ def _plot(name: str, names: str, body: str, height: int) -> str:
     return f'<div class="plot">{names}<div class="canvas">{chart}</div></div>'
 
 
-def _axis(ticks: Sequence[tuple[float, float]], below: int, unit: str, *, grid: bool = True) -> str:
+def _axis(marks: Sequence[tuple[float, float]], below: int, unit: str, *, grid: bool = True) -> str:
     """(value, share of the width) as text below `below` pixels, with a line over the rows."""
     found = ""
-    for value, share in ticks:
+    for value, share in marks:
         anchor = "start" if share < 0.03 else "end" if share > 0.94 else "middle"
         at = f"{100 * share:.2f}%"
         if grid:
@@ -129,7 +129,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _ticks(low: float, high: float, num: int = 5) -> list[float]:
+def ticks(low: float, high: float, num: int = 5) -> list[float]:
     """Round numbers in the range."""
     rough = (high - low) / num if high > low else 1.0
     power = 10.0 ** (

@@ -207,7 +207,8 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 def test_pictures(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = write_report([run], tmp_path / "paper.html", png=True)
-    names = ["paper-curves.png", "paper-parts.png", "paper-timeline.png"]
+    kinds = ("curves", "parts", "timeline", "placement", "prediction")
+    names = [f"paper-{kind}.png" for kind in kinds]
     assert [Path(path).name for path in result["pictures"]] == names
     for name in names:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -27,7 +27,9 @@ NUMBERS = {"train/loss": 0.5, "time/forward_s": 0.2, "test/test_accuracy": 0.9}
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped,unused-ignore]
+        EventAccumulator,
+    )
 
     tell(tracker("tensorboard", tmp_path), True)
     found = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -56,7 +58,8 @@ class FakeRun:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_wandb_is_told_as_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
-    run, began = FakeRun(), {}
+    run = FakeRun()
+    began: dict[str, str | None] = {}
 
     def init(
         entity: str | None = None, project: str | None = None, dir: str | None = None, id: str | None = None,
