@@ -84,7 +84,7 @@ def _of_metrics(run: RunData) -> Facts:
     facts = [("steps trained", str(last["step"])), ("last loss", number(last["loss"]))]
     if tests:
         facts += [("test accuracy", f"{100 * tests[-1]:.2f} %")]
-    return [*facts, ("images/s", f"{last['images_per_s']:.0f}")]
+    return [*facts, ("images/s", f"{_images_per_s(run):.0f}")]
 
 
 def _step_s(run: RunData) -> float | None:
@@ -93,6 +93,12 @@ def _step_s(run: RunData) -> float | None:
     if times:
         return float(times[len(times) // 2])
     return float(run.profile["steps"]["step_s"]["p50"]) if run.profile else None
+
+
+def _images_per_s(run: RunData) -> float:
+    """The middle: a last batch may be short."""
+    rates = sorted(step["images_per_s"] for step in run.steps)
+    return float(rates[len(rates) // 2])
 
 
 def _contents(runs: Sequence[RunData]) -> str:
@@ -113,7 +119,7 @@ def _compared(runs: Sequence[RunData]) -> str:
                 f"{100 * tests[-1]:.2f} %" if tests else "–",
                 f"{100 * max(tests):.2f} %" if tests else "–",
                 ms(step_s) if step_s is not None else "–",
-                f"{last['images_per_s']:.0f}" if last else "–",
+                f"{_images_per_s(run):.0f}" if last else "–",
             ]
         )
     head = ["run", "steps", "last loss", "test accuracy", "best", "ms/step", "images/s"]
