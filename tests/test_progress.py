@@ -32,6 +32,20 @@ def test_plain_lines_say_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert third.endswith(", 3 s left")
 
 
+def test_the_line_says_how_fast_and_what_communication_takes() -> None:
+    """Of the slowest rank: a quarter of the step is exchange and waiting for gradients."""
+    out = io.StringIO()
+    times = {"step": [0.1, 0.08], "exchange": [0.02, 0.01], "reduction": [0.005, 0.005]}
+    status = {
+        "phase": "training", "step": 3, "num_steps": 10, "images_per_s": 320.4, "step_time_s": 0.1, "times_s": times,
+        "memory_bytes": [2**30, 3 * 2**30],
+    }  # fmt: skip
+    with RunProgress(Console(file=out, width=200), "training") as shown:
+        shown.watch([status])
+    line = "training: training step 3/10, 320 images/s, 100 ms/step, 25 % communication, 3.0 GiB, 1 s left"
+    assert line in out.getvalue()
+
+
 def test_a_terminal_has_a_bar_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
