@@ -33,6 +33,10 @@ _OVERHEAD_ROUNDS = 12
 Signature = tuple[str, str, str, int]  # part, element, op, bytes: as Span
 
 
+class StopProfile(Exception):
+    """A rank was told to stop: every rank leaves after the same step."""
+
+
 @dataclass(frozen=True)
 class RankSteps:
     """One rank's steps on rank 0's clock.
@@ -57,13 +61,10 @@ def profile_steps(
 ) -> list[RankSteps]:
     """All ranks' profile, the same on every rank's rank 0; the others get []. Collective, in a process group.
 
-    Raises ConfigError where the run has fewer than `steps` steps. on_network: changes this rank's network before.
+    Raises ConfigError where the run has fewer than `steps` steps, StopProfile where a rank is told to stop before the
+    last one is done. on_network: changes this rank's network before.
     """
-    if not 1 <= steps <= trainer.last_step:
-        raise ConfigError(
-            f"--steps is {steps}, the run has {trainer.last_step} steps: ask for 1 to {trainer.last_step}, "
-            "or give the run more with --train.epochs"
-        )
+    check_steps(steps, trainer.last_step)
     trainer._set_up()
     on_network(trainer.network)
     recorder, device = trainer.network.recorder, trainer.device
@@ -102,6 +103,15 @@ def profile_steps(
     return _gathered(kept, mine, events, facts, before, after, skew, device)
 
 
+def check_steps(steps: int, last_step: int) -> None:
+    """Raises ConfigError where a run of `last_step` steps has none or fewer than `steps` to profile."""
+    if not 1 <= steps <= last_step:
+        raise ConfigError(
+            f"--steps is {steps}, the run has {last_step} steps: ask for 1 to {last_step}, "
+            "or give the run more (train.epochs, train.max_steps)"
+        )
+
+
 class _Loop:
     """The trainer's steps, endless, without evaluation and checkpoints."""
 
@@ -113,21 +123,22 @@ class _Loop:
         self._ended = time.perf_counter()
 
     def __call__(self) -> float:
-        """Seconds of one step."""
+        """Seconds of one step. Raises StopProfile, on all ranks after the same step, where one is told to stop."""
         trainer, begun = self.trainer, time.perf_counter()
         recorder, config = trainer.network.recorder, trainer.config
         with recorder.span("idle"):
-            trainer.context.publish(
-                phase="profiling", step=self.done, num_steps=self.total, step_time_s=begun - self._ended
-            )
+            took = {"step_time_s": begun - self._ended} if self.done else {}
+            trainer.context.publish(phase="profiling", step=self.done, num_steps=self.total, **took)
         self._ended = begun
         with recorder.span("data"):
             step, _, batches = next(self._steps)
-        trainer.step.gradients(batches)
+        outcome = trainer.step.gradients(batches, stop=trainer.context.stop_requested is not None)
         lr = learning_rate(
             config.lr_schedule, config.optimizer.lr, step, trainer.steps_per_epoch, trainer.num_steps
         )
         trainer.step.apply(lr)
+        if outcome.stop:
+            raise StopProfile
         self.done += 1
         if trainer.device.type == "cuda" and recorder._kept is None:  # timed from outside
             torch.cuda.synchronize(trainer.device)
