@@ -29,7 +29,7 @@ from anabranch.runtime.recorder import Recorder, Span
 from anabranch.runtime.trainer import Trainer
 
 WARM_UP = 3
-_OVERHEAD_ROUNDS = 12
+_OVERHEAD_ROUNDS = 12  # at least; else as many as steps are profiled
 Signature = tuple[str, str, str, int]  # part, element, op, bytes: as Span
 
 
@@ -68,7 +68,8 @@ def profile_steps(
     trainer._set_up()
     on_network(trainer.network)
     recorder, device = trainer.network.recorder, trainer.device
-    run = _Loop(trainer, WARM_UP + steps + 3 * _OVERHEAD_ROUNDS + 4)
+    rounds = max(steps, _OVERHEAD_ROUNDS)
+    run = _Loop(trainer, WARM_UP + steps + 3 * rounds + 4)
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     for _ in range(WARM_UP):
         run()
@@ -86,7 +87,7 @@ def profile_steps(
     after = clock_offset(group, clock)
     facts = {**_facts(trainer), "clock_error_s": max(before.error_s, after.error_s)}
     facts["records"] = {"detailed": recorder.num_records}
-    facts["overhead_s"] = _overhead(run, recorder)
+    facts["overhead_s"] = _overhead(run, recorder, rounds)
     recorder.detailed = False
     run()
     facts["records"]["light"] = recorder.num_records
@@ -145,11 +146,11 @@ class _Loop:
         return time.perf_counter() - begun
 
 
-def _overhead(run: _Loop, recorder: Recorder) -> dict[str, list[float]]:
+def _overhead(run: _Loop, recorder: Recorder, rounds: int) -> dict[str, list[float]]:
     """Seconds of steps with nothing recorded, with what is always on, and detailed, in turn."""
     seconds: dict[str, list[float]] = defaultdict(list)
     modes = {"off": (False, False), "light": (True, False), "detailed": (True, True)}
-    for turn in range(_OVERHEAD_ROUNDS):
+    for turn in range(rounds):
         names = list(modes)
         for name in names[turn % 3 :] + names[: turn % 3]:
             recorder.enabled, recorder.detailed = modes[name]
