@@ -69,7 +69,7 @@ def automatic_plan(
     train = config.train
     batch = Batch(len(setting.x), train.bn_batch_size, train.accumulation)
     request = make_request(spec, cluster, mesh=mesh, partial=partial, costs=costs, batch=batch)
-    found = search(request)
+    found = search(request, lambda done, total: on_stage("searching", done, total))
     rivals = _rivals(candidates(request, _CANDIDATES + 1), devices)
     samples: dict[str, list[float]] = {}
     if audit and len(rivals) > 1:

@@ -135,13 +135,18 @@ def verify(
 
 
 def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | None:
-    """Profiles a run's first steps: step_s, stragglers, suggestion, unattributed, overhead, files, run_dir."""
+    """Profiles a run's first steps: step_s, stragglers, suggestion, unattributed, overhead, files, run_dir.
+
+    Raises Interrupted or Terminated when told to stop, with nothing written.
+    """
     if steps < 1:
         raise ConfigError(f"--steps is {steps}: profile at least 1")
     with _locked(config) as lock, Driver(config, console, shares_folder=True) as driver:
         from anabranch.runtime.profile_command import print_result
+        from anabranch.runtime.profile_steps import check_steps
         from anabranch.runtime.run_folder import RunFolder
 
+        check_steps(steps, driver.last_step)
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
             folder = RunFolder.create(driver.config, driver.plan)
@@ -149,9 +154,19 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
             mesh = replace(driver.config.mesh, costs=audit["costs"] if audit else driver.config.mesh.costs)
             launch = replace(driver.config.launch, run_dir=str(folder.path))
             driver.config = replace(driver.config, launch=launch, mesh=mesh)
+            if audit is not None:
+                (folder.path / "audit.json").write_text(json.dumps(audit, indent=1) + "\n")
             print_placement(console, driver.plan, driver.model)
         result = driver.run("profile", "profiling", steps=steps)
-    return None if result is None else print_result(console, result)
+    if result is None:
+        return None
+    if reason := result.get("stopped"):
+        raise _stopped(reason)(
+            f"stopped before all {steps} steps were measured, no profile was written: run it again, "
+            "or with fewer --steps",
+            driver.config.launch.run_dir,
+        )
+    return print_result(console, result)
 
 
 def report(runs: list[Path], output: Path | None, png: bool, console: Console) -> dict[str, Any]:
@@ -200,9 +215,8 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     if result is None:
         return None
     if reason := result.pop("stopped"):
-        kind: type[Stopped] = Interrupted if reason == "interrupt" else Terminated
         again = f"go on with: anabranch gross --resume {result['run_dir']}"
-        raise kind(f"stopped, what was done is saved; {again}", result["run_dir"])
+        raise _stopped(reason)(f"stopped, what was done is saved; {again}", result["run_dir"])
     print_table(console, result)
     plot = result["plot"] or "none, matplotlib is not installed: install it and run the command again"
     console.print(f"plot of accuracy against multiply-adds: {plot}", highlight=False, soft_wrap=True)
@@ -368,9 +382,12 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     return config, checkpoint
 
 
+def _stopped(reason: str) -> type[Stopped]:
+    return Interrupted if reason == "interrupt" else Terminated
+
+
 def _raise_stopped(reason: str, result: dict[str, Any]) -> None:
-    kind: type[Stopped] = Interrupted if reason == "interrupt" else Terminated
-    raise kind(
+    raise _stopped(reason)(
         f"stopped after step {result['steps']}, checkpoint saved; "
         f"go on with: anabranch train --resume {result['run_dir']}",
         result["run_dir"],

@@ -38,7 +38,8 @@ class Driver:
 
     config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together; where
     `is_auto`, only a provisional one before `find_plan`. cluster: the plan's devices. model: what the plan places.
-    network: the one-device network, for checks. shares_folder: every worker writes into the run's folder.
+    network: the one-device network, for checks. last_step: how many steps the run has. shares_folder: every worker
+    writes into the run's folder.
     """
 
     plan: Plan | None = None
@@ -46,6 +47,7 @@ class Driver:
     is_auto = False
     model: ModelSpec
     network: nn.Module
+    last_step: int
 
     def __init__(self, config: Config, console: Console, *, shares_folder: bool = False) -> None:
         self.config, self.console, self._shares_folder = config, console, shares_folder
@@ -85,10 +87,12 @@ class Driver:
         """What the configuration names is there and can be built."""
         from anabranch.blocks.convert import prepare
         from anabranch.runtime.assemble import make_data, make_loss, make_network, make_penalty
+        from anabranch.runtime.lr_schedule import last_step
         from anabranch.runtime.model_spec import spec_of
         from anabranch.runtime.regularizer import penalty_warnings
 
         data = make_data(self.config)
+        self.last_step = last_step(self.config.train, len(data.train))
         try:
             make_loss(self.config)
             self.network = prepare(make_network(self.config, data))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from anabranch.runtime.config import LrScheduleConfig
+from anabranch.runtime.config import LrScheduleConfig, TrainConfig
 
 
 class Plateau:
@@ -43,6 +43,12 @@ class Plateau:
         """Goes on from a state; an empty one starts anew."""
         if state:
             self.scale, self.best, self.waited = state["scale"], state["best"], int(state["waited"])
+
+
+def last_step(train: TrainConfig, num_train: int) -> int:
+    """How many steps a run over `num_train` samples has: its epochs' steps, at most `max_steps`."""
+    num_steps = train.epochs * -(-num_train // train.batch_size)
+    return min(train.max_steps or num_steps, num_steps)
 
 
 def learning_rate(

@@ -13,7 +13,7 @@ from anabranch.runtime.config import Config
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.plan_report import print_candidates, print_explanation, print_picture, print_traffic
-from anabranch.runtime.progress import print_placement
+from anabranch.runtime.progress import RunProgress, print_placement
 from anabranch.schedulers import Cluster, ModelSpec, Plan, PlanFile, format_plan, parse_plan, read_plan
 from anabranch.schedulers.cluster_file import parse_devices, read_cluster
 from anabranch.schedulers.cost_file import read_costs
@@ -87,30 +87,38 @@ def plan_elsewhere(
     from anabranch.schedulers.search import search
 
     cluster = read_cluster(cluster_file) if cluster_file else parse_devices(devices, interconnect)
-    data = make_data(config)
-    network = prepare(make_network(config, data))
-    data.close()
-    spec = spec_of(network)
-    kinds = tuple(sorted({device.kind for device in cluster.devices}))
-    if config.mesh.costs:
-        costs = read_costs(config.mesh.costs)
-        costs.check(spec, frozenset(kinds), config.mesh.costs)
-    else:
-        precision: Literal["fp32", "half"] = "half" if config.train.precision == "bf16" else "fp32"
-        costs = analytic_costs(
-            model_shape(network, spec), kinds, shared=shared_bytes(network, spec), precision=precision,
-            fused=config.mesh.execution != "looped",
-        )  # fmt: skip
-    train = config.train
-    group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // len(cluster.devices))
-    batch = Batch(train.batch_size, group, train.accumulation)
-    partial = _partial(config)
-    request = make_request(
-        spec, cluster, mesh=mesh_axes(config.mesh.shape), partial=partial, costs=costs, batch=batch
-    )
-    found = search(request)
-    rows: dict[str, dict[str, Any]] = {"best": row("best", found.plan, found.prediction)}
-    rows |= _references(rows, spec, cluster, costs, batch)
+
+    def told(phase: str, done: int = 0, total: int = 0) -> None:
+        progress.watch([{"phase": phase, "step": done, "num_steps": total} if total else {"phase": phase}])
+
+    with RunProgress(console, "planning") as progress:
+        told("loading")
+        data = make_data(config)
+        network = prepare(make_network(config, data))
+        data.close()
+        spec = spec_of(network)
+        told("counting")
+        kinds = tuple(sorted({device.kind for device in cluster.devices}))
+        if config.mesh.costs:
+            costs = read_costs(config.mesh.costs)
+            costs.check(spec, frozenset(kinds), config.mesh.costs)
+        else:
+            precision: Literal["fp32", "half"] = "half" if config.train.precision == "bf16" else "fp32"
+            costs = analytic_costs(
+                model_shape(network, spec), kinds, shared=shared_bytes(network, spec), precision=precision,
+                fused=config.mesh.execution != "looped",
+            )  # fmt: skip
+        train = config.train
+        group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // len(cluster.devices))
+        batch = Batch(train.batch_size, group, train.accumulation)
+        partial = _partial(config)
+        request = make_request(
+            spec, cluster, mesh=mesh_axes(config.mesh.shape), partial=partial, costs=costs, batch=batch
+        )
+        found = search(request, lambda done, total: told("searching", done, total))
+        told("predicting")
+        rows: dict[str, dict[str, Any]] = {"best": row("best", found.plan, found.prediction)}
+        rows |= _references(rows, spec, cluster, costs, batch)
     outcome = {"label": costs.label, "chosen": "best", "plans": list(rows.values()), "gap": found.gap,
                "search_s": found.seconds, "notes": list(found.notes)}  # fmt: skip
     print_candidates(console, outcome)

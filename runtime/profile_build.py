@@ -10,7 +10,7 @@ import numpy as np
 
 from anabranch.runtime.profile_advice import predicted, suggestion
 from anabranch.runtime.profile_file import SCHEMA
-from anabranch.runtime.profile_kernels import busy
+from anabranch.runtime.profile_kernels import Running
 from anabranch.runtime.profile_merge import Exchange, Merged, over_ranks, spread, summed
 from anabranch.runtime.profile_steps import WARM_UP, RankSteps
 from anabranch.schedulers import ModelSpec, Plan
@@ -26,6 +26,7 @@ def build_profile(
     merged = Merged(ranks, plan.branch)
     step_s = np.stack([merged.step_s(rank) for rank in range(len(ranks))])
     mean = float(np.median(step_s.max(0)))
+    running = [Running(of_rank.events) for of_rank in ranks]
     profile: dict[str, Any] = {
         "schema": SCHEMA,
         "mesh": [plan.data, plan.branch],
@@ -36,7 +37,9 @@ def build_profile(
             "step_s": spread(step_s.max(0)),
         },
         "ranks": [_rank(merged, rank, of_rank) for rank, of_rank in enumerate(ranks)],
-        "elements": [_element(name, merged, ranks, plan, model) for name in ("stem", *model.by_name, "head")],
+        "elements": [
+            _element(name, merged, ranks, running, plan, model) for name in ("stem", *model.by_name, "head")
+        ],
         "exchanges": _exchanges(merged),
         "stragglers": _stragglers(merged, ranks, plan, model, mean),
         "timeline": _timeline(merged, step_s),
@@ -62,7 +65,12 @@ def _rank(merged: Merged, rank: int, of_rank: RankSteps) -> dict[str, Any]:
 
 
 def _element(
-    name: str, merged: Merged, ranks: Sequence[RankSteps], plan: Plan, model: ModelSpec
+    name: str,
+    merged: Merged,
+    ranks: Sequence[RankSteps],
+    running: Sequence[Running],
+    plan: Plan,
+    model: ModelSpec,
 ) -> dict[str, Any]:
     block, num_steps = model.by_name.get(name), len(merged.regular)
     mine = [e for e in merged.exchanges if e.element == name and not e.reduction]
@@ -79,15 +87,19 @@ def _element(
         counted = [flops.get((part, name), 0) for part in ("forward", "backward")]
         seconds = float(np.median(forward + backward))
         rate = sum(counted) / seconds if seconds > 0 else 0.0
-        kernels, gap = _kernels(of_rank, name)
+        kernels, gap = _kernels(of_rank, running[rank], name)
+        num_bytes = sum(e.num_bytes for e in mine if rank in e.ranks)
+        transfer = summed(mine, rank, lambda e: e.transfer, num_steps)
+        moving = float(np.median(transfer))
         rows.append(
             {
                 "held": list(plan.held(block, rank % plan.branch)) if block else [],
                 "forward_s": spread(forward),
                 "backward_s": spread(backward),
-                "transfer_s": spread(summed(mine, rank, lambda e: e.transfer, num_steps)),
+                "transfer_s": spread(transfer),
                 "wait_s": spread(summed(mine, rank, lambda e: e.wait, num_steps)),
-                "bytes": sum(e.num_bytes for e in mine if rank in e.ranks),
+                "bytes": num_bytes,
+                "bytes_per_s": num_bytes / moving if moving > 0 else 0.0,
                 "flops": counted,
                 "flops_per_s": rate,
                 "utilisation": rate / peaks[of_rank.facts["kind"]],
@@ -105,11 +117,11 @@ def _element(
     }
 
 
-def _kernels(of_rank: RankSteps, name: str) -> tuple[int, float]:
+def _kernels(of_rank: RankSteps, running: Running, name: str) -> tuple[int, float]:
     number, gap = 0, 0.0
     for span in of_rank.traced:
         if span.element == name:
-            found, seconds = busy(of_rank.events, span.start, span.end)
+            found, seconds = running.during(span.start, span.end)
             if span.op:  # what an exchange takes is no gap, and its own operators no work of the element
                 number, gap = number - found, gap - (span.end - span.start - seconds)
             else:
@@ -140,7 +152,7 @@ def _exchanges(merged: Merged) -> list[dict[str, Any]]:
                 "calls": calls,
                 "transfer_s": seconds,
                 "wait_s": wait,
-                "bytes_per_s": num_bytes / shortest if shortest > 0 else 0.0,
+                "bytes_per_s": num_bytes / shortest if shortest > 0 and not group[0].reduction else None,
             }
         )
     return found

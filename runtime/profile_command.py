@@ -11,7 +11,7 @@ from anabranch.cluster import WorkerContext
 from anabranch.runtime.config import Config
 from anabranch.runtime.profile_build import build_profile
 from anabranch.runtime.profile_file import write_profile
-from anabranch.runtime.profile_steps import profile_steps
+from anabranch.runtime.profile_steps import StopProfile, profile_steps
 from anabranch.runtime.profile_table import print_profile
 from anabranch.runtime.profile_trace import write_trace
 from anabranch.runtime.trainer import Trainer
@@ -29,8 +29,15 @@ def profile_rank(
     run_dir: Path,
     context: WorkerContext,
 ) -> dict[str, Any]:
-    """Profiles on this rank; rank 0 writes profile.json and trace.json.gz and returns {"profile", "run_dir"}."""
-    ranks = profile_steps(trainer, steps)
+    """Profiles on this rank; rank 0 writes profile.json and trace.json.gz and returns {"profile", "run_dir"}.
+
+    {"stopped": why} where a rank is told to stop: a profile of fewer steps than asked for is none.
+    """
+    try:
+        ranks = profile_steps(trainer, steps)
+    except StopProfile:
+        context.publish(phase="stopped")
+        return {"stopped": context.stop_requested or "by another rank"}
     if context.rank != 0:
         return {}
     context.publish(phase="adding up")

@@ -2,18 +2,20 @@
 
 All times in seconds, sizes in bytes. {"p50", "p95"}: over steps; {"min", "median", "max"}: over ranks, of p50.
 
-    schema        1; another number is another format
+    schema        2; another number is another format
     mesh          [data, branch]
     steps         measured, regular (they recorded the same; all figures are of them), warm_up, step_s {p50, p95}
     ranks         by rank: host, device, kind, memory_bytes, peak_flops_per_s (a large matrix product), clock_error_s,
                   step_s, parts {part: {p50, p95}}, unattributed (share of the step that no part accounts for)
     elements      stem, blocks, head, in order: name, split, over {figure: {min, median, max}}, ranks by rank: held
                   (branches), forward_s, backward_s {p50, p95} without exchanges, transfer_s, wait_s {p50, p95}, bytes,
+                  bytes_per_s (bytes ÷ transfer_s),
                   flops [forward, backward], flops_per_s, utilisation (of the best alike rank's
                   peak_flops_per_s), kernels, gap_s (of one traced step: how many
                   kernels, on a CPU operators, and the time between them)
     exchanges     by op, element, part: op, bytes, calls a step, transfer_s, wait_s [of each rank], bytes_per_s
-                  (bytes ÷ the group's shortest transfer)
+                  (bytes ÷ the group's shortest transfer; null for gradients, which travel during the backward:
+                  what is seen of them is only the rest)
     stragglers    who was waited for, most first: rank, host, device, part, element, branches, wait_s (p50 of the rank
                   that waited longest), waiting (that rank), share (of the step)
     suggestion    null, or: text, moves [{block, branch, source, target}], predicted_s, now_s, change
@@ -34,7 +36,7 @@ from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import ConfigError
 from anabranch.schedulers.wording import shown
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def write_profile(profile: dict[str, Any], path: Path) -> None:

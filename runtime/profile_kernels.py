@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -54,15 +55,21 @@ def traced(
     return sorted(longest, key=lambda event: (event[3], -event[4])), kept
 
 
-def busy(events: list[list[Any]], start: float, end: float) -> tuple[int, float]:
-    """(how many, seconds that at least one ran) of the kernels (else operators) in an interval."""
-    on_device = [e for e in events if e[1] != "op"] or events
-    inside = sorted(
-        (max(e[3], start), min(e[3] + e[4], end)) for e in on_device if e[3] < end and e[3] + e[4] > start
-    )
-    seconds, until, number = 0.0, start, 0
-    for begin, stop in inside:
-        number += begin >= until  # a nested operator is part of the one that called it
-        seconds += max(stop - max(begin, until), 0.0)
-        until = max(until, stop)
-    return number, seconds
+class Running:
+    """When kernels (else operators) of a step's events ran."""
+
+    def __init__(self, events: list[list[Any]]) -> None:
+        on_device = [event for event in events if event[1] != "op"] or events
+        times = np.array([(start, start + seconds) for *_, start, seconds in on_device]).reshape(-1, 2)
+        self._start, self._end = times[np.argsort(times[:, 0], kind="stable")].T
+
+    def during(self, start: float, end: float) -> tuple[int, float]:
+        """(how many, seconds that at least one ran) in an interval."""
+        inside = (self._start < end) & (self._end > start)
+        seconds, until, number = 0.0, start, 0
+        for begin, stop in zip(self._start[inside].tolist(), self._end[inside].tolist(), strict=True):
+            begin, stop = max(begin, start), min(stop, end)
+            number += begin >= until  # a nested operator is part of the one that called it
+            seconds += max(stop - max(begin, until), 0.0)
+            until = max(until, stop)
+        return number, seconds

@@ -29,8 +29,12 @@ from anabranch.runtime.recorder import Recorder, Span
 from anabranch.runtime.trainer import Trainer
 
 WARM_UP = 3
-_OVERHEAD_ROUNDS = 12
+_OVERHEAD_ROUNDS = 12  # at least; else as many as steps are profiled
 Signature = tuple[str, str, str, int]  # part, element, op, bytes: as Span
+
+
+class StopProfile(Exception):
+    """A rank was told to stop: every rank leaves after the same step."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,15 @@ def profile_steps(
 ) -> list[RankSteps]:
     """All ranks' profile, the same on every rank's rank 0; the others get []. Collective, in a process group.
 
-    Raises ConfigError where the run has fewer than `steps` steps. on_network: changes this rank's network before.
+    Raises ConfigError where the run has fewer than `steps` steps, StopProfile where a rank is told to stop before the
+    last one is done. on_network: changes this rank's network before.
     """
-    if not 1 <= steps <= trainer.last_step:
-        raise ConfigError(
-            f"--steps is {steps}, the run has {trainer.last_step} steps: ask for 1 to {trainer.last_step}, "
-            "or give the run more with --train.epochs"
-        )
+    check_steps(steps, trainer.last_step)
     trainer._set_up()
     on_network(trainer.network)
     recorder, device = trainer.network.recorder, trainer.device
-    run = _Loop(trainer, WARM_UP + steps + 3 * _OVERHEAD_ROUNDS + 4)
+    rounds = max(steps, _OVERHEAD_ROUNDS)
+    run = _Loop(trainer, WARM_UP + steps + 3 * rounds + 4)
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     for _ in range(WARM_UP):
         run()
@@ -85,7 +87,7 @@ def profile_steps(
     after = clock_offset(group, clock)
     facts = {**_facts(trainer), "clock_error_s": max(before.error_s, after.error_s)}
     facts["records"] = {"detailed": recorder.num_records}
-    facts["overhead_s"] = _overhead(run, recorder)
+    facts["overhead_s"] = _overhead(run, recorder, rounds)
     recorder.detailed = False
     run()
     facts["records"]["light"] = recorder.num_records
@@ -102,6 +104,15 @@ def profile_steps(
     return _gathered(kept, mine, events, facts, before, after, skew, device)
 
 
+def check_steps(steps: int, last_step: int) -> None:
+    """Raises ConfigError where a run of `last_step` steps has none or fewer than `steps` to profile."""
+    if not 1 <= steps <= last_step:
+        raise ConfigError(
+            f"--steps is {steps}, the run has {last_step} steps: ask for 1 to {last_step}, "
+            "or give the run more (train.epochs, train.max_steps)"
+        )
+
+
 class _Loop:
     """The trainer's steps, endless, without evaluation and checkpoints."""
 
@@ -113,32 +124,33 @@ class _Loop:
         self._ended = time.perf_counter()
 
     def __call__(self) -> float:
-        """Seconds of one step."""
+        """Seconds of one step. Raises StopProfile, on all ranks after the same step, where one is told to stop."""
         trainer, begun = self.trainer, time.perf_counter()
         recorder, config = trainer.network.recorder, trainer.config
         with recorder.span("idle"):
-            trainer.context.publish(
-                phase="profiling", step=self.done, num_steps=self.total, step_time_s=begun - self._ended
-            )
+            took = {"step_time_s": begun - self._ended} if self.done else {}
+            trainer.context.publish(phase="profiling", step=self.done, num_steps=self.total, **took)
         self._ended = begun
         with recorder.span("data"):
             step, _, batches = next(self._steps)
-        trainer.step.gradients(batches)
+        outcome = trainer.step.gradients(batches, stop=trainer.context.stop_requested is not None)
         lr = learning_rate(
             config.lr_schedule, config.optimizer.lr, step, trainer.steps_per_epoch, trainer.num_steps
         )
         trainer.step.apply(lr)
+        if outcome.stop:
+            raise StopProfile
         self.done += 1
         if trainer.device.type == "cuda" and recorder._kept is None:  # timed from outside
             torch.cuda.synchronize(trainer.device)
         return time.perf_counter() - begun
 
 
-def _overhead(run: _Loop, recorder: Recorder) -> dict[str, list[float]]:
+def _overhead(run: _Loop, recorder: Recorder, rounds: int) -> dict[str, list[float]]:
     """Seconds of steps with nothing recorded, with what is always on, and detailed, in turn."""
     seconds: dict[str, list[float]] = defaultdict(list)
     modes = {"off": (False, False), "light": (True, False), "detailed": (True, True)}
-    for turn in range(_OVERHEAD_ROUNDS):
+    for turn in range(rounds):
         names = list(modes)
         for name in names[turn % 3 :] + names[: turn % 3]:
             recorder.enabled, recorder.detailed = modes[name]

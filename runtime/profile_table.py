@@ -23,6 +23,7 @@ def print_profile(console: Console, profile: Mapping[str, Any]) -> None:
     )  # fmt: skip
     console.print(_ranks(profile["ranks"]))
     console.print(_times(profile["elements"]))
+    console.print(_over_steps(profile["elements"]))
     console.print(_rates(profile["elements"]))
     for line in lines(profile):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -84,13 +85,15 @@ def _straggler(one: Mapping[str, Any]) -> str:
 
 def _ranks(ranks: Sequence[Mapping[str, Any]]) -> Table:
     parts = list(ranks[0]["parts"])
-    table = _table("ms a step", "rank", *(_SHORT.get(part, part) for part in parts), "rest", "step", "memory")
+    table = _table(
+        "ms a step", "rank", *(_SHORT.get(part, part) for part in parts), "rest", "step (95 %)", "memory"
+    )
     for rank in ranks:
         table.add_row(
             str(rank["rank"]),
             *(ms(rank["parts"][part]["p50"]) for part in parts),
             f"{100 * rank['unattributed']:.1f} %",
-            ms(rank["step_s"]["p50"]),
+            _spread(rank["step_s"]),
             f"{rank['memory_bytes'] / 2**20:.0f} MiB",
         )
     return table
@@ -106,14 +109,31 @@ def _times(elements: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _over_steps(elements: Sequence[Mapping[str, Any]]) -> Table:
+    """Of the rank whose middle is the longest."""
+    names = ("forward", "backward", "transfer", "wait")
+    table = _table("ms a step of the slowest rank, middle of the steps (95 % of them)", "block", *names)
+    for element in elements[:_MOST_ROWS]:
+        slowest = (
+            max((row[f"{name}_s"] for row in element["ranks"]), key=lambda s: s["p50"]) for name in names
+        )
+        table.add_row(element["name"], *map(_spread, slowest))
+    return table
+
+
+def _spread(values: Mapping[str, float]) -> str:
+    return f"{ms(values['p50'])} ({ms(values['p95'])})"
+
+
 def _rates(elements: Sequence[Mapping[str, Any]]) -> Table:
-    title = "exchanged, rate, share of a matrix product's rate, kernels, ms between them"
-    table = _table(title, "block", "MB", "GFLOP/s", "used", "kernels", "gaps")
+    title = "exchanged, rates, share of a matrix product's, kernels, ms between them"
+    table = _table(title, "block", "MB", "MB/s", "GFLOP/s", "used", "kernels", "gaps")
     for element in elements[:_MOST_ROWS]:
         rows = element["ranks"]
         table.add_row(
             element["name"],
             f"{max(row['bytes'] for row in rows) / 1e6:.2f}",
+            _range([row["bytes_per_s"] / 1e6 for row in rows], ".0f"),
             _range([row["flops_per_s"] / 1e9 for row in rows], ".1f"),
             _range([100 * row["utilisation"] for row in rows], ".0f") + " %",
             _range([row["kernels"] for row in rows], "d"),

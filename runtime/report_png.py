@@ -10,7 +10,10 @@ from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.report_data import RunData
 from anabranch.runtime.report_svg import smoothed
 
-_PARTS = ("data", "forward", "backward", "exchange", "reduction", "optimizer", "idle")
+_PARTS = {
+    "data": "#2a8c82", "forward": "#3b6fb6", "backward": "#6a57b0", "exchange": "#b8791f", "reduction": "#a8456b",
+    "optimizer": "#5f7a2e", "idle": "#6b7680",
+}  # fmt: skip
 _COLOURS = {
     "forward": "#3b6fb6",
     "backward": "#6a57b0",
@@ -21,7 +24,10 @@ _COLOURS = {
 
 
 def write_pictures(runs: Sequence[RunData], stem: Path) -> list[Path]:
-    """STEM-curves.png of all runs; of each profile -parts, -timeline. Raises ConfigError without matplotlib."""
+    """STEM-curves.png of all runs; of each profile -parts, -timeline, -placement, and -prediction where it has one.
+
+    Raises ConfigError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -54,6 +60,9 @@ def write_pictures(runs: Sequence[RunData], stem: Path) -> list[Path]:
             suffix = f"-{number}" if len(runs) > 1 else ""
             save(_parts(Figure, run.profile), f"parts{suffix}")
             save(_timeline(Figure, run.profile), f"timeline{suffix}")
+            save(_placement(Figure, run.profile), f"placement{suffix}")
+            if run.profile["prediction"]:
+                save(_prediction(Figure, run.profile), f"prediction{suffix}")
     return written
 
 
@@ -62,9 +71,9 @@ def _parts(figure_of: Any, profile: dict[str, Any]) -> Any:
     figure = figure_of(figsize=(7, 0.8 + 0.35 * len(ranks)))
     axes = figure.subplots()
     left = [0.0] * len(ranks)
-    for part in _PARTS:
+    for part, colour in _PARTS.items():
         values = [1e3 * rank["parts"][part]["p50"] for rank in ranks]
-        axes.barh([f"rank {rank['rank']}" for rank in ranks], values, left=left, label=part)
+        axes.barh([f"rank {rank['rank']}" for rank in ranks], values, left=left, color=colour, label=part)
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("ms a step")
@@ -73,17 +82,63 @@ def _parts(figure_of: Any, profile: dict[str, Any]) -> Any:
 
 
 def _timeline(figure_of: Any, profile: dict[str, Any]) -> Any:
-    from anabranch.runtime.report_page import drawn
+    """Of each rank the measured step, below it the predicted one where there is one."""
+    from anabranch.runtime.report_charts import drawn, drawn_prediction
 
-    num = len(profile["ranks"])
-    figure = figure_of(figsize=(7, 0.8 + 0.4 * num))
+    num, predicted = len(profile["ranks"]), (profile["prediction"] or {}).get("timeline")
+    figure = figure_of(figsize=(7, 0.8 + (0.6 if predicted else 0.4) * num))
     axes = figure.subplots()
     for rank in range(num):
-        for kind, _, start, seconds in drawn(profile["timeline"]["spans"], rank):
-            axes.broken_barh([(1e3 * start, 1e3 * seconds)], (rank - 0.4, 0.8), facecolors=_COLOURS[kind])
+        lanes = [drawn(profile["timeline"]["spans"], rank)]
+        lanes += [drawn_prediction(predicted, rank)] if predicted else []
+        height = 0.8 / len(lanes)
+        for lane, bars in enumerate(lanes):
+            for kind, _, start, seconds in bars:
+                axes.broken_barh(
+                    [(1e3 * start, 1e3 * seconds)], (rank - 0.4 + lane * height, 0.95 * height),
+                    facecolors=_COLOURS[kind.removesuffix(" odd")], alpha=0.5 if lane else 1.0, linewidth=0,
+                )  # fmt: skip
     axes.set_yticks(range(num), [f"rank {rank}" for rank in range(num)])
     axes.invert_yaxis()
-    axes.set_xlabel("ms")
+    axes.set_xlabel("ms; below each rank's step, pale: as predicted" if predicted else "ms")
     handles = [axes.barh(0, 0, color=colour, label=kind) for kind, colour in _COLOURS.items()]
     axes.legend(handles=handles, ncols=5, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def _placement(figure_of: Any, profile: dict[str, Any]) -> Any:
+    elements, num = profile["elements"], len(profile["ranks"])
+    counts = [[len(row["held"]) for row in element["ranks"]] for element in elements]
+    figure = figure_of(figsize=(1.6 + 0.7 * num, 0.6 + 0.25 * len(elements)))
+    axes = figure.subplots()
+    axes.imshow(counts, aspect="auto", cmap="Blues", vmin=0, vmax=2 * max(map(max, counts)) or 1)
+    for y, element in enumerate(elements):
+        for x, row in enumerate(element["ranks"]):
+            text = ", ".join(map(str, row["held"])) or "–"
+            axes.text(x, y, text, ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(num), [f"rank {rank}" for rank in range(num)], fontsize=7)
+    axes.set_yticks(range(len(elements)), [f"{e['name']} ({e['split']})" for e in elements], fontsize=7)
+    axes.tick_params(length=0)
+    return figure
+
+
+def _prediction(figure_of: Any, profile: dict[str, Any]) -> Any:
+    """Compute of each block on its slowest rank, measured above predicted."""
+    elements, predicted = profile["elements"], profile["prediction"]["elements"]
+    figure = figure_of(figsize=(7, 0.8 + 0.3 * len(elements)))
+    axes = figure.subplots()
+    for number, part in enumerate(("forward", "backward")):
+        for offset, alpha, of_part in (
+            (-0.2, 1.0, [[e["over"][f"{p}_s"]["max"] for p in ("forward", "backward")] for e in elements]),
+            (0.2, 0.5, [predicted.get(e["name"], (0.0, 0.0)) for e in elements]),
+        ):
+            axes.barh(
+                [y + offset for y in range(len(elements))], [1e3 * values[number] for values in of_part], 0.36,
+                left=[1e3 * sum(values[:number]) for values in of_part], color=_COLOURS[part], alpha=alpha,
+                label=f"{part}, {'measured' if alpha == 1 else 'predicted'}",
+            )  # fmt: skip
+    axes.set_yticks(range(len(elements)), [e["name"] for e in elements], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.legend(ncols=4, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure

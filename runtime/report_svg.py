@@ -1,96 +1,93 @@
 """Charts as SVG text: no script, colours from the page's style sheet, so that light and dark both work.
 
-Each chart is a picture with a name (role "img"); its numbers stand beside it as text, which the page adds.
+Positions along x are shares of the width and heights are pixels: letters and bars keep their size on any screen.
+
+    names │ svg: bars by row, in per cent          a chart's numbers stand beside it as text, which the page adds
+          │ 0 ms      50 ms      100 ms
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-WIDTH = 720
-_CURVES = 460  # narrow: to be read on a phone as it is
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 30
+_LINES = 200  # height of a chart of curves
+_AXIS = 24  # height below the rows, for the ticks
 Point = tuple[float, float]
+Bar = tuple[str, str, float, float]
+"""(class, words, start, length), in the unit of the chart's scale."""
 
 
 def number(value: float) -> str:
     """Short: three digits or so."""
-    return f"{value:.3g}" if abs(value) < 1e5 else f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
-def lines(
-    name: str, series: Mapping[str, Sequence[Point]], x_name: str, y_name: str, height: int = 240
-) -> str:
-    """One line a series, on common axes from the data's least to its most."""
+def lines(name: str, series: Mapping[str, Sequence[Point]], colours: Sequence[str], x_name: str) -> str:
+    """One line a series, of its class in `colours`, on common axes from the data's least to its most."""
     points = [p for of_series in series.values() for p in of_series]
     if not points:
         return ""
     (x0, x1), (y0, y1) = _range([x for x, _ in points]), _range([y for _, y in points])
 
     def place(point: Point) -> str:
-        x = _LEFT + (point[0] - x0) / (x1 - x0) * (_CURVES - _LEFT - _RIGHT)
-        y = height - _BOTTOM - (point[1] - y0) / (y1 - y0) * (height - _TOP - _BOTTOM)
-        return f"{x:.1f},{y:.1f}"
+        return f"{100 * (point[0] - x0) / (x1 - x0):.2f},{_LINES * (y1 - point[1]) / (y1 - y0):.1f}"
 
-    body = _axes((x0, x1), (y0, y1), x_name, y_name, height)
-    for index, (label, of_series) in enumerate(series.items()):
+    heights = [(tick, _LINES * (y1 - tick) / (y1 - y0)) for tick in ticks(y0, y1)]
+    body = "".join(f'<line class="grid" x1="0" x2="100%" y1="{at:.1f}" y2="{at:.1f}"/>' for _, at in heights)
+    curves = ""
+    for colour, (label, of_series) in zip(colours, series.items(), strict=True):
         path = " ".join(place(p) for p in thinned(of_series))
-        mark = "" if len(of_series) > 1 else ' stroke-linecap="round"'
-        twice = path if len(of_series) > 1 else f"{path} {path}"
-        body += f'<polyline class="line c{index % 8}"{mark} points="{twice}"><title>{escape(label)}</title></polyline>'
-    return _svg(name, body, height, _CURVES)
-
-
-def bars(
-    name: str, rows: Sequence[tuple[str, Mapping[str, float]]], unit: str, colours: Mapping[str, str]
-) -> str:
-    """One horizontal bar a row, its parts one after another; colours: classes by part."""
-    most = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
-    height, left = 24 * len(rows) + 30, 120
-    body = ""
-    for index, (label, parts) in enumerate(rows):
-        x, y = float(left), 24 * index + 4
-        body += f'<text class="label" x="{left - 6}" y="{y + 13}" text-anchor="end">{escape(label)}</text>'
-        for part, value in parts.items():
-            width = max(value, 0.0) / most * (WIDTH - left - _RIGHT)
-            if width > 0.2:
-                title = escape(f"{label}, {part}: {number(value)} {unit}")
-                body += (
-                    f'<rect class="{colours[part]}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="18">'
-                    f"<title>{title}</title></rect>"
-                )
-            x += width
-    for tick in _ticks(0.0, most):
-        x = left + tick / most * (WIDTH - left - _RIGHT)
-        body += f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{number(tick)} {unit}</text>'
-    return _svg(name, body, height)
-
-
-def timeline(
-    name: str, rows: Sequence[tuple[str, Sequence[tuple[str, str, float, float]]]], total: float
-) -> str:
-    """One row a rank; (class, words, start, seconds) are drawn in order, later ones above."""
-    row_height, left = 30, 64
-    height = row_height * len(rows) + 30
-    scale = (WIDTH - left - _RIGHT) / total if total > 0 else 0.0
-    body = ""
-    for index, (label, spans) in enumerate(rows):
-        y = row_height * index + 4
-        body += f'<text class="label" x="{left - 6}" y="{y + 16}" text-anchor="end">{escape(label)}</text>'
-        for kind, words, start, seconds in spans:
-            width = seconds * scale
-            if width >= 0.15:
-                body += (
-                    f'<rect class="{kind}" x="{left + start * scale:.2f}" y="{y}" width="{width:.2f}" height="24">'
-                    f"<title>{escape(words)}</title></rect>"
-                )
-    for tick in _ticks(0.0, total):
-        body += (
-            f'<text class="tick" x="{left + tick * scale:.1f}" y="{height - 8}" text-anchor="middle">'
-            f"{number(1e3 * tick)} ms</text>"
+        twice = path if len(of_series) > 1 else f"{path} {path}"  # a line of one point is a dot
+        curves += (
+            f'<polyline class="line {colour}" points="{twice}"><title>{escape(label)}</title></polyline>'
         )
-    return _svg(name, body, height)
+    body += f'<svg width="100%" height="{_LINES}" viewBox="0 0 100 {_LINES}" preserveAspectRatio="none">{curves}</svg>'
+    body += _axis([(tick, (tick - x0) / (x1 - x0)) for tick in ticks(x0, x1)], _LINES, "", grid=False)
+    body += f'<text class="tick" x="100%" y="{_LINES + 34}" text-anchor="end">{escape(x_name)}</text>'
+    names = "".join(f'<span style="top:{at - 9:.0f}px">{number(tick)}</span>' for tick, at in heights)
+    return _plot(name, f'<div class="names heights" aria-hidden="true">{names}</div>', body, _LINES + 38)
+
+
+def rows(
+    name: str,
+    named: Sequence[tuple[str, Sequence[Sequence[Bar]]]],
+    unit: str,
+    total: float = 0.0,
+    *,
+    height: int = 22,
+) -> str:
+    """Horizontal bars: (label, its lanes) a row, lanes one below another, later bars of a lane above earlier ones.
+
+    total: what the whole width is, in the bars' unit; default: as far as they reach. height: of a row, in pixels.
+    """
+    bars = [bar for _, lanes in named for lane in lanes for bar in lane]
+    total = max(total, max((start + length for *_, start, length in bars), default=0.0)) or 1.0
+    body = ""
+    for index, (_, lanes) in enumerate(named):
+        lane_height = (height - 4 - (len(lanes) - 1)) / len(lanes)
+        for number_of_lane, lane in enumerate(lanes):
+            y = index * height + 2 + number_of_lane * (lane_height + 1)
+            for kind, words, start, length in lane:
+                if length > total / 5000:
+                    body += (
+                        f'<rect class="{kind}" x="{100 * start / total:.2f}%" y="{y:.4g}" '
+                        f'width="{100 * length / total:.2f}%" height="{lane_height:.4g}">'
+                        f"<title>{escape(words)}</title></rect>"
+                    )
+    below = height * len(named)
+    axis = _axis([(tick, tick / total) for tick in ticks(0.0, total, 4)], below, f" {unit}")
+    names = "".join(f'<span style="height:{height}px">{escape(label)}</span>' for label, _ in named)
+    return _plot(name, f'<div class="names" aria-hidden="true">{names}</div>', axis + body, below + _AXIS)
+
+
+def stacked(label: str, parts: Iterable[tuple[str, str, float]], unit: str) -> list[Bar]:
+    """(class, part, value) one after another, as one lane."""
+    bars, start = [], 0.0
+    for kind, part, value in parts:
+        bars.append((kind, f"{label}, {part}: {number(value)} {unit}", start, max(value, 0.0)))
+        start += max(value, 0.0)
+    return bars
 
 
 def thinned(points: Sequence[Point], most: int = 600) -> list[Point]:
@@ -100,10 +97,31 @@ def thinned(points: Sequence[Point], most: int = 600) -> list[Point]:
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def _svg(name: str, body: str, height: int, width: int = WIDTH) -> str:
-    kind = ' class="small"' if width < WIDTH else ""
+def smoothed(points: Sequence[Point], window: int) -> list[Point]:
+    """Means of `window` neighbours, to see a noisy curve."""
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    ends = [(max(0, i - window + 1), i + 1) for i in range(len(points))]
+    return [(points[b - 1][0], (sums[b] - sums[a]) / (b - a)) for a, b in ends]
+
+
+def _plot(name: str, names: str, body: str, height: int) -> str:
     label = escape(name, quote=True)
-    return f'<svg{kind} role="img" aria-label="{label}" viewBox="0 0 {width} {height}">{body}</svg>'
+    chart = f'<svg role="img" aria-label="{label}" width="100%" height="{height}">{body}</svg>'
+    return f'<div class="plot">{names}<div class="canvas">{chart}</div></div>'
+
+
+def _axis(marks: Sequence[tuple[float, float]], below: int, unit: str, *, grid: bool = True) -> str:
+    """(value, share of the width) as text below `below` pixels, with a line over the rows."""
+    found = ""
+    for value, share in marks:
+        anchor = "start" if share < 0.03 else "end" if share > 0.94 else "middle"
+        at = f"{100 * share:.2f}%"
+        if grid:
+            found += f'<line class="grid" x1="{at}" x2="{at}" y1="0" y2="{below}"/>'
+        found += f'<text class="tick" x="{at}" y="{below + 17}" text-anchor="{anchor}">{number(value)}{unit}</text>'
+    return found
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -111,7 +129,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _ticks(low: float, high: float, num: int = 5) -> list[float]:
+def ticks(low: float, high: float, num: int = 5) -> list[float]:
     """Round numbers in the range."""
     rough = (high - low) / num if high > low else 1.0
     power = 10.0 ** (
@@ -120,27 +138,3 @@ def _ticks(low: float, high: float, num: int = 5) -> list[float]:
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough)
     first = -(-low // step)
     return [step * (first + i) for i in range(num + 2) if low <= step * (first + i) <= high]
-
-
-def _axes(x: Point, y: Point, x_name: str, y_name: str, height: int) -> str:
-    body = ""
-    for tick in _ticks(*x):
-        at = _LEFT + (tick - x[0]) / (x[1] - x[0]) * (_CURVES - _LEFT - _RIGHT)
-        body += (
-            f'<text class="tick" x="{at:.1f}" y="{height - 14}" text-anchor="middle">{number(tick)}</text>'
-        )
-    for tick in _ticks(*y):
-        at = height - _BOTTOM - (tick - y[0]) / (y[1] - y[0]) * (height - _TOP - _BOTTOM)
-        body += f'<line class="grid" x1="{_LEFT}" x2="{_CURVES - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-        body += f'<text class="tick" x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{number(tick)}</text>'
-    body += f'<text class="tick" x="{_CURVES - _RIGHT}" y="{height - 2}" text-anchor="end">{escape(x_name)}</text>'
-    return body + (f'<text class="tick" x="4" y="{_TOP}">{escape(y_name)}</text>' if y_name else "")
-
-
-def smoothed(points: Sequence[Point], window: int) -> list[Point]:
-    """Means of `window` neighbours, to see a noisy curve."""
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
-    ends = [(max(0, i - window + 1), i + 1) for i in range(len(points))]
-    return [(points[b - 1][0], (sums[b] - sums[a]) / (b - a)) for a, b in ends]

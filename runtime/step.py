@@ -81,8 +81,9 @@ class TrainStep:
 
         stop: this rank wants to stop; the result says so on all ranks alike.
         """
-        self.network.train()
         extra, recorder = self.reducer.extra, self.recorder
+        with recorder.span("forward"):  # it walks all modules
+            self.network.train()
         for index, batch in enumerate(batches):
             with recorder.span("forward"), autocast(self.precision, batch.x.device):
                 output = self.network(batch.x, batch.rows)

@@ -16,10 +16,13 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 class Tracker(Callback):
-    """Sends a run's numbers to a tracker: log gets {name: number} and the step; end closes it."""
+    """Sends a run's numbers to a tracker: log gets {name: number} and the step.
 
-    def __init__(self, log: Log, end: Callable[[], None]) -> None:
-        self._log, self._end = log, end
+    end: closes it, once; told whether the run came to its end without an error.
+    """
+
+    def __init__(self, log: Log, end: Callable[[bool], None]) -> None:
+        self._log, self._end, self._ended = log, end, False
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         times = metrics.get("times_s", {})
@@ -32,7 +35,10 @@ class Tracker(Callback):
         self._log({f"test/{key}": value for key, value in _numbers(metrics).items()}, metrics["step"])
 
     def on_end(self, result: Mapping[str, Any]) -> None:
-        self._end()
+        self._ended = True
+
+    def close(self) -> None:
+        self._end(self._ended)
 
 
 def tracker(name: str, run_dir: Path) -> Tracker:
@@ -60,14 +66,17 @@ def _tensorboard(run_dir: Path) -> Tracker:
         for key, value in values.items():
             writer.add_scalar(key, value, step)
 
-    return Tracker(log, writer.close)
+    return Tracker(log, lambda whole: writer.close())
 
 
 def _wandb(run_dir: Path) -> Tracker:
     import wandb  # type: ignore[import-not-found,unused-ignore]
 
     run = wandb.init(project="anabranch", name=run_dir.name, dir=str(run_dir))
-    return Tracker(lambda values, step: run.log(dict(values), step=step), run.finish)
+    return Tracker(
+        lambda values, step: run.log(dict(values), step=step),
+        lambda whole: run.finish(exit_code=0 if whole else 1),
+    )
 
 
 def _mlflow(run_dir: Path) -> Tracker:
@@ -79,7 +88,10 @@ def _mlflow(run_dir: Path) -> Tracker:
         mlflow.set_tracking_uri(f"sqlite:///{run_dir / 'mlflow.db'}")
     mlflow.set_experiment("anabranch")
     mlflow.start_run(run_name=run_dir.name)
-    return Tracker(lambda values, step: mlflow.log_metrics(dict(values), step=step), mlflow.end_run)
+    return Tracker(
+        lambda values, step: mlflow.log_metrics(dict(values), step=step),
+        lambda whole: mlflow.end_run("FINISHED" if whole else "FAILED"),
+    )
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -40,7 +40,7 @@ from anabranch.runtime.fill import fill
 from anabranch.runtime.generation import Generation
 from anabranch.runtime.launch import alone, choose_launcher, from_environment
 from anabranch.runtime.loss import LossFunction
-from anabranch.runtime.lr_schedule import Plateau, learning_rate
+from anabranch.runtime.lr_schedule import Plateau, last_step, learning_rate
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
@@ -113,7 +113,7 @@ class Trainer:
         self.num_train = len(self.data.train)
         self.steps_per_epoch = -(-self.num_train // config.train.batch_size)
         self.num_steps = config.train.epochs * self.steps_per_epoch  # what the learning rate's schedule spans
-        self.last_step = min(config.train.max_steps or self.num_steps, self.num_steps)
+        self.last_step = last_step(config.train, self.num_train)
         self._network, self._callbacks = network, list(callbacks)
         self._leading, self._leads = leading, False
         self._whole_plan = self.plan

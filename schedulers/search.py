@@ -11,7 +11,7 @@ What was not proven is the gap: how much faster a plan could still be, 0 where n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 from time import perf_counter
@@ -27,6 +27,9 @@ from anabranch.schedulers.plan import BranchPlacement, EdgeSplit, Plan
 from anabranch.schedulers.predict import Prediction, Predictor
 from anabranch.schedulers.pricing import Pricing
 from anabranch.schedulers.request import Request
+
+Told = Callable[[int, int], None]
+"""Given how much of a search is done, and of how much: the rest may turn out not to be needed."""
 
 _INFINITE = float("inf")
 _EFFORT = 60_000  # labels and pairs of labels with memory limits, in a search, before limits are priced
@@ -66,22 +69,22 @@ class _Priced(NamedTuple):
     chain: Chain
 
 
-def search(request: Request) -> SearchResult:
+def search(request: Request, told: Told = lambda done, total: None) -> SearchResult:
     """The best plan that keeps what the request settles.
 
     Raises PlanError where the request has no costs or batch, or no plan fits the devices' memory: then with
     the device that lacks least.
     """
-    return Search(request).run()
+    return Search(request, told).run()
 
 
 class Search:
     """One request's. found: the best plan of each setting that was looked at, with its predicted seconds."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, told: Told = lambda done, total: None) -> None:
         if request.costs is None or request.batch is None:
             raise PlanError("the search needs costs and a batch size: measure first, or give a cost file")
-        self.request, self.batch = request, request.batch
+        self.request, self.batch, self.told = request, request.batch, told
         self.predictor = Predictor(request.model, request.cluster, request.costs, request.batch)
         self.pricing: Pricing = self.predictor.pricing
         self.labels = self.effort = self.free_effort = 0
@@ -94,7 +97,8 @@ class Search:
         start = perf_counter()
         priced = self._priced()
         best = _INFINITE
-        for entry in priced:
+        for number, entry in enumerate(priced):
+            self.told(len(priced) + number, 2 * len(priced))
             if leave_out and entry.bound_s >= best:
                 break
             seconds, plan = self._solve(entry, best if leave_out else _INFINITE)
@@ -113,7 +117,9 @@ class Search:
 
     def _priced(self) -> list[_Priced]:
         found, all_orders = [], True
-        for number, setting in enumerate(settings(self.request, self.batch)):
+        tried = list(settings(self.request, self.batch))
+        for number, setting in enumerate(tried):
+            self.told(number, 2 * len(tried))
             all_orders &= setting.is_all
             layout = make_layout(setting.devices, self.request.cluster, self.batch, setting.samples)
             options = Options(self.pricing, layout, self.request)

@@ -32,11 +32,13 @@ from anabranch.runtime.profile_build import build_profile
 from anabranch.runtime.profile_clock import ClockOffset, aligned, clock_offset
 from anabranch.runtime.profile_file import read_profile, write_profile
 from anabranch.runtime.profile_flops import ElementFlops
+from anabranch.runtime.profile_kernels import MOST_EVENTS
 from anabranch.runtime.profile_merge import Merged
 from anabranch.runtime.profile_steps import RankSteps, profile_steps
 from anabranch.runtime.profile_table import print_profile
 from anabranch.runtime.profile_trace import trace_events, write_trace
-from anabranch.runtime.recorder import Recorder
+from anabranch.runtime.recorder import Recorder, Span
+from anabranch.runtime.report import write_report
 from anabranch.runtime.trainer import Trainer
 from anabranch.schedulers import BlockSpec, BranchPlacement, Cluster, Device, ModelSpec, Plan
 from anabranch.schedulers.cluster import Link
@@ -284,39 +286,61 @@ def test_wait_and_transfer_of_known_spans() -> None:
     assert profile["ranks"][1]["unattributed"] == pytest.approx(0.0, abs=1e-9)
 
 
-def synthetic_profile(num_steps: int, num_ranks: int, num_blocks: int) -> dict[str, Any]:
+def synthetic_plan(num_ranks: int, num_blocks: int) -> tuple[Plan, ModelSpec]:
     model = ModelSpec(tuple(BlockSpec(f"block{b}", num_ranks) for b in range(num_blocks)))
     blocks = {block.name: BranchPlacement.even(num_ranks, num_ranks) for block in model.blocks}
-    plan = Plan(1, num_ranks, blocks, "replicated", "replicated")
-    return build_profile(synthetic_ranks(num_steps, num_ranks, num_blocks), plan, model, Batch(8, 8))
+    return Plan(1, num_ranks, blocks, "replicated", "replicated"), model
+
+
+def synthetic_profile(num_steps: int, num_ranks: int, num_blocks: int) -> dict[str, Any]:
+    ranks = synthetic_ranks(num_steps, num_ranks, num_blocks)
+    return build_profile(ranks, *synthetic_plan(num_ranks, num_blocks), Batch(8, 8))
 
 
 def test_a_thousand_steps_of_eight_ranks_stay_small(tmp_path: Path) -> None:
-    profile = synthetic_profile(num_steps=1000, num_ranks=8, num_blocks=16)
+    """With as many kernels in the trace as are kept; steps that differ, as real ones do."""
+    random = np.random.default_rng(0)
+    starts = np.sort(random.random(MOST_EVENTS))
+    events = [[f"aten::op{i % 97}", "op", str(i % 3), start, 1e-5] for i, start in enumerate(starts.tolist())]
+    ranks = []
+    for rank in synthetic_ranks(num_steps=1000, num_ranks=8, num_blocks=16):
+        steps = [(names, table * (1 + 0.01 * random.random())) for names, table in rank.steps]
+        names, table = rank.steps[0]
+        traced = [Span(*name, *times) for name, times in zip(names, table[:-1].tolist(), strict=True)]
+        ranks.append(RankSteps(steps, rank.facts, events, traced))
+    profile = build_profile(ranks, *synthetic_plan(8, 16), Batch(8, 8))
     write_profile(profile, tmp_path / "profile.json")
-    assert (tmp_path / "profile.json").stat().st_size <= 20e6
+    write_trace(ranks, tmp_path / "trace.json.gz")
+    write_report([tmp_path])
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(sizes) == {"profile.json", "trace.json.gz", "report.html"}
+    assert sum(sizes.values()) <= 20e6, sizes
     assert read_profile(tmp_path / "profile.json")["steps"]["measured"] == 1000
 
 
 def test_tables(slowed: Profiled) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     print_profile(console, slowed[3])
-    text = console.export_text()
+    lines = console.export_text()
+    text = " ".join(lines.split())  # titles are as wide as their tables
     for words in (
         "rank 1 (here cpu) is waited for in forward of stage2.block1",
         "unattributed: at most",
+        "step (95 %)",
+        "ms a step of the slowest rank, middle of the steps (95 % of them)",
+        "MB/s",
         "suggestion: ",
     ):
         assert words in text
-    assert "…" not in text  # nothing cut off at 80 columns
+    assert "…" not in lines  # nothing cut off at 80 columns
 
 
 def test_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text('{"schema": 99}')
-    with pytest.raises(ConfigError, match="schema 99, this version reads schema 1"):
+    with pytest.raises(ConfigError, match="schema 99, this version reads schema 2"):
         read_profile(path)
-    path.write_text('{"schema": 1, "ra')
+    path.write_text('{"schema": 2, "ra')
     with pytest.raises(ConfigError, match="not a profile"):
         read_profile(path)
     config = Config.from_dict(SMALL)

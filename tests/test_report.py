@@ -30,26 +30,36 @@ BROWSERS_OWN = (
     ".gvt1.com",
 )  # what it asks for at its start, whatever the page
 PROBE = """<script>
-const named = [...document.querySelectorAll('svg')].every(s => s.getAttribute('aria-label'));
+const charts = [...document.querySelectorAll('svg[role=img]')];
+const named = charts.every(s => s.getAttribute('aria-label'));
 const reach = [...document.querySelectorAll('.scroll, summary, pre')].every(
   e => { if (e.closest('details') && e.matches('.scroll')) e.closest('details').open = true;
          e.focus(); return document.activeElement === e; });
+const box = e => e.getBoundingClientRect();
+const apart = charts.every(s => { const ticks = [...s.querySelectorAll('.tick')].map(box);
+  return ticks.every((a, i) => ticks.every((b, j) => i >= j || a.right <= b.left || b.right <= a.left
+                                                     || a.bottom <= b.top + 1 || b.bottom <= a.top + 1)); });
+const inside = [...document.querySelectorAll('.plot')].every(plot => [...plot.querySelectorAll('text, .names span')]
+  .every(e => box(e).left >= box(plot).left && box(e).right <= box(plot).right
+              && box(e).bottom <= box(plot).bottom + 1));
+const letters = [...document.querySelectorAll('svg text, .names span')].map(
+  t => parseFloat(getComputedStyle(t).fontSize));
 document.title = JSON.stringify({width: document.documentElement.scrollWidth, window: innerWidth, named, reach,
   dark: matchMedia('(prefers-color-scheme: dark)').matches, ground: getComputedStyle(document.body).backgroundColor,
-  charts: document.querySelectorAll('svg').length, tables: document.querySelectorAll('table').length,
-  small: [...document.querySelectorAll('svg.small text')].some(t => t.getBoundingClientRect().height < 9)});
+  apart, inside, charts: charts.length, tables: document.querySelectorAll('table').length,
+  least: Math.min(...letters)});
 </script>"""
 
 
-def metrics(path: Path, num_steps: int = 60) -> Path:
+def metrics(path: Path, num_steps: int = 60, num_ranks: int = 2) -> Path:
     path.mkdir(exist_ok=True)
     lines = []
     for step in range(1, num_steps + 1):
         times = {
-            p: [0.01, 0.02]
+            p: [0.01] + [0.02] * (num_ranks - 1)
             for p in ("data", "forward", "backward", "exchange", "reduction", "optimizer", "idle")
         }
-        times |= {"step": [0.1, 0.2], "unattributed": [0.001, 0.001]}
+        times |= {"step": [0.1] + [0.2] * (num_ranks - 1), "unattributed": [0.001] * num_ranks}
         lines.append(
             {"kind": "step", "step": step, "epoch": 0, "loss": 2 / step, "accuracy": 1 - 1 / step, "lr": 0.1,
              "step_time_s": 0.1, "images_per_s": 320.0, "times_s": times}
@@ -64,11 +74,18 @@ def metrics(path: Path, num_steps: int = 60) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight ranks and sixteen blocks, a thousand profiled steps."""
-    path = metrics(tmp_path_factory.mktemp("report") / "run")
+    """A run of a thousand steps, eight ranks and sixteen blocks, all steps profiled."""
+    path = metrics(tmp_path_factory.mktemp("report") / "run", 1000, 8)
     profile = synthetic_profile(num_steps=1000, num_ranks=8, num_blocks=16)
-    elements = {e["name"]: [0.3, 0.6] for e in profile["elements"]}
-    profile["prediction"] = {"source": "measured", "total_s": 0.9, "elements": elements, "timeline": []}
+    elements = {e["name"]: [0.02, 0.03] for e in profile["elements"]}
+    foretold = [
+        [rank, phase, name, kind, at + 0.05 * b + later, 0.02]
+        for rank in range(8)
+        for at, phase in ((0.0, "forward"), (0.45, "backward"))
+        for b, name in enumerate(list(elements)[:8])
+        for kind, later in (("compute", 0.0), ("transfer", 0.02))
+    ]
+    profile["prediction"] = {"source": "measured", "total_s": 0.9, "elements": elements, "timeline": foretold}
     write_profile(profile, path / "profile.json")
     return path
 
@@ -114,13 +131,19 @@ def test_in_a_browser(run: Path, tmp_path: Path, width: int) -> None:
     assert found["width"] <= found["window"], "the page itself does not scroll sideways"
     assert found["named"]
     assert found["reach"]
-    assert not found["small"]
+    assert found["apart"], "labels do not overlap"
+    assert found["inside"], "no label is cut off"
+    assert found["least"] >= 11
     assert found["dark"] == (width == 390)
     assert found["ground"] == ("rgb(20, 23, 26)" if width == 390 else "rgb(255, 255, 255)")
     assert found["charts"] >= 5
     assert found["tables"] >= found["charts"]
     (tmp_path / "empty.html").write_text("<title>x</title><body></body>")
-    *_, empty = browse(tmp_path / "empty.html", tmp_path, width)
+    for _ in range(3):  # something else on the machine delays a browser too: then once more
+        *_, empty = browse(tmp_path / "empty.html", tmp_path, width)
+        if seconds - empty <= 2.0:
+            break
+        *_, seconds = browse(tmp_path / "report.html", tmp_path, width)
     assert seconds - empty <= 2.0
 
 
@@ -136,9 +159,24 @@ def test_is_self_contained_and_small(run: Path, tmp_path: Path) -> None:
 def test_every_chart_has_its_numbers(run: Path) -> None:
     text = page([read_run(run)])
     for words in ("Loss, in numbers", "Accuracy, in numbers", "Where the time goes, in numbers", "Timeline, in numbers",
-                  "Predicted against measured, in numbers", "Every interval of the step"):  # fmt: skip
+                  "Predicted against measured, in numbers", "Every interval of the step", "Every interval predicted",
+                  "rank 7, predicted"):  # fmt: skip
         assert words in text
     assert "rank 0 (a cpu) is waited for in" in text
+
+
+def test_a_plan_that_was_predicted_and_timed_is_compared_with_the_run(tmp_path: Path) -> None:
+    path = metrics(tmp_path / "run", 30)
+    plans = [
+        {"name": "1x2", "predicted_step_s": 0.09, "measured_step_s": 0.12, "error": -0.25, "ratio": 0.8,
+         "interval_95": [0.75, 0.85]},
+        {"name": "data", "predicted_step_s": 0.13},
+    ]  # fmt: skip
+    (path / "audit.json").write_text(json.dumps({"chosen": "1x2", "plans": plans}))
+    text = re.sub(r"<[^>]+>", " ", page([read_run(path)]))
+    assert re.search(r"1x2 \(chosen\) +90\.0 +120 +-25 % +0\.800 +0\.750 to 0\.850", text)
+    assert re.search(r"data +130 +– ", text)
+    assert re.search(r"this run +90\.0 +100 +-10 % ", text)
 
 
 def test_a_torn_run_is_used_up_to_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +207,8 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 def test_pictures(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = write_report([run], tmp_path / "paper.html", png=True)
-    names = ["paper-curves.png", "paper-parts.png", "paper-timeline.png"]
+    kinds = ("curves", "parts", "timeline", "placement", "prediction")
+    names = [f"paper-{kind}.png" for kind in kinds]
     assert [Path(path).name for path in result["pictures"]] == names
     for name in names:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -182,7 +221,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         read_run(tmp_path)
     old, new = metrics(tmp_path / "old"), metrics(tmp_path / "new")
     (old / "profile.json").write_text('{"schema": 0}')
-    with pytest.raises(ConfigError, match="a profile of schema 0, this version reads schema 1"):
+    with pytest.raises(ConfigError, match="a profile of schema 0, this version reads schema 2"):
         write_report([new, old])
     assert main(["report"]) == 2
     assert "report needs a run's folder" in capsys.readouterr().err
@@ -192,10 +231,11 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_trackers_get_every_number(tmp_path: Path) -> None:
     seen: list[tuple[dict[str, float], int]] = []
     ended: list[bool] = []
-    mine = Tracker(lambda values, step: seen.append((dict(values), step)), lambda: ended.append(True))
+    mine = Tracker(lambda values, step: seen.append((dict(values), step)), ended.append)
     mine.on_step({"step": 3, "loss": 0.5, "phase": "training", "times_s": {"forward": [0.1, 0.2]}})
     mine.on_evaluation({"step": 3, "test_accuracy": 0.9})
     mine.on_end({})
+    mine.close()
     assert seen == [({"train/loss": 0.5, "time/forward_s": 0.2}, 3), ({"test/test_accuracy": 0.9}, 3)]
     assert ended == [True]
     with pytest.raises(ConfigError, match="use tensorboard, wandb, mlflow"):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from anabranch.runtime.callbacks import Callback
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import load_resumed
 from anabranch.runtime.errors import CheckpointError, ConfigError, DataError
+from anabranch.runtime.recorder import PARTS
 from anabranch.schedulers import PlanError
 
 CLI = [sys.executable, "-m", "anabranch.runtime"]
@@ -60,6 +62,21 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "step"]
 
 
+def _assert_parts_add_up(folder: Path, num_ranks: int) -> None:
+    """What metrics.jsonl says of every step: all parts on every rank, nearly nothing left over."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"][1:]  # times are of the step before
+    for rank in range(num_ranks):
+        for line in steps:
+            times = {part: of_ranks[rank] for part, of_ranks in line["times_s"].items()}
+            assert set(times) == {*PARTS, "unattributed"}
+            assert 2 * times["step"] == pytest.approx(sum(times.values()), abs=1e-5)
+            assert line["memory_bytes"][rank] > 2**20
+            assert line["images_per_s"] > 0
+        left = [line["times_s"]["unattributed"][rank] / line["times_s"]["step"][rank] for line in steps]
+        assert statistics.median(left) <= 0.02
+
+
 def test_the_local_cluster_is_lean() -> None:
     """No dashboard, autoscaler, log reader: they are most of the seconds that Ray takes to start."""
     found = subprocess.run(
@@ -83,6 +100,7 @@ def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
     assert result["steps"] == 2 * 45
     assert 0 < result["median_step_s"] < result["train_seconds"]
     assert result["run_dir"] == str(tmp_path / "run")
+    _assert_parts_add_up(tmp_path / "run", num_ranks=2)
     resolved = (tmp_path / "run" / "config.toml").read_text()
     assert "bn_batch_size = 16" in resolved  # 32 samples ÷ 2 workers, as a number
     plan = (tmp_path / "run" / "plan.toml").read_text()
