@@ -26,13 +26,9 @@ NUMBERS = {"train/loss": 0.5, "time/forward_s": 0.2, "test/test_accuracy": 0.9}
 
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped,unused-ignore]
-        EventAccumulator,
-    )
-
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     tell(tracker("tensorboard", tmp_path), True)
-    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert set(found.Tags()["scalars"]) == set(NUMBERS)
     for name, value in NUMBERS.items():
