@@ -10,7 +10,9 @@ begun goes on while a rank computes.
     rank 1   copy ─► segment ─┘ tell        ... compute ...      wait ─► the same sum, to the bit
 
 Segments are anonymous memory (memfd), sent as file descriptors, and the ranks talk over Unix sockets without a name in
-the file system: a rank that is killed leaves nothing behind, and the others see the end of its connection at once.
+the file system: a rank that is killed leaves nothing behind, and the others see the end of its connection at once. They
+are no tensors of the program (`no_dispatch`), as the buffers of gloo and NCCL are none: who counts live tensors, as
+`predict`'s memory does, counts none of them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 _PUBLISHED = struct.Struct("<4q")  # exchange, segment, bytes, the last exchange that the sender has completed
 _CREDENTIALS = struct.Struct("3i")  # of the process at the other end: pid, uid, gid
@@ -137,8 +140,9 @@ class SharedMemory:
     def _begin(self, x: Tensor, finish: Callable[[list[Tensor]], None]) -> Pending:
         number, self._next = self._next, self._next + 1
         segment = self._segment(x.nbytes)
-        mine = segment.memory[: x.nbytes].view(x.dtype)
-        mine.copy_(x.detach().view(-1))
+        with no_dispatch():
+            mine = segment.memory[: x.nbytes].view(x.dtype)
+            mine.copy_(x.detach().view(-1))
         self._used.append((number, segment))
         self._waiting.append((number, mine, finish))
         message = _PUBLISHED.pack(number, segment.number, x.nbytes, self._completed)
@@ -183,16 +187,13 @@ class SharedMemory:
 
     def complete(self, number: int) -> None:
         """Ends all exchanges up to this one, in order."""
-        while self._waiting and self._waiting[0][0] <= number:
-            begun, mine, finish = self._waiting[0]
-            finish(
-                [
-                    mine if rank == self.rank else self._part(rank, begun, mine.dtype)
-                    for rank in range(self._size)
-                ]
-            )
-            self._waiting.popleft()
-            self._completed = begun
+        with no_dispatch():
+            while self._waiting and self._waiting[0][0] <= number:
+                begun, mine, finish = self._waiting[0]
+                ranks = range(self._size)
+                finish([mine if r == self.rank else self._part(r, begun, mine.dtype) for r in ranks])
+                self._waiting.popleft()
+                self._completed = begun
 
     def _part(self, rank: int, number: int, dtype: torch.dtype) -> Tensor:
         peer = self._peers[rank]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import signal
 import threading
 import time
-from pathlib import Path
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -137,33 +140,35 @@ def test_a_lost_rank_is_an_error_at_once(how: str) -> None:
     assert max(run_ranks(2, lost, how)) < 10
 
 
-def killed(rank: int, size: int, folder: str) -> None:
-    joined(60.0)
-    Path(folder, str(rank)).write_text(str(os.getpid()))
-    if rank == 1:
-        signal.pause()
+def waits(pipe: Connection) -> None:
+    """Rank 1 of two: joins, and does nothing more."""
+    SharedMemory.join(1, 2, partial(talk, pipe, 1), 60.0)
+    pipe.send("joined")
+    signal.pause()
+
+
+def talk(pipe: Connection, rank: int, value: Any) -> list[Any]:
+    pipe.send(value)
+    other = pipe.recv()
+    return [other, value] if rank else [value, other]
+
+
+def test_a_killed_rank_is_seen_at_once() -> None:
+    mine, theirs = mp.Pipe()
+    process = mp.get_context("forkserver").Process(target=waits, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    group = SharedMemory.join(0, 2, partial(talk, mine, 0), 60.0)
+    assert group is not None
+    assert mine.recv() == "joined"
+    assert process.pid is not None
+    threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL)).start()
     begun = time.monotonic()
-    try:
-        exchange.all_reduce(torch.ones(10), world()).wait()
-    except ConnectionError as error:
-        Path(folder, "said").write_text(f"{time.monotonic() - begun} {error}")
-
-
-def test_a_killed_rank_is_seen_at_once(tmp_path: Path) -> None:
-    def kill() -> None:
-        while not all((tmp_path / str(rank)).exists() for rank in range(2)):
-            time.sleep(0.05)
-        time.sleep(0.5)
-        os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
-
-    threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(AssertionError, match="rank 1: died"):
-        run_ranks(2, killed, str(tmp_path))
-    for _ in range(100):
-        if (tmp_path / "said").exists():
-            break
-        time.sleep(0.1)
-    assert "connection closed by peer, rank 1" in (tmp_path / "said").read_text()
+    with pytest.raises(ConnectionError, match="connection closed by peer, rank 1"):
+        group.all_reduce(torch.ones(10)).wait()
+    assert time.monotonic() - begun < 10
+    process.join()
+    group.close()
 
 
 def on_two_hosts(rank: int, size: int) -> bool:
