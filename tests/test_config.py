@@ -45,7 +45,7 @@ def test_every_field_is_documented_and_every_number_has_a_range() -> None:
 
 def test_the_default_run_is_the_shipped_digits() -> None:
     assert load_config("digits") == Config.from_dict(
-        {"optimizer": {"weight_decay": 2e-3}, "train": {"epochs": 14, "label_smoothing": 0.1}}
+        {"optimizer": {"weight_decay": 2e-3}, "train": {"label_smoothing": 0.1}}
     )
     assert Config().model == ModelConfig("multi_resnet", {"depth": 14, "num_branches": 4})
 
