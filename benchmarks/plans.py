@@ -93,6 +93,7 @@ _ERROR = {
 }  # by workers, as asked: mean error at most, pairs in order at least
 _MOST_RATIO = 1.02
 _STEADY, _AGAIN = 1.25, 2
+_PLANS = 12  # of a case, at most
 _TURNS = 3  # of measuring costs and timing plans
 
 
@@ -304,7 +305,7 @@ def _some_plans(spec: ModelSpec, devices: Sequence[str]) -> dict[str, Plan]:
     for branch in [m for m in range(2, world + 1) if world % m == 0]:
         rows = tuple(tuple(devices[d * branch : (d + 1) * branch]) for d in range(world // branch))
         for chosen in [*combinations(stages, 1), *combinations(stages, 2)]:
-            for lead in (0, 1):
+            for lead in (0, 1, 2):
                 placed = {
                     block.name: _led(block.num_branches, branch, lead)
                     if block.name.partition(".")[0] in chosen
@@ -314,9 +315,11 @@ def _some_plans(spec: ModelSpec, devices: Sequence[str]) -> dict[str, Plan]:
                 edge = [
                     "replicated" if placed[n].split == "branch" else "sample" for n in (names[0], names[-1])
                 ]
-                label = f"{world // branch}x{branch} {'+'.join(chosen)}" + (" led" if lead else "")
-                plans[label] = Plan(world // branch, branch, placed, edge[0], edge[1], rows)  # type: ignore[arg-type]
-    some = list(plans)[:: max(1, len(plans) // 10)]
+                label = f"{world // branch}x{branch} {'+'.join(chosen)}" + f" led by {lead}" * bool(lead)
+                plan = Plan(world // branch, branch, placed, edge[0], edge[1], rows)  # type: ignore[arg-type]
+                if plan not in plans.values():  # fewer branches than that to lead by
+                    plans[label] = plan
+    some = list(plans)[:: -(-len(plans) // _PLANS)]
     return {name: plans[name] for name in some}
 
 
