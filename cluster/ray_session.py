@@ -227,6 +227,8 @@ def _set_local_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's workers would step back (nice 15) behind whatever else runs on the machine: here they are what it is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray would start workers ahead that are not done when ours are asked for, and then start ours beside them.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # A first connection that comes before the listener is tried again after a second: ask sooner, as long in all.
     os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
     os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "200")

@@ -222,7 +222,7 @@ def test_a_users_network() -> None:
     }
     for name, layer in layers.items():
         weight = network.get_submodule(name).weight
-        layer.load([fit.layers for fit in fit_series(weight, layer.sizes, max_components=200)])  # type: ignore[arg-type]
+        layer.load([fit.layers for fit in fit_series(weight, layer.sizes, max_components=40, max_als=20)])  # type: ignore[arg-type]
     x = torch.randn(2, 3, 16, 16)
     assert series(x).shape == network(x).shape
     response = response_loss(series, network, x)
