@@ -109,7 +109,8 @@ def _by_case(
     before = json.loads(path.read_text()) if resume and path.exists() else {"cases": []}
     known = {row["case"]: row for row in before["cases"] if before.get("rounds") == rounds}
     for case in cases:
-        row, disturbed = known.get(str(case)), []
+        disturbed: list[dict[str, Any]] = []
+        row: dict[str, Any] | None = known.get(str(case))
         while row is None or (not _is_steady(row) and len(disturbed) < _AGAIN):
             disturbed += [row] if row else []
             row = {"case": str(case), **run_workers(workers, measured, case, rounds)}
@@ -120,7 +121,7 @@ def _by_case(
 
 def _is_steady(row: Mapping[str, Any]) -> bool:
     """Whether one and the same plan took about as long each time that it was timed: no other program had the cores."""
-    turns = row.get("reference", {}).get("turns_s", [1.0])
+    turns: list[float] = row.get("reference", {}).get("turns_s", [1.0])
     return max(turns) <= _STEADY * min(turns)
 
 
