@@ -109,8 +109,8 @@ def _by_case(
     before = json.loads(path.read_text()) if resume and path.exists() else {"cases": []}
     known = {row["case"]: row for row in before["cases"] if before.get("rounds") == rounds}
     for case in cases:
-        disturbed: list[dict[str, Any]] = []
         row: dict[str, Any] | None = known.get(str(case))
+        disturbed: list[dict[str, Any]] = row.pop("disturbed", []) if row else []
         while row is None or (not _is_steady(row) and len(disturbed) < _AGAIN):
             disturbed += [row] if row else []
             row = {"case": str(case), **run_workers(workers, measured, case, rounds)}
