@@ -92,7 +92,8 @@ _ERROR = {
     4: (0.20, 0.90),
 }  # by workers, as asked: mean error at most, pairs in order at least
 _MOST_RATIO = 1.02
-_STEADY, _AGAIN = 1.25, 2
+_STEADY = 1.25  # times as long as at its fastest that a plan may take at another time
+_AGAIN = 2  # times that a disturbed case is measured again
 _PLANS = 12  # of a case, at most
 _TURNS = 3  # of measuring costs and timing plans
 

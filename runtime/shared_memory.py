@@ -37,6 +37,7 @@ from torch.utils._mode_utils import no_dispatch
 _PUBLISHED = struct.Struct("<4q")  # exchange, segment, bytes, the last exchange that the sender has completed
 _CREDENTIALS = struct.Struct("3i")  # of the process at the other end: pid, uid, gid
 _PAGE = 2**12
+_JOIN_S = 15.0  # all ranks have just told their names
 _LOOSE = 4  # a segment may be this many times larger than what it is used for
 
 Talk = Callable[[Any], list[Any]]
@@ -98,24 +99,46 @@ class SharedMemory:
             name = f"anabranch-{secrets.token_hex(16)}"
             listener.bind(f"\0{name}")
             listener.listen(size)
-            listener.settimeout(timeout_s)
+            listener.settimeout(min(timeout_s, _JOIN_S))
             told = talk([_host(), name])
             if any(host != told[rank][0] or not host for host, _ in told):
                 return None
-            connections = {}
-            for peer in range(rank):
-                connections[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                connections[peer].connect(f"\0{told[peer][1]}")
-                connections[peer].send(rank.to_bytes(4, "little"))
-            while len(connections) < size - 1:
-                connection, _ = listener.accept()
-                found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                if _CREDENTIALS.unpack(found)[1] != os.getuid():
-                    connection.close()  # any user of the host can reach the socket
-                    continue
-                connection.settimeout(timeout_s)
-                connections[int.from_bytes(connection.recv(4), "little")] = connection
+            connections: dict[int, socket.socket] = {}
+            try:
+                cls._connect(rank, size, [name for _, name in told], listener, connections)
+            except OSError as error:
+                for connection in connections.values():
+                    connection.close()
+                missing = next(peer for peer in range(size) if peer not in (rank, *connections))
+                raise _lost(missing, error) from error
         return cls(rank, connections, timeout_s)
+
+    @staticmethod
+    def _connect(
+        rank: int,
+        size: int,
+        names: Sequence[str],
+        listener: socket.socket,
+        connections: dict[int, socket.socket],
+    ) -> None:
+        """Fills `connections`: to the ranks before this one, which listen by now, and from those behind it."""
+        for peer in range(rank):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                connection.connect(f"\0{names[peer]}")
+                connection.send(rank.to_bytes(4, "little"))
+            except OSError:
+                connection.close()
+                raise
+            connections[peer] = connection
+        while len(connections) < size - 1:
+            connection, _ = listener.accept()
+            found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            if _CREDENTIALS.unpack(found)[1] != os.getuid():
+                connection.close()  # any user of the host can reach the socket
+                continue
+            connection.settimeout(listener.gettimeout())
+            connections[int.from_bytes(connection.recv(4), "little")] = connection
 
     def all_reduce(self, x: Tensor) -> Pending:
         """Begins the sum of all ranks' x, which replaces x: (…), without gaps, of one shape and type on all ranks."""

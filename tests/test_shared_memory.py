@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import socket
 import threading
 import time
 from functools import partial
@@ -169,6 +170,53 @@ def test_a_killed_rank_is_seen_at_once() -> None:
     assert time.monotonic() - begun < 10
     process.join()
     group.close()
+
+
+def meddles(names: Connection, user: int) -> None:
+    """A process of another user: takes rank 1's place before rank 1 does, if it is let."""
+    os.setuid(user)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.connect(f"\0{names.recv()}")
+        stranger.send((1).to_bytes(4, "little"))
+        try:
+            names.send(stranger.recv(1))
+        except ConnectionResetError:  # closed with what was sent unread
+            names.send(b"")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user: needs root")
+def test_another_users_process_is_refused() -> None:
+    pipes = [mp.Pipe() for _ in range(2)]
+    context = mp.get_context("forkserver")
+    rank_1 = context.Process(target=waits, args=(pipes[0][1],), daemon=True)
+    stranger = context.Process(target=meddles, args=(pipes[1][1], 65_534), daemon=True)
+    rank_1.start()
+    stranger.start()
+
+    def told(value: Any) -> list[Any]:
+        pipes[1][0].send(value[1])
+        time.sleep(1)  # it is the first to connect
+        return talk(pipes[0][0], 0, value)
+
+    group = SharedMemory.join(0, 2, told, 60.0)
+    assert group is not None
+    assert pipes[1][0].recv() == b""
+    assert pipes[0][0].recv() == "joined"
+    rank_1.kill()
+    with pytest.raises(ConnectionError, match="rank 1"):  # it was rank 1 that joined
+        group.all_reduce(torch.ones(10)).wait()
+    rank_1.join()
+    stranger.join()
+    group.close()
+
+
+def test_a_rank_lost_while_the_others_join_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_JOIN_S", 0.2)
+    host = shared_memory._host()
+    with pytest.raises(ConnectionError, match="process group: connection closed by peer, rank 1"):
+        SharedMemory.join(0, 2, lambda value: [value, [host, "gone"]], 60.0)
+    with pytest.raises(ConnectionError, match="process group: connection closed by peer, rank 0"):
+        SharedMemory.join(1, 2, lambda value: [[host, "gone"], value], 60.0)
 
 
 def on_two_hosts(rank: int, size: int) -> bool:
