@@ -498,7 +498,7 @@ def marked(mark: str) -> list[int]:
 
 def test_an_interrupted_program_leaves_nothing() -> None:
     """Ctrl-C reaches the terminal's whole process group, so Ray's processes too."""
-    mark, started = uuid.uuid4().hex, time.monotonic()
+    mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         stdout=subprocess.PIPE,
@@ -513,7 +513,6 @@ def test_an_interrupted_program_leaves_nothing() -> None:
         begin = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
-        start_s = begin - started
         while marked(mark) and time.monotonic() - begin < 60:
             time.sleep(0.05)
         gone_s = time.monotonic() - begin
@@ -523,4 +522,4 @@ def test_an_interrupted_program_leaves_nothing() -> None:
     assert process.returncode == 0, err
     assert out.strip().split("\n")[-1] == "[{'saved': 'interrupt'}, {'saved': 'interrupt'}]"
     assert err == ""
-    assert gone_s < max(10.0, start_s)  # a machine on which the start took long is slow
+    assert gone_s < 10

@@ -71,18 +71,16 @@ def waits_at(name: str, profile: dict[str, Any]) -> list[float]:
 
 def test_a_slow_rank_is_named_with_its_block_and_its_delay_is_the_others_wait(slowed: Profiled) -> None:
     *_, profile = slowed
-    bound_s = 0.002
-    for again in range(3):  # another process on the machine delays a rank too: then once more
+    for again in range(5):  # another process on the machine delays a rank too: then once more
         worst = profile["stragglers"][0]
         assert (worst["rank"], worst["element"], worst["part"]) == (1, SLOW, "forward")
         assert (worst["branches"], worst["waiting"]) == ([2, 3], 0)
         wait_s = waits_at(SLOW, profile)
-        if again == 2 or (abs(wait_s[0] - SLOW_S) <= bound_s and wait_s[1] <= bound_s):
+        if again == 4 or (abs(wait_s[0] - SLOW_S) <= 0.002 and wait_s[1] <= 0.002):
             break
-        profile, plain = (profiled((1, 2), 24, slow) for slow in (SLOW, ""))
-        bound_s = 0.002 + max(waits_at(SLOW, plain))  # what that process does to ranks of which none sleeps
-    assert abs(wait_s[0] - SLOW_S) <= bound_s
-    assert wait_s[1] <= bound_s
+        profile = profiled((1, 2), 24, SLOW)
+    assert abs(wait_s[0] - SLOW_S) <= 0.002
+    assert wait_s[1] <= 0.002
 
 
 def test_moving_branches_off_the_slow_rank_is_suggested(slowed: Profiled) -> None:

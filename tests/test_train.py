@@ -388,14 +388,11 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def stop_by(
-    sig: signal.Signals, folder: Path, *more: str
-) -> tuple[int, dict[str, Any], tuple[float, float], set[int]]:
+def stop_by(sig: signal.Signals, folder: Path, *more: str) -> tuple[int, dict[str, Any], float, set[int]]:
     """Trains in a process group of its own and sends it a signal in the middle, as a terminal does.
 
-    Exit code, answer, seconds from its start to the signal and from there to its end, and who is left.
+    Exit code, answer, seconds from the signal to its end, and who is left.
     """
-    begun = time.monotonic()
     process = subprocess.Popen(
         [*CLI, *LONG, str(folder), *more],
         stdout=subprocess.PIPE,
@@ -414,7 +411,7 @@ def stop_by(
         sent = time.monotonic()
         os.killpg(process.pid, sig)
         out, err = process.communicate(timeout=60)
-        seconds = sent - begun, time.monotonic() - sent
+        seconds = time.monotonic() - sent
     finally:
         process.kill()
     alive = {pid for pid in family if (stat := process_stat(pid)) is not None and stat[0] != "Z"}
@@ -424,7 +421,7 @@ def stop_by(
 def test_ctrl_c_saves_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -> None:
     code, answer, seconds, alive = stop_by(signal.SIGINT, tmp_path / "run")
     assert code == 130
-    assert seconds[1] <= max(10.0, seconds[0] / 2)  # a machine on which the start took long is slow
+    assert seconds <= 10
     assert not alive
     assert f"--resume {tmp_path / 'run'}" in answer["error"]
     assert list((tmp_path / "run" / "checkpoints").iterdir())
