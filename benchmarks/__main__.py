@@ -231,9 +231,9 @@ def digits(*, seeds: Annotated[int, Parameter(help="Runs.")] = 3) -> None:
 @app.command
 def prediction(*, workers: Workers = 2, rounds: Rounds = 16, resume: Resume = False) -> None:
     """Predicted against measured step times of plans that no trial of the measurement ran."""
-    from anabranch.benchmarks import plans
+    from anabranch.benchmarks import prediction as case
 
-    record = plans.prediction(workers=workers, rounds=rounds, resume=resume)
+    record = case.run(workers=workers, rounds=rounds, resume=resume)
     print(
         f"{record['num_plans']} plans: mean error {100 * record['mean_absolute_error']:.1f} %; "
         f"of {record['pairs_apart']} pairs more than 10 % apart {100 * (record['pairs_in_order'] or 0):.1f} % "
@@ -256,19 +256,19 @@ def search_growth(*, rounds: Annotated[int, Parameter(help="Searches of each siz
 
 
 @app.command
-def regret(*, workers: Workers = 2, rounds: Rounds = 24, resume: Resume = False) -> None:
-    """The automatic plan against the best of all plans, re-timed."""
-    from anabranch.benchmarks import plans
+def regret(*, workers: Workers = 2, rounds: Rounds = 60, resume: Resume = False) -> None:
+    """The automatic plan against the best of all others, re-timed; half the cases behind a slow wire (root)."""
+    from anabranch.benchmarks import regret as case
 
-    _print_ratios(plans.regret(workers=workers, rounds=rounds, resume=resume))
+    _print_ratios(case.run(workers=workers, rounds=rounds, resume=resume))
 
 
 @app.command
-def never_slower(*, workers: Workers = 2, rounds: Rounds = 24, resume: Resume = False) -> None:
+def never_slower(*, workers: Workers = 2, rounds: Rounds = 60, resume: Resume = False) -> None:
     """The automatic plan against plain data parallelism, ten networks and batches."""
-    from anabranch.benchmarks import plans
+    from anabranch.benchmarks import regret as case
 
-    _print_ratios(plans.never_slower(workers=workers, rounds=rounds, resume=resume))
+    _print_ratios(case.never_slower(workers=workers, rounds=rounds, resume=resume))
 
 
 @app.command
@@ -330,6 +330,20 @@ def mixing(
         f"{record['speed_up_median']:.2f} times as fast as {record['better_of_the_others']} "
         f"(95 % interval {low:.2f} to {high:.2f}); {record['path']}"
     )
+
+
+@app.command
+def slow_worker(*, rounds: Rounds = 30) -> None:
+    """Two workers, one at half the speed: the plan's branches, and its step time against the predicted optimum."""
+    from anabranch.benchmarks import slow_worker as case
+
+    record = case.run(rounds=rounds)
+    for row in record["cases"]:
+        print(
+            f"{row['case']}: {row['branches_by_rank']} branches by rank, {100 * row['error']:+.1f} % off what was "
+            f"predicted, the even plan takes {row['even_over_auto']:.2f} times as long"
+        )
+    print(f"as asked: {'yes' if record['met'] else 'no'}; {record['path']}")
 
 
 @app.command

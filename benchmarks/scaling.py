@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from anabranch.benchmarks.plans import Case
+from anabranch.benchmarks.plan_case import Case
 from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.benchmarks.workers import device_of, run_workers
 from anabranch.runtime.audit import automatic_plan, time_plans

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from anabranch.benchmarks.two_hosts import Host
 from anabranch.cluster.environment import keep_freed_memory, thread_share
 
 # A server that has imported torch and is forked: of many rows' workers each stands in a fraction of a second.
@@ -23,15 +24,21 @@ _context = multiprocessing.get_context("forkserver")
 _PRELOADED = ["torch", "torch._dynamo", "anabranch.benchmarks.steps"]
 
 
-def run_workers(num_workers: int, function: Callable[..., Any], *arguments: Any, threads: int = 0) -> Any:
+def run_workers(
+    num_workers: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    threads: int = 0,
+    hosts: Sequence[Host] = (),
+) -> Any:
     """function(rank, *arguments) in as many processes with a process group; rank 0's result.
 
     The group is NCCL's where there are as many GPUs, one each; else gloo's on the CPU (one worker: on a GPU if there is
-    one). threads: of each; 0: its share of the cores. Raises RuntimeError when a worker fails (its traceback is
-    printed).
+    one). threads: of each; 0: its share of the cores. hosts: each worker's, of `two_hosts`. Raises RuntimeError when a
+    worker fails (its traceback is printed).
     """
     backend = "nccl" if torch.cuda.device_count() >= num_workers else "gloo"
-    return _run(range(num_workers), num_workers, backend, threads, function, arguments)[0]
+    return _run(range(num_workers), num_workers, backend, threads, function, arguments, hosts)[0]
 
 
 def run_alone(num_workers: int, function: Callable[..., Any], *arguments: Any, threads: int = 0) -> list[Any]:
@@ -55,16 +62,19 @@ def device_of(rank: int) -> torch.device:
 
 def _run(
     ranks: Iterable[int], num_workers: int, backend: str, threads: int, function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    arguments: tuple[Any, ...], hosts: Sequence[Host] = (),
 ) -> dict[int, Any]:  # fmt: skip
     _context.set_forkserver_preload(_PRELOADED)
     threads = threads or thread_share(len(os.sched_getaffinity(0)), num_workers)
-    shared = (num_workers, backend, _free_port(), threads, function, arguments)
+    address = f"{hosts[0].address if hosts else '127.0.0.1'}:{_free_port()}"
+    shared = (num_workers, backend, address, threads, function, arguments)
     workers, pipes, results = [], dict[Connection, int](), dict[int, Any]()
     try:
         for rank in ranks:
             mine, theirs = _context.Pipe(duplex=False)
-            workers.append(_context.Process(target=_worker, args=(rank, theirs, *shared)))
+            workers.append(
+                _context.Process(target=_worker, args=(rank, theirs, hosts[rank] if hosts else None, *shared))
+            )
             workers[-1].start()
             theirs.close()  # so that the pipe ends with the worker
             pipes[mine] = rank
@@ -120,9 +130,12 @@ def interleaved(
 
 
 def _worker(
-    rank: int, pipe: Connection, num_workers: int, backend: str, port: int, threads: int,
+    rank: int, pipe: Connection, host: Host | None, num_workers: int, backend: str, address: str, threads: int,
     function: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
+    if host:  # before any thread is started
+        host.enter()
+        os.environ["GLOO_SOCKET_IFNAME"] = host.device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -137,7 +150,7 @@ def _worker(
             torch.cuda.set_device(rank)
         dist.init_process_group(
             backend,
-            init_method=f"tcp://127.0.0.1:{port}",
+            init_method=f"tcp://{address}",
             rank=rank,
             world_size=num_workers,
             timeout=timedelta(seconds=600),

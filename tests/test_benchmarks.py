@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from anabranch.benchmarks import prediction
 from anabranch.benchmarks.gross_rank import spearman
+from anabranch.benchmarks.plan_case import Case, measure_cases, multi
 from anabranch.benchmarks.record import write_record
+from anabranch.benchmarks.slow_worker import HalfSpeed
 from anabranch.runtime.intervals import median_interval
 
 
@@ -42,3 +47,50 @@ def test_a_record_says_where_it_was_measured(tmp_path: Path) -> None:
         "command",
         "date",
     }
+
+
+def test_errors_and_order_of_predictions() -> None:
+    times = [(1.0, 1.0), (2.0, 1.5), (1.2, 2.1), (1.3, 2.11)]  # predicted, measured
+    plans = [{"predicted_s": predicted, "measured_s": measured} for predicted, measured in times]
+    found = prediction._figures([{"plans": plans}, {"plans": [{"predicted_s": 1.1, "measured_s": 1.0}]}])
+    assert found["num_plans"] == 5
+    assert found["mean_absolute_error"] == pytest.approx(
+        (0 + 1 / 3 + (1 - 1.2 / 2.1) + (1 - 1.3 / 2.11) + 0.1) / 5
+    )
+    assert found["spread"] == pytest.approx([2.11, 1.0])
+    assert found["pairs_apart"] == 5  # the last two are too near to each other
+    assert found["pairs_in_order"] == pytest.approx(3 / 5)
+
+
+def test_a_disturbed_case_is_measured_again_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [[1.0, 1.3], [1.0, 1.1], [2.0, 2.0]]
+
+    def run(case: Case, *arguments: object) -> dict[str, object]:
+        return {"reference": {"turns_s": turns.pop(0)}}
+
+    monkeypatch.setattr(Case, "run", run)
+    cases = [multi(8, 2, 8), multi(8, 4, 8, mbit_per_s=100)]
+    first, second = measure_cases("case", cases, 2, 4, tmp_path, False, lambda *_: {})
+    assert first["disturbed"] == [{"case": str(cases[0]), "reference": {"turns_s": [1.0, 1.3]}}]
+    assert first["reference"]["turns_s"] == [1.0, 1.1]
+    assert "disturbed" not in second
+    assert "two hosts at 100 Mbit/s" in second["case"]
+    again = measure_cases("case", cases, 2, 4, tmp_path, True, lambda *_: {})  # nothing is left to do
+    assert again == [first, second]
+
+
+def test_half_speed_is_half_the_speed() -> None:
+    x = torch.randn(256, 256)
+
+    def seconds() -> float:
+        begun = time.thread_time()
+        for _ in range(20):
+            x @ x
+        return time.thread_time() - begun
+
+    ratios = []
+    for _ in range(9):
+        plain = seconds()
+        with HalfSpeed():  # type: ignore[no-untyped-call]
+            ratios.append(seconds() / plain)
+    assert median_interval(ratios)[0] == pytest.approx(2, rel=0.3)

@@ -14,7 +14,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from anabranch.benchmarks.plans import Case
+from anabranch.benchmarks.plan_case import Case
 from anabranch.blocks import MultiResidual
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.multi_resnet import PreactResidual

@@ -12,7 +12,7 @@ import torch
 from ranks import run_ranks
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from anabranch.benchmarks.plans import Case
+from anabranch.benchmarks.plan_case import Case
 from anabranch.runtime import measure
 from anabranch.runtime.audit import automatic_plan
 from anabranch.runtime.config import Config
