@@ -27,6 +27,7 @@ from anabranch.schedulers.costs import Batch
 from anabranch.schedulers.plan import SAMPLE
 
 _STEADY = 1.25  # times as long as at its fastest that a plan may take at another time
+_STOLEN = 0.1  # of the processors' time
 _AGAIN = 2  # times that a disturbed case is measured again
 
 
@@ -111,16 +112,31 @@ def measure_cases(
         disturbed: list[dict[str, Any]] = row.pop("disturbed", []) if row else []
         while row is None or (not _is_steady(row) and len(disturbed) < _AGAIN):
             disturbed += [row] if row else []
+            begun = _ticks()
             row = {"case": str(case), **case.run(workers, measured, rounds)}
+            spent, stolen = (now - then for now, then in zip(_ticks(), begun, strict=True))
+            row["stolen_share"] = stolen / max(spent, 1)
         rows.append(row | {"disturbed": disturbed} if disturbed else row)
         write_record(name, {"workers": workers, "rounds": rounds, "cases": rows}, folder)
     return rows
 
 
 def _is_steady(row: Mapping[str, Any]) -> bool:
-    """Whether one and the same plan took about as long each time that it was timed: no other program had the cores."""
+    """Whether no other program or virtual machine had the cores.
+
+    Then one and the same plan takes about as long each time that it is timed, and little processor time is stolen.
+    """
     turns: list[float] = row.get("reference", {}).get("turns_s", [1.0])
-    return max(turns) <= _STEADY * min(turns)
+    return max(turns) <= _STEADY * min(turns) and row.get("stolen_share", 0.0) <= _STOLEN
+
+
+def _ticks() -> tuple[int, int]:
+    """Of all processors since this machine's start: those in all, and those that its host gave to other machines."""
+    path = Path("/proc/stat")  # Linux alone says it
+    if not path.exists():
+        return 0, 0
+    found = [int(word) for word in path.read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(found), found[7]
 
 
 def batch_of(setting: StepSetting) -> Batch:

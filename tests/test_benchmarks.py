@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.benchmarks import prediction
+from anabranch.benchmarks import plan_case, prediction
 from anabranch.benchmarks.gross_rank import spearman
 from anabranch.benchmarks.plan_case import Case, measure_cases, multi
 from anabranch.benchmarks.record import write_record
@@ -63,17 +63,21 @@ def test_errors_and_order_of_predictions() -> None:
 
 
 def test_a_disturbed_case_is_measured_again_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = [[1.0, 1.3], [1.0, 1.1], [2.0, 2.0]]
+    turns = [[1.0, 1.3], [1.0, 1.1], [2.0, 2.0], [2.0, 2.1]]
+    ticks = [(0, 0), (100, 0), (100, 0), (200, 0), (200, 0), (300, 50), (300, 50), (400, 55)]
 
     def run(case: Case, *arguments: object) -> dict[str, object]:
         return {"reference": {"turns_s": turns.pop(0)}}
 
     monkeypatch.setattr(Case, "run", run)
+    monkeypatch.setattr(plan_case, "_ticks", lambda: ticks.pop(0))
     cases = [multi(8, 2, 8), multi(8, 4, 8, mbit_per_s=100)]
     first, second = measure_cases("case", cases, 2, 4, tmp_path, False, lambda *_: {})
-    assert first["disturbed"] == [{"case": str(cases[0]), "reference": {"turns_s": [1.0, 1.3]}}]
+    disturbed = {"case": str(cases[0]), "reference": {"turns_s": [1.0, 1.3]}, "stolen_share": 0.0}
+    assert first["disturbed"] == [disturbed]
     assert first["reference"]["turns_s"] == [1.0, 1.1]
-    assert "disturbed" not in second
+    assert [row["stolen_share"] for row in second["disturbed"]] == [0.5]
+    assert second["stolen_share"] == 0.05
     assert "two hosts at 100 Mbit/s" in second["case"]
     again = measure_cases("case", cases, 2, 4, tmp_path, True, lambda *_: {})  # nothing is left to do
     assert again == [first, second]
