@@ -71,12 +71,12 @@ def waits_at(name: str, profile: dict[str, Any]) -> list[float]:
 
 def test_a_slow_rank_is_named_with_its_block_and_its_delay_is_the_others_wait(slowed: Profiled) -> None:
     *_, profile = slowed
-    for again in range(5):  # another process on the machine delays a rank too: then once more
+    for again in range(12):  # another process on the machine delays a rank too: then once more
         worst = profile["stragglers"][0]
         assert (worst["rank"], worst["element"], worst["part"]) == (1, SLOW, "forward")
         assert (worst["branches"], worst["waiting"]) == ([2, 3], 0)
         wait_s = waits_at(SLOW, profile)
-        if again == 4 or (abs(wait_s[0] - SLOW_S) <= 0.002 and wait_s[1] <= 0.002):
+        if again == 11 or (abs(wait_s[0] - SLOW_S) <= 0.002 and wait_s[1] <= 0.002):
             break
         profile = profiled((1, 2), 24, SLOW)
     assert abs(wait_s[0] - SLOW_S) <= 0.002
