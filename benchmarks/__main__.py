@@ -333,11 +333,11 @@ def mixing(
 
 
 @app.command
-def slow_worker(*, rounds: Rounds = 30) -> None:
+def slow_worker(*, rounds: Rounds = 30, resume: Resume = False) -> None:
     """Two workers, one at half the speed: the plan's branches, and its step time against the predicted optimum."""
     from anabranch.benchmarks import slow_worker as case
 
-    record = case.run(rounds=rounds)
+    record = case.run(rounds=rounds, resume=resume)
     for row in record["cases"]:
         print(
             f"{row['case']}: {row['branches_by_rank']} branches by rank, {100 * row['error']:+.1f} % off what was "
