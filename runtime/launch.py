@@ -115,8 +115,13 @@ def context_here(
 
 
 def alone(backend: str = "", environ: MutableMapping[str, str] = os.environ) -> WorkerContext:
-    """The context of a run with one worker: this host's first GPU, or all the cores that it may use."""
-    num_threads = len(os.sched_getaffinity(0))
+    """The context of a run with one worker: this host's first GPU, or all the cores that it may use.
+
+    Or as many as the user set in OMP_NUM_THREADS: threads wait for each other at every kernel, so that on a core that
+    another program has they make a step many times longer.
+    """
+    own = environ.get("OMP_NUM_THREADS", "")
+    num_threads = int(own) if own.isdecimal() and int(own) else len(os.sched_getaffinity(0))
     environ.update(thread_variables(num_threads))
     device, backend = _device(0, 1, backend, environ)
     return WorkerContext(0, 1, 0, socket.gethostname(), device, num_threads, "", backend)

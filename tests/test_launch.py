@@ -17,7 +17,7 @@ import pytest
 
 from anabranch.cluster.errors import ClusterError, WorkerError
 from anabranch.cluster.worker_context import WorkerContext
-from anabranch.runtime.launch import choose_launcher, from_environment, run_here
+from anabranch.runtime.launch import alone, choose_launcher, from_environment, run_here
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2"}
 SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
@@ -161,6 +161,14 @@ def test_torchrun(tmp_path: Path) -> None:
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     assert all(found["total"] == 1.0 and found["threads"] == share for found in results)
     assert results[1]["local_rank"] == 1
+
+
+@pytest.mark.parametrize("own", ["", "1", "3"])
+def test_a_run_of_one_process_takes_all_cores_or_what_the_user_set(own: str) -> None:
+    environ = {"OMP_NUM_THREADS": own} if own else {}
+    threads = int(own or len(os.sched_getaffinity(0)))
+    assert alone("", environ).num_threads == threads
+    assert environ["MKL_NUM_THREADS"] == environ["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_srun_and_the_error_is_said_once() -> None:
