@@ -9,47 +9,57 @@ on either side are joined, one up to some element and the other from there, wher
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 
 from anabranch.schedulers.chain import GROUP, OWN, Chain, Option, Solution, evaluate, solve, to_go
 from anabranch.schedulers.memory import Held
 
 _INFINITE = float("inf")
 _PRICES = 12
+_CLOSE = 1e-4  # of the bound: a way no slower than so much more is not bettered
 _WIDTH = 4  # labels of a state, where units tie elements
 
 
 def fit(chain: Chain, below: float = _INFINITE) -> Solution:
     """The best way found that fits, of less than `below` seconds; `bound` holds for all that fit."""
     nothing = Solution(_INFINITE, (), 0, False, _INFINITE)
-    fast = _cheapest(chain)
-    limit = _fullest(chain, fast)
+    evaluated = cache(partial(evaluate, chain))
+
+    def fits(way: tuple[int, ...]) -> bool:
+        return all(used <= most for used, most in zip(evaluated(way)[1], chain.limits, strict=True))
+
+    _, fast = cheapest(chain)
+    used = evaluated(fast)[1]
+    limit = max(range(len(used)), key=lambda at: used[at] / max(chain.limits[at], 1.0))
     moment = _moment(chain, limit, fast)
-    candidates = [way for way in least_memory(chain) if _fits(chain, way)]
-    if min(to_go(_with_price(chain, limit, moment, _INFINITE))[-1]) > chain.limits[limit]:
+    candidates = [way for way in least_memory(chain) if fits(way)]
+    if cheapest(_with_price(chain, limit, moment, _INFINITE))[0] > chain.limits[limit]:
         return nothing  # none fits
     low, high, bound, labels = 0.0, _INFINITE, 0.0, 0
-    price = evaluate(chain, fast)[0] / max(chain.limits[limit], 1.0)
+    price = evaluated(fast)[0] / max(chain.limits[limit], 1.0)
     slow: tuple[int, ...] | None = None
     for _ in range(_PRICES):
         priced = _with_price(chain, limit, moment, price)
-        way = _cheapest(priced)
+        least, way = cheapest(priced)
         labels += len(way)
-        bound = max(bound, min(to_go(priced)[-1]) - price * chain.limits[limit])
+        bound = max(bound, least - price * chain.limits[limit])
         if bound >= below:
             return nothing
-        if evaluate(chain, way)[1][limit] <= chain.limits[limit]:
+        if evaluated(way)[1][limit] <= chain.limits[limit]:
             slow, high = way, price
         else:
             fast, low = way, price
+        if slow is not None and evaluated(slow)[0] <= bound * (1 + _CLOSE):
+            break
         price = 2 * price if high == _INFINITE else (low + high) / 2
     if slow is None:
         slow = next((way for way in candidates), None)
     if slow is not None:
-        candidates += [way for way in (slow, *_joined(chain, limit, fast, slow)) if _fits(chain, way)]
+        candidates += [way for way in (slow, *_joined(chain, limit, fast, slow)) if fits(way)]
     priced = _with_price(chain, limit, moment, price)
     exact = solve(priced, width=_WIDTH)
     bound = max(bound, exact.bound - price * chain.limits[limit])
-    timed = [(evaluate(chain, way)[0], way) for way in candidates]
+    timed = [(evaluated(way)[0], way) for way in candidates]
     seconds, best = min(timed, default=(_INFINITE, ()))
     labels += exact.labels + len(chain.options) * len(timed)
     if seconds >= below:
@@ -60,9 +70,9 @@ def fit(chain: Chain, below: float = _INFINITE) -> Solution:
 def least_memory(chain: Chain) -> Iterator[tuple[int, ...]]:
     """For each limit ways that hold little, time left out: at the backward's start, and when that way is fullest."""
     for limit in range(len(chain.limits)):
-        way = _cheapest(_with_price(chain, limit, len(chain.options) - 1, _INFINITE))
+        _, way = cheapest(_with_price(chain, limit, len(chain.options) - 1, _INFINITE))
         yield way
-        yield _cheapest(_with_price(chain, limit, _moment(chain, limit, way), _INFINITE))
+        yield cheapest(_with_price(chain, limit, _moment(chain, limit, way), _INFINITE))[1]
 
 
 def _with_price(chain: Chain, limit: int, moment: int, price: float) -> Chain:
@@ -109,11 +119,15 @@ def _moment(chain: Chain, limit: int, way: Sequence[int]) -> int:
     return -1 if held.update > held.high else moment
 
 
-def _cheapest(chain: Chain) -> tuple[int, ...]:
-    """The way of least added seconds, backlog and limits left out."""
+def cheapest(chain: Chain) -> tuple[float, tuple[int, ...]]:
+    """Least added seconds, backlog and limits left out, and the way that has them.
+
+    Where units tie elements a bound of these seconds, and a way of few more.
+    """
     if any(unit is not None for unit in chain.unit):
         free = [[o._replace(memory=(), waiting_s=0.0) for o in found] for found in chain.options]
-        return solve(Chain(free, chain.change_s, chain.closes, chain.unit), width=_WIDTH).path
+        tied = Chain(free, chain.change_s, chain.closes, chain.unit)
+        return min(to_go(tied)[-1]), solve(tied, width=_WIDTH).path
     best: dict[int, list[tuple[float, int]]] = {}
     steps: list[tuple[int, int]] = []  # for rows OWN and GROUP: the rows before
     seconds = [0.0, 0.0]
@@ -136,12 +150,12 @@ def _cheapest(chain: Chain) -> tuple[int, ...]:
             own[0] + min(seconds[OWN], from_group),
             group[0] + min(seconds[GROUP], from_own),
         ]
-    rows = OWN if seconds[OWN] <= seconds[GROUP] else GROUP
+    rows, least = (OWN if seconds[OWN] <= seconds[GROUP] else GROUP), min(seconds)
     way: list[int] = []
     for i in reversed(range(len(chain.options))):
         way.append(best[id(chain.options[i])][rows][1])
         rows = steps[i][rows]
-    return tuple(reversed(way))
+    return least, tuple(reversed(way))
 
 
 def _joined(
@@ -168,12 +182,3 @@ def _join(
     return tuple(
         slow[i] if slow_here or chain.unit[i] in tied else fast[i] for i, slow_here in enumerate(is_slow)
     )
-
-
-def _fits(chain: Chain, way: Sequence[int]) -> bool:
-    return all(used <= limit for used, limit in zip(evaluate(chain, way)[1], chain.limits, strict=True))
-
-
-def _fullest(chain: Chain, way: Sequence[int]) -> int:
-    used = evaluate(chain, way)[1]
-    return max(range(len(used)), key=lambda limit: used[limit] / max(chain.limits[limit], 1.0))

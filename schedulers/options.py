@@ -63,6 +63,8 @@ class Options:
         self.rates = pricing.gradient_s_per_byte(layout)
         self.occupancy = [pricing.links.occupancy(group) for group in (layout.world, layout.data_group)]
         self.times = pricing.batch.accumulation
+        self._named = {*EDGES, *request.fixed, *request.edges, *(pin.block for pin in request.pins)}
+        self._alike: dict[int, tuple[Hashable, list[Choice]]] = {}  # of those that nothing names
         self._lists: dict[Hashable, list[Choice]] = {}
         self._priced: dict[Hashable, list[Option]] = {}
         self._alone: dict[Hashable, Option] = {}
@@ -85,11 +87,9 @@ class Options:
     def chain(self) -> Chain:
         """The whole network's."""
         names = self.pricing.names
-        index = {name: i for i, name in enumerate(names)}
         options: list[list[Option]] = [[] for _ in names]
         units: list[int | None] = [None] * len(names)
-        for number, unit in enumerate(self.pricing.model.units):
-            members = [index[name] for name in unit]
+        for number, members in enumerate(self.pricing.units):
             key, choices = self._choices(members)
             for i in members:
                 if len(members) > 1:
@@ -111,6 +111,14 @@ class Options:
 
     def _choices(self, members: Sequence[int]) -> tuple[Hashable, list[Choice]]:
         """What the members of a unit may all be, and a key that is the same for the same choices."""
+        if len(members) > 1 or self.pricing.names[members[0]] in self._named:
+            return self._own_choices(members)
+        alike = self.pricing.alike[members[0]]
+        if alike not in self._alike:
+            self._alike[alike] = self._own_choices(members)
+        return self._alike[alike]
+
+    def _own_choices(self, members: Sequence[int]) -> tuple[Hashable, list[Choice]]:
         pricing, request = self.pricing, self.request
         names = [pricing.names[i] for i in members]
         edges = [name for name in names if name in EDGES]

@@ -29,9 +29,9 @@ _NOTHING = Part(0.0, 0.0, 0.0, 0.0)
 class Pricing:
     """A network's costs, ready to be asked often.
 
-    names: the elements in order. alike: for each a number, equal where costs are equal. parameters: bytes of
-    each, shared ones at their first user, where their gradient is ready last. bucket: which piece of gradients
-    each element's belong to; closes: whether that piece leaves after the element's backward.
+    names: the elements in order. units: the model's, by element numbers. alike: for each a number, equal where costs
+    are equal. parameters: bytes of each, shared ones at their first user, where their gradient is ready last. bucket:
+    which piece of gradients each element's belong to; closes: whether that piece leaves after the element's backward.
     """
 
     def __init__(self, model: ModelSpec, cluster: Cluster, costs: Costs, batch: Batch) -> None:
@@ -42,6 +42,8 @@ class Pricing:
         self.label = costs.label
         self.links = Links(cluster, costs)
         self.names = ["stem", *model.by_name, "head"]
+        index = {name: i for i, name in enumerate(self.names)}
+        self.units = [tuple(index[name] for name in unit) for unit in model.units]
         self.num_sums = [1, *(block.num_sums for block in model.blocks), 1]
         self.num_branches = [0, *(block.num_branches for block in model.blocks), 0]
         self.parameters = self._parameters()

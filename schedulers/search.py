@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from anabranch.schedulers.chain import Chain, Solution, solve, to_go
 from anabranch.schedulers.errors import PlanError
-from anabranch.schedulers.fit import fit, least_memory
+from anabranch.schedulers.fit import cheapest, fit, least_memory
 from anabranch.schedulers.layout import make_layout
 from anabranch.schedulers.options import Options
 from anabranch.schedulers.orders import Setting, settings
@@ -34,7 +34,7 @@ Told = Callable[[int, int], None]
 _INFINITE = float("inf")
 _EFFORT = 60_000  # labels and pairs of labels with memory limits, in a search, before limits are priced
 _QUICK = 2  # labels of a state, at first
-_MOST_ELEMENTS = 200  # of a chain, likewise
+_MOST_ELEMENTS = 200  # of a chain, likewise; and before a way is looked for that memory leaves no room for
 _FREE_EFFORT = 60_000  # labels and pairs of labels without memory limits, in a search
 _MOST_OPTIONS = 2_000  # of a chain, likewise
 _PRICED_NOTE = "memory limits were priced: there are more partial plans than can be looked at"
@@ -136,6 +136,8 @@ class Search:
         if not entry.options.is_exact:
             self.notes["unequal branches were placed longest first: too many to place exactly"] = None
             self.unproven.append(entry.options.bound_s())
+        if len(entry.chain.options) > _MOST_ELEMENTS and not self._fits(entry, cheapest(entry.chain)[1]):
+            return self._solve_limited(entry, below, entry.bound_s - self.pricing.step_s)
         solution = solve(entry.chain, below, width=_QUICK)
         self.labels += solution.labels
         if not solution.path or self._fits(entry, solution.path):
