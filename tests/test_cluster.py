@@ -427,7 +427,7 @@ def test_the_cause_is_named_once(
     begin = time.monotonic()
     with pytest.raises(WorkerError, match=text) as caught:
         run_on_ray(partial(failing, how), RayRequest((1, 2)), seen.append)
-    assert time.monotonic() - begin < 60, "or a collective's timeout was waited for"
+    assert time.monotonic() - begin < 240, "or a collective's timeout was waited for"
     assert str(caught.value).startswith(f"rank 1 on host {ray_hosts[0].name} failed:")
     assert "peer" not in str(caught.value)
     assert isinstance(caught.value.__cause__, cause)
