@@ -333,7 +333,7 @@ def mixing(
 
 
 @app.command
-def slow_worker(*, rounds: Rounds = 30, resume: Resume = False) -> None:
+def slow_worker(*, rounds: Rounds = 48, resume: Resume = False) -> None:
     """Two workers, one at half the speed: the plan's branches, and its step time against the predicted optimum."""
     from anabranch.benchmarks import slow_worker as case
 
