@@ -51,8 +51,16 @@ def test_a_record_says_where_it_was_measured(tmp_path: Path) -> None:
 
 def test_errors_and_order_of_predictions() -> None:
     times = [(1.0, 1.0), (2.0, 1.5), (1.2, 2.1), (1.3, 2.11)]  # predicted, measured
-    plans = [{"predicted_s": predicted, "measured_s": measured} for predicted, measured in times]
-    found = prediction._figures([{"plans": plans}, {"plans": [{"predicted_s": 1.1, "measured_s": 1.0}]}])
+    plans = [
+        {
+            "predicted_s": predicted,
+            "measured_s": measured,
+            "predictions_s": [predicted, 3 * predicted],
+            "samples_s": [measured, 2 * measured, 3 * measured],
+        }
+        for predicted, measured in [*times, (1.1, 1.0)]
+    ]
+    found = prediction._figures([{"plans": plans[:4]}, {"plans": plans[4:]}])
     assert found["num_plans"] == 5
     assert found["mean_absolute_error"] == pytest.approx(
         (0 + 1 / 3 + (1 - 1.2 / 2.1) + (1 - 1.3 / 2.11) + 0.1) / 5
@@ -60,6 +68,13 @@ def test_errors_and_order_of_predictions() -> None:
     assert found["spread"] == pytest.approx([2.11, 1.0])
     assert found["pairs_apart"] == 5  # the last two are too near to each other
     assert found["pairs_in_order"] == pytest.approx(3 / 5)
+    assert found["pairs_apart_and_in_order_by_medians"] == (5, 3)
+    plans[1]["samples_s"] = [
+        1.0,
+        2.0,
+        9.0,
+    ]  # as fast as the first, but once: their medians are apart, their ratio not
+    assert prediction._figures([{"plans": plans[:4]}])["pairs_apart"] == 4
 
 
 def test_a_disturbed_case_is_measured_again_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
