@@ -133,7 +133,7 @@ def _some_plans(spec: ModelSpec, devices: Sequence[str]) -> dict[str, Plan]:
     stages = sorted({name.partition(".")[0] for name in names})
     for branch in [m for m in range(2, world + 1) if world % m == 0]:
         rows = tuple(tuple(devices[d * branch : (d + 1) * branch]) for d in range(world // branch))
-        for chosen in [*combinations(stages, 1), *combinations(stages, 2)]:
+        for chosen in [some for num in range(1, len(stages) + 1) for some in combinations(stages, num)]:
             for lead in (0, 1, 2):
                 placed = {
                     block.name: _led(block.num_branches, branch, lead)
@@ -148,7 +148,9 @@ def _some_plans(spec: ModelSpec, devices: Sequence[str]) -> dict[str, Plan]:
                 plan = Plan(world // branch, branch, placed, edge[0], edge[1], rows)  # type: ignore[arg-type]
                 if plan not in plans.values():  # fewer branches than that to lead by
                     plans[label] = plan
-    some = list(plans)[:: -(-len(plans) // _PLANS)]
+    some = [*reversed(plans)][
+        :: -(-len(plans) // _PLANS)
+    ]  # the slowest, all stages on one group, is among them
     return {name: plans[name] for name in some}
 
 
