@@ -76,11 +76,15 @@ def measure_costs(
             trial.run()
     on_trial(rounds, rounds + 1)
     seen = [one for trial in running for one in trial.seen()]
+    everything = gather_json([[*vars(one).values()] for one in seen], _device(network))
+    of_rank = [[Seen(*row) for row in rows] for rows in everything]
+    speeds = _speeds(of_rank, kinds)
+    alike_ranks = len({*zip(kinds, speeds, strict=True)}) == 1
     exchanges: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     even = {trial.plan.branch for trial in running if trial.is_even}
     for trial in running:
         if trial.is_even or trial.plan.branch not in even:
-            for num_bytes, seconds in trial.exchanges():
+            for num_bytes, seconds in trial.exchanges(alike=alike_ranks):
                 exchanges[trial.plan.branch][num_bytes].append(seconds)
     rest = [statistics.median(trial.rest) for trial in running]
     per_byte = [statistics.median(trial.optimizer) / trial.num_bytes for trial in running]
@@ -91,9 +95,6 @@ def measure_costs(
     hosts = [cluster.by_name[name].host for name in devices]
     taken = occupancy(PlanStep(copy.deepcopy(reduced), trials[0], meshes[1], setting))
     groups = link_costs(meshes, hosts, in_steps, taken, _device(network))
-    everything = gather_json([[*vars(one).values()] for one in seen], _device(network))
-    of_rank = [[Seen(*row) for row in rows] for rows in everything]
-    speeds = _speeds(of_rank, kinds)
     key = {**cost_key(network, setting.config, world), SPEEDS: " ".join(map(str, speeds))}
     models = []
     for kind in dict.fromkeys(kinds):

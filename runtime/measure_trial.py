@@ -93,13 +93,13 @@ class Trial:
         placed = [p.branches for p in self.plan.blocks.values() if p.branches]
         return all(len({*map(len, branches)}) == 1 for branches in placed)
 
-    def exchanges(self) -> Iterator[tuple[int, float]]:
-        """(bytes, seconds) of all branch groups' all-reduces.
+    def exchanges(self, *, alike: bool) -> Iterator[tuple[int, float]]:
+        """(bytes, seconds) of all branch groups' all-reduces. alike: whether all ranks are equally fast.
 
-        Where all have equally much to do the mean over a group's ranks: that they wait for one another by turns is
-        part of what an exchange costs. Else the shortest rank's, which waited for none.
+        Where all take equally long for what they have to do the mean over a group's ranks: that they wait for one
+        another by turns is part of what an exchange costs. Else the shortest rank's, which waited for none.
         """
-        of_group = statistics.mean if self.is_even else min
+        of_group = statistics.mean if alike and self.is_even else min
         mine = [
             [(span.num_bytes, span.end - span.start) for span in spans if span.op == "all_reduce"]
             for spans in self.spans
