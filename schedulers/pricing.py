@@ -43,6 +43,7 @@ class Pricing:
         self.links = Links(cluster, costs)
         self.names = ["stem", *model.by_name, "head"]
         self.num_sums = [1, *(block.num_sums for block in model.blocks), 1]
+        self.ends_in_sum = [False, *(block.ends_in_sum for block in model.blocks), False]
         self.num_branches = [0, *(block.num_branches for block in model.blocks), 0]
         self.parameters = self._parameters()
         self.costs = {
