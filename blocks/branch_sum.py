@@ -7,7 +7,7 @@
 
 `enter` and `join` are replicated wherever the block runs; a copy holds the parameters of some branches only.
 A runtime that keeps the others elsewhere sets `exchange`; the module itself knows of one device. Where `join` is
-skip(x, h) + s, some rows of y need those rows of s only: a runtime may ask for them alone (`edge`).
+skip_term(x, h) + s, some rows of y need those rows of s only: a runtime may ask for them alone (`edge`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class BranchTensor:
 
 
 class BranchSum(nn.Module):
-    """y = join(x, h, Σ_b branch_b(h)) with h = enter(x). Subclasses give `enter`, `branches`, `skip` or `join`.
+    """y = join(x, h, Σ_b branch_b(h)) with h = enter(x). Subclasses give `enter`, `branches`, `skip_term` or `join`.
 
     Branches lie either as modules in `self.branch`, a ModuleDict with the keys "0", "1", …, or stacked in
     tensors, which `branch_tensors` then names.
@@ -85,17 +85,17 @@ class BranchSum(nn.Module):
         """Σ branch_b(h) over the held branches (at least one)."""
         raise NotImplementedError
 
-    def skip(self, x: Tensor, h: Hidden) -> Tensor:
+    def skip_term(self, x: Tensor, h: Hidden) -> Tensor:
         """What `join` adds to the whole sum; x itself unless overridden."""
         return x
 
     def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
-        """The block's output from its input, the hidden form and the whole sum; skip(x, h) + s unless overridden."""
-        return self.skip(x, h) + s
+        """The output from the input, the hidden form and the whole sum; skip_term(x, h) + s unless overridden."""
+        return self.skip_term(x, h) + s
 
     @property
     def ends_in_sum(self) -> bool:
-        """Whether the output is skip(x, h) + s, and nothing follows."""
+        """Whether the output is skip_term(x, h) + s, and nothing follows."""
         return type(self).join is BranchSum.join and type(self).forward is BranchSum.forward
 
     def branch_tensors(self) -> dict[str, BranchTensor]:
@@ -109,7 +109,7 @@ class BranchSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.enter(x)
         if self.edge is not None:
-            return self.edge(self.partial_sum, h, partial(self.skip, x, h))
+            return self.edge(self.partial_sum, h, partial(self.skip_term, x, h))
         s = self.partial_sum(h) if self.exchange is None else self.exchange(self.partial_sum, h)
         return self.join(x, h, s)
 
@@ -176,7 +176,7 @@ def branch_sums(module: nn.Module, name: str = "") -> list[tuple[str, BranchSum]
 
 
 def closing_sum(block: nn.Module) -> BranchSum | None:
-    """The BranchSum whose skip(x, h) + s is the block's output: the block itself, or the last of a row.
+    """The BranchSum whose skip_term(x, h) + s is the block's output: the block itself, or the last of a row.
 
     None where something else follows (a skip that spans several sums, a normalisation), or where it also runs earlier.
     """

@@ -53,7 +53,7 @@ class MultiResidual(BranchSum):
             total = total + term(h)
         return total
 
-    def skip(self, x: Tensor, h: Hidden) -> Tensor:
+    def skip_term(self, x: Tensor, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
         source = h if self.shortcut_reads == "h" else x
         return source if self.shortcut is None else self.shortcut(source)

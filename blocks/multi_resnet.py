@@ -108,7 +108,7 @@ class PreactResidual(BranchSum):
     def _stacked(self) -> list[StackedConv2d]:
         return [conv for conv in self.convs if isinstance(conv, StackedConv2d)]
 
-    def skip(self, x: Tensor, h: Hidden) -> Tensor:
+    def skip_term(self, x: Tensor, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
         source = h if self.shortcut_reads_h else x
         if self.shortcut_kind == "B":

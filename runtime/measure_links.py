@@ -54,7 +54,7 @@ def link_costs(
                 seen = in_steps.get(kind.size, {}) if collective != "all_gather" else {}
                 if collective == "reduce_scatter":
                     whole = alone["all_reduce", kind.size, kind.across]
-                    seen = {n: seconds * alone[key](n) / whole(n) for n, seconds in seen.items()}
+                    seen = {n: seconds * alone[key](n) / whole(n) for n, seconds in seen.items() if whole(n)}
                 if seen:
                     low, high = min(seen), max(seen)
                     points = {n: s for n, s in points.items() if not low <= n <= high} | dict(seen)

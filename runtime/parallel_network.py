@@ -11,10 +11,10 @@ branch group, the whole *group*'s. Transitions are inserted where the plan chang
         own ── gather_samples ──► group          group ── scatter_samples ──► own
                                                  group ── reduce_to_samples ─► own    a *fused edge*
 
-An edge from group to own is fused where the element before is split `branch` and ends in skip(x, h) + s
-(`closing_sum`): of s each rank then receives its own rows only. `enter`, `skip` and the branches run on the group's
-rows as ever, and every rank gets the whole gradient of y, as at any other edge: BN groups and what parameters'
-gradients count do not change.
+An edge from group to own is fused where the element before is split `branch` and ends in skip_term(x, h) + s
+(`closing_sum`): of s each rank then receives its own rows only. `enter`, `skip_term` and the branches run on the
+group's rows as ever, and every rank gets the whole gradient of y, as at any other edge: BN groups and what
+parameters' gradients count do not change.
 """
 
 from __future__ import annotations

@@ -261,9 +261,8 @@ class Options:
         before, here = pricing.costs[pricing.first.kind][i - 1 : i + 1]
         num_bytes = here.input_bytes * self.layout.gathered_samples
         gather = scatter = pricing.links.seconds("all_gather", group, num_bytes)
-        if pricing.ends_in_sum[
-            i - 1
-        ]:  # what `price` has as an all-reduce; it may save more than scattering costs
+        # `price` has an all-reduce; this may save more than the all-gather takes
+        if pricing.ends_in_sum[i - 1]:
             num_bytes = before.sum_bytes * max(self.layout.group_samples) / pricing.num_sums[i - 1]
             scatter += pricing.links.seconds("reduce_scatter", group, num_bytes)
             scatter -= pricing.links.seconds("all_reduce", group, num_bytes)
