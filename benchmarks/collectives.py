@@ -1,8 +1,8 @@
-"""Collectives by size and group: the library's own (gloo, NCCL), and our four autograd pairs over them.
+"""Collectives by size and group: the library's own (gloo, NCCL), and our autograd pairs over them.
 
     plain   all_reduce, all_gather, reduce_scatter            of `num_bytes` in all
     ours    copy_to_branches, reduce_from_branches, gather_samples, scatter_samples: forward and backward together,
-            one of which travels
+            one of which travels; reduce_to_samples: both do
 
 Bandwidth is what each rank sends in a ring, a second: 2(n-1)/n of the bytes of an all-reduce, (n-1)/n of the others.
 """
@@ -28,6 +28,7 @@ from anabranch.runtime.collectives import (
     copy_to_branches,
     gather_samples,
     reduce_from_branches,
+    reduce_to_samples,
     scatter_samples,
 )
 from anabranch.runtime.process_group import share_memory
@@ -38,6 +39,7 @@ _OURS_MOVE = {
     "reduce_from_branches": "all_reduce",
     "gather_samples": "all_gather",
     "scatter_samples": "all_gather",
+    "reduce_to_samples": "all_reduce",  # as many bytes: a reduce-scatter and an all-gather
 }
 
 
@@ -131,6 +133,7 @@ def _sides(
         "reduce_from_branches": lambda: both(reduce_from_branches(whole, whole, wire)),
         "gather_samples": lambda: both(gather_samples(part, sizes, wire)),
         "scatter_samples": lambda: both(scatter_samples(whole, sizes, wire)),
+        "reduce_to_samples": lambda: both(reduce_to_samples(whole, whole, whole, sizes, wire)),
     }
 
 

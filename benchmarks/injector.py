@@ -196,7 +196,7 @@ def install(folder: Path) -> None:
     """Wraps what moments are named by: hooks that torch offers, its collectives, fsync, and what the worker tells."""
     injector = Injector(folder)
     publish, make_group, fsync = WorkerContext.publish, dist.init_process_group, os.fsync
-    all_reduce = exchange.all_reduce
+    begin_sum = exchange.begin_sum
 
     def told(self: WorkerContext, **status: Any) -> None:
         publish(self, **status)
@@ -210,16 +210,16 @@ def install(folder: Path) -> None:
         injector.synced(descriptor if isinstance(descriptor, int) else descriptor.fileno())
         fsync(descriptor)
 
-    def reduced(x: Tensor, group: Any) -> exchange.Work:
+    def reduced(x: Tensor, group: Any, sizes: Any = None) -> exchange.Work:
         injector.before_collective(group)
-        work = all_reduce(x, group)
+        work = begin_sum(x, group, sizes)
         injector.after_collective(group)
         return work
 
     WorkerContext.publish = told  # type: ignore[method-assign]
     dist.init_process_group = grouped
     os.fsync = synced  # type: ignore[assignment]
-    exchange.all_reduce = reduced
+    exchange.begin_sum = reduced
     register_module_forward_pre_hook(injector.forward)
     register_optimizer_step_pre_hook(injector.optimizer)
 

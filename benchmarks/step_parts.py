@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,12 @@ def _block_step(block: nn.Module, x: Tensor, way: str) -> Callable[[], None]:
 class _Silent(Wire):
     """Exchanges nothing: what the compute alone takes."""
 
-    def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+    def sum(
+        self, x: Tensor, meanwhile: Callable[[], None] | None = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
         if meanwhile is not None:
             meanwhile()
-        return torch.empty_like(x, memory_format=self.format_of(x)).copy_(x)
+        return self.own(torch.empty_like(x, memory_format=self.format_of(x)).copy_(x), sizes)
 
 
 def exchange(

@@ -192,9 +192,9 @@ class OurSide:
         for span in recorder.spans():
             if span.op and span.part != "sent":
                 over = span.op.partition("_")[0]
-                size = {"data": mesh.data, "world": mesh.world_size}.get(over, mesh.branch)
-                collective = span.op if over == "all" else "all_reduce"
-                self.exchanges.append((collective, span.num_bytes, size))
+                size = {"data": mesh.data, "world": mesh.world_size}.get(over)
+                collective = "all_reduce" if size else span.op
+                self.exchanges.append((collective, span.num_bytes, size or mesh.branch))
         self.sent_bytes = sum(ring_bytes(*exchange) for exchange in self.exchanges)
 
 

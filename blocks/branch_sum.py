@@ -6,7 +6,8 @@
         └───────────────────────────────────────────┘
 
 `enter` and `join` are replicated wherever the block runs; a copy holds the parameters of some branches only.
-A runtime that keeps the others elsewhere sets `exchange`; the module itself knows of one device.
+A runtime that keeps the others elsewhere sets `exchange`; the module itself knows of one device. Where `join` is
+skip_term(x, h) + s, some rows of y need those rows of s only: a runtime may ask for them alone (`edge`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Literal, Self
 
@@ -48,7 +50,7 @@ class BranchTensor:
 
 
 class BranchSum(nn.Module):
-    """y = join(x, h, Σ_b branch_b(h)) with h = enter(x). Subclasses give `enter`, `branches`, `join`.
+    """y = join(x, h, Σ_b branch_b(h)) with h = enter(x). Subclasses give `enter`, `branches`, `skip_term` or `join`.
 
     Branches lie either as modules in `self.branch`, a ModuleDict with the keys "0", "1", …, or stacked in
     tensors, which `branch_tensors` then names.
@@ -57,11 +59,14 @@ class BranchSum(nn.Module):
     held: the branches this copy has parameters of, ascending; all of them on one device.
     exchange: set by a runtime that holds the other branches elsewhere. Called as exchange(partial_sum, h), it
         returns the sum over all branches.
+    edge: set while a runtime wants some rows of y, where `ends_in_sum`. Called as edge(partial_sum, h, skip), where
+        skip() is for all rows, it returns them.
     execution: "fused" runs the held branches as one wide computation where the class can, "looped" one after
         another; equal up to rounding.
     """
 
     exchange: Callable[[Callable[[Hidden], Tensor], Hidden], Tensor] | None = None
+    edge: Callable[[Callable[[Hidden], Tensor], Hidden, Callable[[], Tensor]], Tensor] | None = None
     execution: Execution = "fused"
 
     def __init__(self, num_branches: int) -> None:
@@ -80,9 +85,18 @@ class BranchSum(nn.Module):
         """Σ branch_b(h) over the held branches (at least one)."""
         raise NotImplementedError
 
+    def skip_term(self, x: Tensor, h: Hidden) -> Tensor:
+        """What `join` adds to the whole sum; x itself unless overridden."""
+        return x
+
     def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
-        """The block's output from its input, the hidden form and the whole sum; x + s unless overridden."""
-        return x + s
+        """The output from the input, the hidden form and the whole sum; skip_term(x, h) + s unless overridden."""
+        return self.skip_term(x, h) + s
+
+    @property
+    def ends_in_sum(self) -> bool:
+        """Whether the output is skip_term(x, h) + s, and nothing follows."""
+        return type(self).join is BranchSum.join and type(self).forward is BranchSum.forward
 
     def branch_tensors(self) -> dict[str, BranchTensor]:
         """The branches' parameters and buffers (names relative to this module); all others are replicated."""
@@ -94,6 +108,8 @@ class BranchSum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.enter(x)
+        if self.edge is not None:
+            return self.edge(self.partial_sum, h, partial(self.skip_term, x, h))
         s = self.partial_sum(h) if self.exchange is None else self.exchange(self.partial_sum, h)
         return self.join(x, h, s)
 
@@ -157,6 +173,19 @@ def branch_sums(module: nn.Module, name: str = "") -> list[tuple[str, BranchSum]
         return [(name, module)]
     children = [(key, child) for key, child in module._modules.items() if child is not None]
     return [found for key, child in children for found in branch_sums(child, f"{name}.{key}".lstrip("."))]
+
+
+def closing_sum(block: nn.Module) -> BranchSum | None:
+    """The BranchSum whose skip_term(x, h) + s is the block's output: the block itself, or the last of a row.
+
+    None where something else follows (a skip that spans several sums, a normalisation), or where it also runs earlier.
+    """
+    last = block
+    while type(last).forward is nn.Sequential.forward and len(last._modules):
+        last = last[-1]  # type: ignore[index]
+    if not isinstance(last, BranchSum) or not last.ends_in_sum:
+        return None
+    return last if [found for _, found in branch_sums(block)].count(last) == 1 else None
 
 
 def _on_meta(h: Hidden) -> Hidden:

@@ -53,11 +53,19 @@ class MultiResidual(BranchSum):
             total = total + term(h)
         return total
 
-    def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
+    def skip_term(self, x: Tensor, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
         source = h if self.shortcut_reads == "h" else x
-        y: Tensor = s + (source if self.shortcut is None else self.shortcut(source))
+        return source if self.shortcut is None else self.shortcut(source)
+
+    def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
+        y = super().join(x, h, s)
         return y if self.after is None else self.after(y)
+
+    @property
+    def ends_in_sum(self) -> bool:
+        mine = type(self).join is MultiResidual.join and type(self).forward is BranchSum.forward
+        return mine and self.after is None
 
 
 def _refuse_in_place_start(name: str, module: nn.Module) -> None:

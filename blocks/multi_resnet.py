@@ -108,7 +108,7 @@ class PreactResidual(BranchSum):
     def _stacked(self) -> list[StackedConv2d]:
         return [conv for conv in self.convs if isinstance(conv, StackedConv2d)]
 
-    def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
+    def skip_term(self, x: Tensor, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
         source = h if self.shortcut_reads_h else x
         if self.shortcut_kind == "B":
@@ -116,7 +116,7 @@ class PreactResidual(BranchSum):
         elif self.shortcut_kind == "A":
             source = source[:, :, :: self.stride, :: self.stride]
             source = F.pad(source, (0, 0, 0, 0, 0, self.out_channels - source.shape[1]))
-        return source + s
+        return source
 
     def branch_tensors(self) -> dict[str, BranchTensor]:
         dims = {f"convs.{i}.weight": conv.dim for i, conv in enumerate(self._stacked())}

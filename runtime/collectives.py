@@ -1,10 +1,11 @@
-"""The four collectives of branch parallelism: autograd pairs over the branch group.
+"""The collectives of branch parallelism: autograd pairs over the branch group.
 
     name                  forward                backward                    used
     copy_to_branches      identity               all-reduce                  between `enter` and `branches`
     reduce_from_branches  all-reduce             identity                    before `join`
     gather_samples        all-gather of samples  own slice                   split `sample` → `branch`
     scatter_samples       own slice              all-gather of the gradient  split `branch` → `sample`
+    reduce_to_samples     reduce-scatter         all-gather of the gradient  both at once, where a block ends in its sum
 
 Not `torch.distributed.nn.functional`: its all-reduce sums the gradient again, branch-group-size times too
 much here, because inside split `branch` every rank's gradient is already whole. All of them go over a `Wire`: the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,21 +47,32 @@ class Wire:
     report: Callable[[nn.Parameter], None] = lambda parameter: None
     chunks: int = 1
 
-    def sum(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
+    def sum(
+        self, x: Tensor, meanwhile: Callable[[], None] | None = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
         """The sum over the group, in a new tensor; half precisions travel and are added as float32 unless `half`.
 
-        meanwhile: is called while the sum travels.
+        meanwhile: is called while the sum travels. sizes: rows that each rank wants of it; else all of them.
         """
         total = torch.empty_like(x, dtype=self.dtype_of(x), memory_format=self.format_of(x)).copy_(x)
         begun = self.recorder.now() if self.recorder else None
-        work = exchange.all_reduce(self.flat(total), self.group)
+        work = exchange.begin_sum(self.flat(total), self.group, sizes)
         if meanwhile is not None:
             meanwhile()
             begun = self.recorder.now() if self.recorder else None  # what is exposed begins here
         work.wait()
         if self.recorder:
-            self.recorder.exchanged("all_reduce", total.nbytes, begun)
-        return total.to(x.dtype)
+            self.recorder.exchanged(self.name_of(sizes), total.nbytes, begun)
+        return self.own(total, sizes).to(x.dtype)
+
+    @staticmethod
+    def name_of(sizes: Sequence[int] | None) -> str:
+        """What a sum is to the recorder."""
+        return "all_reduce" if sizes is None else "reduce_scatter"
+
+    def own(self, x: Tensor, sizes: Sequence[int] | None) -> Tensor:
+        """This rank's rows; without sizes all of them."""
+        return x if sizes is None else exchange.own_rows(x, sizes, self.group.rank())
 
     def dtype_of(self, x: Tensor) -> torch.dtype:
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -99,11 +112,15 @@ def copy_to_branches(h: Hidden, wire: Wire, queue: WeightGradients | None = None
 
 
 class SumInParts:
-    """A partial sum that becomes the whole sum part by part, in a buffer of its own (see `blocks.convolution`)."""
+    """A partial sum that becomes the whole sum part by part, in a buffer of its own (see `blocks.convolution`).
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    sizes: rows that each rank wants of it; else all of them.
+    """
+
+    def __init__(self, wire: Wire, sizes: Sequence[int] | None = None) -> None:
+        self.wire, self.sizes = wire, sizes
         self.buffer: Tensor | None = None
+        self._sent = 0
         self._works: list[exchange.Work] = []
 
     def begin(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
@@ -114,8 +131,11 @@ class SumInParts:
         return list(self.buffer.tensor_split(wire.chunks))
 
     def send(self, part: Tensor) -> None:
-        if len(part):
-            self._works.append(exchange.all_reduce(self.wire.flat(part), self.wire.group))
+        if not len(part):
+            return
+        sizes = self.sizes and _cut(self.sizes, self._sent, self._sent + len(part))
+        self._sent += len(part)
+        self._works.append(exchange.begin_sum(self.wire.flat(part), self.wire.group, sizes))
 
     def whole(self) -> Tensor:
         assert self.buffer is not None, "begun"
@@ -135,8 +155,8 @@ class SumInParts:
         for work in self._works:
             work.wait()
         if recorder:
-            recorder.exchanged("all_reduce", whole.nbytes, start)
-        return whole
+            recorder.exchanged(self.wire.name_of(self.sizes), whole.nbytes, start)
+        return self.wire.own(whole, self.sizes)
 
 
 def reduce_from_branches(s: Tensor, h: Hidden, wire: Wire, sums: SumInParts | None = None) -> Tensor:
@@ -162,6 +182,17 @@ def scatter_samples(x: Tensor, sizes: Sequence[int], wire: Wire) -> Tensor:
     return _scatter(x, tuple(sizes), wire)
 
 
+def reduce_to_samples(
+    s: Tensor, skip: Tensor, h: Hidden, sizes: Sequence[int], wire: Wire, sums: SumInParts | None = None
+) -> Tensor:
+    """This rank's slice of skip + the sum of all ranks' partial sums; the same skip is on all ranks.
+
+    What `reduce_from_branches`, `+ skip` and `scatter_samples` are one after another, h and sums as there.
+    """
+    parts = (h,) if isinstance(h, Tensor) else h
+    return _reduce_to(s, skip, tuple(sizes), wire, sums, torch.empty(0, requires_grad=True), *parts)
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, wire: Wire, queue: WeightGradients | None) -> Tensor:
@@ -178,14 +209,32 @@ class _Reduce(torch.autograd.Function):
     def forward(ctx: Any, s: Tensor, wire: Wire, sums: SumInParts | None, *h: Tensor) -> Tensor:
         ctx.num_h, ctx.dtype = len(h), s.dtype
         # a view: an output may not be the input itself
-        total = wire.sum(s) if sums is None else sums.finish(s).view(s.shape)
-        # A rank without branches cannot know which precision the others' branches end in: one rule for all.
-        device = s.device.type
-        return total.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else total
+        return _in_one_precision(wire.sum(s) if sums is None else sums.finish(s).view(s.shape))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0].to(ctx.dtype), None, None, *([None] * ctx.num_h)
+
+
+class _ReduceTo(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        s: Tensor,
+        skip: Tensor,
+        sizes: tuple[int, ...],
+        wire: Wire,
+        sums: SumInParts | None,
+        *h: Tensor,
+    ) -> Tensor:
+        ctx.num_h, ctx.dtypes, ctx.sizes, ctx.wire = len(h), (s.dtype, skip.dtype), sizes, wire
+        total = _in_one_precision(wire.sum(s, sizes=sizes) if sums is None else sums.finish(s))
+        return wire.own(skip, sizes) + total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = ctx.wire.gather(grads[0], ctx.sizes)
+        return *(grad.to(dtype) for dtype in ctx.dtypes), None, None, None, *([None] * ctx.num_h)
 
 
 class _Gather(torch.autograd.Function):
@@ -196,14 +245,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _own_rows(grads[0], ctx.sizes, ctx.rank), None, None
+        return exchange.own_rows(grads[0], ctx.sizes, ctx.rank), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], wire: Wire) -> Tensor:
         ctx.sizes, ctx.wire = sizes, wire
-        return _own_rows(x, sizes, wire.group.rank()).clone()
+        return wire.own(x, sizes).clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,9 +261,19 @@ class _Scatter(torch.autograd.Function):
 
 _copy: Callable[..., Tensor] = _Copy.apply
 _reduce: Callable[..., Tensor] = _Reduce.apply
+_reduce_to: Callable[..., Tensor] = _ReduceTo.apply
 _gather: Callable[..., Tensor] = _Gather.apply
 _scatter: Callable[..., Tensor] = _Scatter.apply
 
 
-def _own_rows(x: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
-    return x.narrow(0, sum(sizes[:rank]), sizes[rank])
+def _in_one_precision(total: Tensor) -> Tensor:
+    """A rank without branches cannot know which precision the others' branches end in: one rule for all."""
+    device = total.device.type
+    return total.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else total
+
+
+def _cut(sizes: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
+    """How many of each rank's rows lie in rows start to stop."""
+    ends = list(accumulate(sizes))
+    begins = [0, *ends[:-1]]
+    return tuple(max(min(e, stop) - max(b, start), 0) for b, e in zip(begins, ends, strict=True))

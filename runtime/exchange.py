@@ -16,6 +16,7 @@ from anabranch.runtime.shared_memory import SharedMemory, Talk
 
 # renamed in torch 2.13
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _shared: dict[dist.ProcessGroup, SharedMemory] = {}
 
 
@@ -54,11 +55,34 @@ def close() -> None:
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Work:
     """Begins the sum of all ranks' x (without gaps), which replaces x. Raises when it, or its `wait`, fails."""
+    return begin_sum(x, group)
+
+
+def reduce_scatter(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Work:
+    """Begins the sum of all ranks' x, of which each rank gets its own rows: they replace those of x.
+
+    Rank i has the next sizes[i] rows, unequal and zero allowed; what the other rows of x are then is not defined.
+    gloo, and NCCL with unequal sizes, sum all of it.
+    """
+    return begin_sum(x, group, sizes)
+
+
+def begin_sum(x: Tensor, group: dist.ProcessGroup, sizes: Sequence[int] | None = None) -> Work:
+    """What every sum goes through: `reduce_scatter` with sizes, else `all_reduce`."""
     if group in _shared and x.device.type == "cpu":
-        return _shared[group].all_reduce(x)
-    work: Work | None = dist.all_reduce(x, group=group, async_op=True)
+        return _shared[group].sum(x, None if sizes is None else own_rows(x, sizes, group.rank()))
+    work: Work | None
+    if sizes is not None and dist.get_backend(group) == "nccl" and len(set(sizes)) == 1:
+        work = _reduce_scatter_single(own_rows(x, sizes, group.rank()), x, group=group, async_op=True)
+    else:  # gloo's own reduce-scatter takes 1.2 to 1.4 times as long as its all-reduce
+        work = dist.all_reduce(x, group=group, async_op=True)
     assert work is not None, "asked to be asynchronous"
     return work
+
+
+def own_rows(x: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
+    """A rank's rows of x: rank i has the next sizes[i]."""
+    return x.narrow(0, sum(sizes[:rank]), sizes[rank])
 
 
 def all_gather(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:

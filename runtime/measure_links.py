@@ -21,6 +21,7 @@ _ROUNDS, _SLOW_S = 5, 0.25  # larger messages than one that takes so long are dr
 
 _RUN: dict[Collective, Callable[[torch.Tensor, dist.ProcessGroup], object]] = {
     "all_reduce": lambda x, group: exchange.all_reduce(x, group).wait(),
+    "reduce_scatter": lambda x, group: _reduce_scatter(x, group),
     "all_gather": lambda x, group: _all_gather(x, group),
 }
 
@@ -35,9 +36,10 @@ def link_costs(
     """Costs of collectives over branch groups, data groups and all ranks, of every size that the meshes have.
 
     meshes: by branch size. hosts: by rank. in_steps: seconds of branch all-reduces seen in real steps, by group size
-    and bytes: they count where there are any. Collective.
+    and bytes: they count where there are any, and for reduce-scatters as much as these cost less alone. Collective.
     """
     found: dict[tuple[str, int, bool], GroupCost] = {}
+    alone: dict[tuple[str, int, bool], Curve] = {}
     for branch, mesh in meshes.items():
         rows = [hosts[d * branch : (d + 1) * branch] for d in range(mesh.data)]
         kinds = group_kinds(rows)
@@ -48,7 +50,11 @@ def link_costs(
                 if kind.size == 1 or key in found:
                     continue
                 points = _measured(collective, group, mesh.world_group, device)
-                seen = in_steps.get(kind.size, {}) if collective == "all_reduce" else {}
+                alone[key] = Curve(tuple(sorted(points.items())))
+                seen = in_steps.get(kind.size, {}) if collective != "all_gather" else {}
+                if collective == "reduce_scatter":
+                    whole = alone["all_reduce", kind.size, kind.across]
+                    seen = {n: seconds * alone[key](n) / whole(n) for n, seconds in seen.items() if whole(n)}
                 if seen:
                     low, high = min(seen), max(seen)
                     points = {n: s for n, s in points.items() if not low <= n <= high} | dict(seen)
@@ -80,6 +86,11 @@ def _measured(
         if points[num_bytes] > _SLOW_S:
             break
     return points
+
+
+def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> None:
+    each = len(x) // group.size()
+    exchange.reduce_scatter(x[: each * group.size()], [each] * group.size(), group).wait()
 
 
 def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> None:

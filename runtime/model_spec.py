@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from anabranch.blocks.branch_sum import branch_sums
+from anabranch.blocks.branch_sum import branch_sums, closing_sum
 from anabranch.blocks.errors import ModelError
 from anabranch.blocks.network import named_blocks
 from anabranch.schedulers import BlockSpec, ModelSpec
@@ -34,7 +34,8 @@ def spec_of(network: nn.Module) -> ModelSpec:
         sizes = [block_sum.num_branches for _, block_sum in sums]
         if len(set(sizes)) > 1:
             raise ModelError(f"{name} has sums of {sizes} branches: the sums of one block need equally many")
-        specs.append(BlockSpec(name, sizes[0] if sizes else 1, max(len(sizes), 1), shares[name]))
+        ends_in_sum = closing_sum(block) is not None
+        specs.append(BlockSpec(name, sizes[0] if sizes else 1, max(len(sizes), 1), shares[name], ends_in_sum))
     return ModelSpec(tuple(specs), shares["stem"], shares["head"])
 
 

@@ -9,13 +9,20 @@ branch group, the whole *group*'s. Transitions are inserted where the plan chang
     "replicated"      group      the replica's groups        1 / M
 
         own ── gather_samples ──► group          group ── scatter_samples ──► own
+                                                 group ── reduce_to_samples ─► own    a *fused edge*
+
+An edge from group to own is fused where the element before is split `branch` and ends in skip_term(x, h) + s
+(`closing_sum`): of s each rank then receives its own rows only. `enter`, `skip_term` and the branches run on the
+group's rows as ever, and every rank gets the whole gradient of y, as at any other edge: BN groups and what
+parameters' gradients count do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,7 +30,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, is_running_again, running_again
-from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, Hidden, branch_sums
+from anabranch.blocks.branch_sum import (
+    BranchSum,
+    BranchTensor,
+    Execution,
+    Hidden,
+    branch_sums,
+    closing_sum,
+)
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.convolution import WeightGradients, exchanging
 from anabranch.blocks.network import named_blocks
@@ -34,6 +48,7 @@ from anabranch.runtime.collectives import (
     copy_to_branches,
     gather_samples,
     reduce_from_branches,
+    reduce_to_samples,
     scatter_samples,
 )
 from anabranch.runtime.deal import Deal, Share
@@ -93,15 +108,34 @@ class BranchExchange:
         self.wire = wire
 
     def __call__(self, partial_sum: Callable[[Hidden], Tensor], h: Hidden) -> Tensor:
+        s, copied, sums = self._partial(partial_sum, h)
+        return reduce_from_branches(s, copied, self.wire, sums)
+
+    @contextmanager
+    def to_samples(self, block_sum: BranchSum, sizes: Sequence[int]) -> Iterator[None]:
+        """Inside, the sum hands over each rank's own rows of its output."""
+
+        def edge(partial_sum: Callable[[Hidden], Tensor], h: Hidden, skip: Callable[[], Tensor]) -> Tensor:
+            s, copied, sums = self._partial(partial_sum, h, sizes)
+            return reduce_to_samples(s, skip(), copied, sizes, self.wire, sums)
+
+        block_sum.edge = edge
+        try:
+            yield
+        finally:
+            block_sum.edge = None
+
+    def _partial(
+        self, partial_sum: Callable[[Hidden], Tensor], h: Hidden, sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, Hidden, SumInParts | None]:
         queue = None
         if self.wire.overlap and torch.is_grad_enabled() and isinstance(h, Tensor) and h.requires_grad:
             queue = WeightGradients(self.wire.report)
         copied = copy_to_branches(h, self.wire, queue)
         # Run again for what backward needs, a rank stops once it has all that: some before anything is to be sent.
-        sums = SumInParts(self.wire) if self.wire.chunks > 1 and not is_running_again() else None
+        sums = SumInParts(self.wire, sizes) if self.wire.chunks > 1 and not is_running_again() else None
         with exchanging(queue, sums):
-            s = partial_sum(copied)
-        return reduce_from_branches(s, copied, self.wire, sums)
+            return partial_sum(copied), copied, sums
 
 
 class ParallelNetwork(nn.Module):
@@ -158,21 +192,34 @@ class ParallelNetwork(nn.Module):
         rows, recorder = self.input_rows, self.recorder
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        for name, module, wanted in self.elements():
+        elements = self.elements()
+        rows_behind = [*(wanted for _, _, wanted in elements[1:]), self.output_rows]
+        for (name, module, wanted), behind in zip(elements, rows_behind, strict=True):
             recorder.entered = name
             if recorder.detailed:
                 recorder.at(name)
             if wanted != rows:
                 change = gather_samples if wanted == "group" else scatter_samples
                 x, rows = change(x, batch.sizes, self.wire), wanted
-            x = self._run(module, x, batch.layout_of(rows), name)
+            last = closing_sum(module) if (rows, behind) == ("group", "own") else None
+            edge: Callable[[], AbstractContextManager[None]] = nullcontext
+            if last is not None and isinstance(last.exchange, BranchExchange):
+                edge, rows = partial(last.exchange.to_samples, last, batch.sizes), behind
+            x = self._run(module, x, batch.layout_of(wanted), name, edge)
             if recorder.detailed:
                 x = marked(x, recorder, name)
         return x
 
-    def _run(self, module: nn.Module, x: Tensor, layout: BatchLayout, name: str) -> Tensor:
+    def _run(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        layout: BatchLayout,
+        name: str,
+        edge: Callable[[], AbstractContextManager[None]],
+    ) -> Tensor:
         def run(x: Tensor) -> Tensor:
-            with batch_layout(layout):  # in backward, when run again, autograd's thread has none
+            with batch_layout(layout), edge():  # in backward, when run again, autograd's thread has none
                 y: Tensor = module(x)
                 return y
 

@@ -91,9 +91,9 @@ def profile_costs(
     points: dict[tuple[str, float], list[float]] = {}
     moved: dict[tuple[str, str], float] = {}
     for e in profile["exchanges"]:
-        if e["op"] in ("all_reduce", "all_gather") and e["calls"]:
+        if e["op"] in ("all_reduce", "reduce_scatter", "all_gather") and e["calls"]:
             points.setdefault((e["op"], float(e["bytes"])), []).append(e["transfer_s"])
-            if e["op"] == "all_reduce":
+            if e["op"] != "all_gather":
                 key = e["element"], e["part"]
                 moved[key] = moved.get(key, 0.0) + e["bytes"] * e["calls"] / times / most
     shared = {name: ParameterBytes(0, ()) for name in model.users}

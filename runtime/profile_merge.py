@@ -23,7 +23,8 @@ from anabranch.runtime.profile_steps import RankSteps, Signature
 Array = np.ndarray[Any, np.dtype[np.float64]]
 PARTS = ("data", "forward", "backward", "exchange", "reduction", "optimizer", "idle")
 _BUCKETS = {"data_bucket": "data", "world_bucket": "world"}
-_AXES = {"all_reduce": "branch", "all_gather": "branch", "data_sum": "data", "world_sum": "world"} | _BUCKETS
+_COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
+_AXES = {**dict.fromkeys(_COLLECTIVES, "branch"), "data_sum": "data", "world_sum": "world"} | _BUCKETS
 
 
 @dataclass(frozen=True)

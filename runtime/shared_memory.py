@@ -140,13 +140,18 @@ class SharedMemory:
             connection.settimeout(listener.gettimeout())
             connections[int.from_bytes(connection.recv(4), "little")] = connection
 
-    def all_reduce(self, x: Tensor) -> Pending:
-        """Begins the sum of all ranks' x, which replaces x: (…), without gaps, of one shape and type on all ranks."""
+    def sum(self, x: Tensor, rows: Tensor | None = None) -> Pending:
+        """Begins the sum of all ranks' x, which replaces x: (…), without gaps, of one shape and type on all ranks.
+
+        rows: a part of x without gaps, another on each rank: of the sum this rank wants only that.
+        """
+        mine = (x if rows is None else rows).view(-1)
+        start = mine.storage_offset() - x.storage_offset()
 
         def add(parts: list[Tensor]) -> None:
-            mine = x.view(-1)
-            torch.add(parts[0], parts[1], out=mine)
-            for part in parts[2:]:
+            first, second, *others = (part[start : start + len(mine)] for part in parts)
+            torch.add(first, second, out=mine)
+            for part in others:
                 mine.add_(part)
 
         return self._begin(x, add)

@@ -12,7 +12,7 @@ from anabranch.schedulers.costs import Costs, Curve, ElementCost, GroupCost, Mod
 from anabranch.schedulers.errors import PlanError
 from anabranch.schedulers.wording import shown
 
-_SCHEMA = 3  # since ranks of one host share memory
+_SCHEMA = 4  # since reduce-scatters are measured
 
 
 def write_costs(costs: Costs, path: str | Path) -> None:

@@ -16,12 +16,14 @@ class BlockSpec:
 
     num_branches: terms of its sum; num_sums: sums in a row (each costs its own reduction).
     shares: names of its parameters that other elements (blocks, stem, head) use too.
+    ends_in_sum: its output is its last sum and what is added to it: each rank can receive its own rows only.
     """
 
     name: str
     num_branches: int
     num_sums: int = 1
     shares: frozenset[str] = frozenset()
+    ends_in_sum: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:

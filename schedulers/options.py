@@ -265,9 +265,16 @@ class Options:
     def _change(self, i: int) -> tuple[float, float]:
         if i == 0 or self.num_columns == 1:
             return 0.0, 0.0
-        num_bytes = self.pricing.costs[self.pricing.first.kind][i].input_bytes * self.layout.gathered_samples
-        seconds = self.times * self.pricing.links.seconds("all_gather", self.layout.branch_group, num_bytes)
-        return seconds, seconds
+        pricing, group = self.pricing, self.layout.branch_group
+        before, here = pricing.costs[pricing.first.kind][i - 1 : i + 1]
+        num_bytes = here.input_bytes * self.layout.gathered_samples
+        gather = scatter = pricing.links.seconds("all_gather", group, num_bytes)
+        # `price` has an all-reduce; this may save more than the all-gather takes
+        if pricing.ends_in_sum[i - 1]:
+            num_bytes = before.sum_bytes * max(self.layout.group_samples) / pricing.num_sums[i - 1]
+            scatter += pricing.links.seconds("reduce_scatter", group, num_bytes)
+            scatter -= pricing.links.seconds("all_reduce", group, num_bytes)
+        return self.times * gather, self.times * scatter
 
 
 def _classes(layout: Layout, with_hosts: bool) -> tuple[list[tuple[Profile, ...]], list[list[int]]]:

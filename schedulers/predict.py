@@ -6,7 +6,8 @@ step's largest micro-batch; device speed divides compute. Per element e, over al
 
     forward   f_e = max_r (enter, branches held, join)_r  [+ num_sums all-reduces of sum_bytes]   split "branch"
     backward  c_e = max_r (the same)_r                    [+ num_sums all-reduces of hidden_bytes]
-    own → group before e: an all-gather of input_bytes forward;  group → own: one backward
+    own → group before e: an all-gather of input_bytes forward;  group → own: one backward, and where the block
+                    before e ends in its sum, the last of its all-reduces is a reduce-scatter
     gradients g_e = bytes × a byte's share of its bucket's all-reduce: replicated and "sample" ones over the
                     world, owned ones over the data axis (there the rank that holds most)
 
@@ -175,7 +176,8 @@ class _Simulation:
         for i, name in enumerate(pricing.names):
             parts, owned = self._parts(i)
             before, behind = self._transition(i)
-            exchanged = [self._exchange(i, per_sample) for per_sample in self._exchanged_bytes(i)]
+            sums, hidden = self._exchanged_bytes(i)
+            exchanged = self._exchange(i, sums, self._hands_over(i)), self._exchange(i, hidden)
             computes = [
                 tuple(part[phase] / rank.speed for part, rank in zip(parts, self.ranks, strict=True))
                 for phase in (0, 1)
@@ -294,11 +296,19 @@ class _Simulation:
         cost = self.pricing.costs[self.pricing.first.kind][i]
         return cost.sum_bytes, cost.hidden_bytes
 
-    def _exchange(self, i: int, bytes_per_sample: float) -> float:
-        num_bytes, num_sums = bytes_per_sample * max(self.layout.group_samples), self.pricing.num_sums[i]
-        self._count("branch", "all_reduce", self.layout.branch_group, self.times * num_bytes)
-        group = self.layout.branch_group
-        return num_sums * self.pricing.links.seconds("all_reduce", group, num_bytes / num_sums)
+    def _hands_over(self, i: int) -> bool:
+        """Whether of its last sum each rank receives its own rows only."""
+        return self.pricing.ends_in_sum[i] and self.is_group[i] and not self.is_group[i + 1]
+
+    def _exchange(self, i: int, bytes_per_sample: float, hands_over: bool = False) -> float:
+        num_sums, group, seconds = self.pricing.num_sums[i], self.layout.branch_group, 0.0
+        each = bytes_per_sample * max(self.layout.group_samples) / num_sums
+        sums: dict[Collective, int] = {"all_reduce": num_sums - hands_over, "reduce_scatter": int(hands_over)}
+        for collective, num in sums.items():
+            if num:
+                self._count("branch", collective, group, self.times * num * each)
+                seconds += num * self.pricing.links.seconds(collective, group, each)
+        return seconds
 
     def _count(self, axis: str, collective: Collective, group: GroupKind, num_bytes: float) -> None:
         if group.size > 1 and num_bytes:

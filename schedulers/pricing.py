@@ -45,6 +45,7 @@ class Pricing:
         index = {name: i for i, name in enumerate(self.names)}
         self.units = [tuple(index[name] for name in unit) for unit in model.units]
         self.num_sums = [1, *(block.num_sums for block in model.blocks), 1]
+        self.ends_in_sum = [False, *(block.ends_in_sum for block in model.blocks), False]
         self.num_branches = [0, *(block.num_branches for block in model.blocks), 0]
         self.parameters = self._parameters()
         self.costs = {

@@ -14,10 +14,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from anabranch.runtime import collectives, exchange, process_group
 from anabranch.runtime.collectives import (
+    SumInParts,
     Wire,
     copy_to_branches,
     gather_samples,
     reduce_from_branches,
+    reduce_to_samples,
     scatter_samples,
 )
 
@@ -145,12 +147,64 @@ def gather(rank: int, world_size: int, sizes: Sizes) -> None:
     assert torch.equal(exchange.all_gather(labels[rows], sizes, _world().group), labels)
 
 
+def reduce_to(rank: int, world_size: int, sizes: Sizes, holders: Sizes) -> None:
+    """y = h + Σ_r w_r·h over the ranks in `holders`, of which each rank has its rows; h = sin x is also the skip.
+
+    Against autograd on one device; also DTensor's Partial → Shard; images with channels innermost, in parts, in half.
+    """
+    n, start = sum(sizes), sum(sizes[:rank])
+    rows = slice(start, start + sizes[rank])
+    shape = (n, 4, 3, 2)
+    weights = [_random(*shape, seed=r).requires_grad_() for r in range(world_size)]
+    x = _random(*shape, seed=99).requires_grad_()
+    h = x.sin()
+    y = h + sum((weights[r] * h for r in holders), torch.zeros(shape, dtype=torch.float64))
+    y.square().sum().backward()
+
+    for channels_last, chunks in ((False, 1), (True, 1), (False, 3), (True, 2)):
+        wire = Wire(_world().group, channels_last=channels_last, chunks=chunks)
+        mine = _random(*shape, seed=rank).requires_grad_()
+        own_x = _random(*shape, seed=99).requires_grad_()
+        own_h = own_x.sin()
+        copied = copy_to_branches(own_h, wire)
+        assert isinstance(copied, Tensor)
+        partial = mine * copied if rank in holders else torch.zeros(shape, dtype=torch.float64)
+        sums = SumInParts(wire, sizes) if chunks > 1 else None
+        own = reduce_to_samples(partial, own_h, copied, sizes, wire, sums)
+        _close(own, y[rows])
+        own.square().sum().backward()
+        _close(own_x.grad, x.grad)
+        if rank in holders:
+            _close(mine.grad, weights[rank].grad)
+
+    if len(set(sizes)) == 1 and n:  # DTensor shards evenly
+        mesh = init_device_mesh("cpu", (world_size,))
+        results = []
+        for oracle in (True, False):
+            s = _random(*shape, seed=rank).requires_grad_()
+            if oracle:
+                total = DTensor.from_local(s, mesh, [Partial()], run_check=False)
+                own = total.redistribute(placements=[Shard(0)]).to_local(grad_placements=[Shard(0)])
+            else:
+                own = reduce_to_samples(s, torch.zeros_like(s), s, sizes, _world())
+            own.cos().sum().backward()
+            results.append((own.detach(), s.grad))
+        _close(results[1][0], results[0][0])
+        _close(results[1][1], results[0][1])
+
+
 def half_precision(rank: int, world_size: int) -> None:
     """bfloat16 travels and is added as float32: 256 + 1 + 1 + … is not 256."""
-    s = torch.full((4,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
+    s = torch.full((world_size,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
+    expected = float(torch.tensor(256.0 + world_size - 1).bfloat16())
     total = reduce_from_branches(s, s, _world())
     assert total.dtype == torch.bfloat16
-    assert total.tolist() == [float(torch.tensor(256.0 + world_size - 1).bfloat16())] * 4
+    assert total.tolist() == [expected] * world_size
+    own = reduce_to_samples(s, torch.zeros_like(s), s, (1,) * world_size, _world())
+    assert (own.dtype, own.tolist()) == (torch.bfloat16, [expected])
+    wire, s = Wire(_world().group, half=True), torch.full((world_size,), 1 + 2**-9)  # rounds to 1
+    own = reduce_to_samples(s, torch.zeros(world_size), s, (1,) * world_size, wire)
+    assert (own.dtype, own.tolist()) == (torch.float32, [float(world_size)])
 
 
 def needs_grad_everywhere(rank: int, world_size: int) -> bool:
@@ -165,12 +219,14 @@ def needs_grad_everywhere(rank: int, world_size: int) -> bool:
 
 def with_second_all_reduce(rank: int, world_size: int, pair: str) -> bool:
     """Whether the pair's test fails when its backward all-reduces once more, as torch's functional collectives do."""
-    function, check = {
+    pairs: dict[str, tuple[Any, Callable[..., None]]] = {
         "copy": (collectives._Copy, copy_and_reduce),
         "reduce": (collectives._Reduce, copy_and_reduce),
         "gather": (collectives._Gather, gather),
         "scatter": (collectives._Scatter, gather),
-    }[pair]
+        "reduce_to": (collectives._ReduceTo, reduce_to),
+    }
+    function, check = pairs[pair]
     backward: Callable[..., Any] = function.backward
 
     def again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,10 +240,14 @@ def with_second_all_reduce(rank: int, world_size: int, pair: str) -> bool:
         result: tuple[Tensor | None, ...] = backward(ctx, summed)
         return result
 
-    argument = tuple(range(world_size)) if check is copy_and_reduce else (2,) * world_size
+    arguments: tuple[Sizes, ...] = ((2,) * world_size,)
+    if check is copy_and_reduce:
+        arguments = (tuple(range(world_size)),)
+    elif check is reduce_to:
+        arguments = (*arguments, tuple(range(world_size)))
     with mock.patch.object(function, "backward", staticmethod(again)):
         try:
-            check(rank, world_size, argument)
+            check(rank, world_size, *arguments)
         except AssertionError:
             return True
     return False

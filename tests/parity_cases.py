@@ -134,6 +134,15 @@ def tuple_net() -> nn.Module:
     return Chain(nn.Conv2d(2, 4, 3, padding=1), [PairSum(4, 3), PairSum(4, 3)], classifier(4))
 
 
+def row_net() -> nn.Module:
+    """Blocks that end in their last sum: two in a row, with parameters before and beside them; one by itself."""
+    twice = nn.Sequential(
+        MultiResidual([wide(2), thin(2)], before=nn.BatchNorm2d(2)),
+        MultiResidual([thin(2), random(2)], shortcut=nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))),
+    )
+    return Chain(nn.Conv2d(2, 2, 3, padding=1), [twice, MultiResidual([thin(2), wide(2)])], classifier(2))
+
+
 def _multi_resnet(num_branches: int, blocks_per_stage: Sequence[int], **options: Any) -> nn.Module:
     return build(
         "multi_resnet",
@@ -155,6 +164,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "unequal": unequal_net,
     "tuple": tuple_net,
     "bare": bare_net,
+    "row": row_net,
     "choice": lambda: Chain(nn.Identity(), [Choice()], classifier(2)),
 }
 
@@ -239,10 +249,15 @@ def sabotaged(rank: int, world_size: int, case: Case, defects: Sequence[str]) ->
 def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
     runtime = sys.modules["anabranch.runtime.parallel_network"]
     copied, with_samples, finish = runtime.copy_to_branches, RankBatch.with_samples, GradientReducer.finish
+    to_samples = runtime.reduce_to_samples
 
     def summed_twice(h: Hidden, wire: Any, *queue: Any) -> Hidden:
         twice: Hidden = copied(copied(h, wire), wire, *queue)
         return twice
+
+    def skip_of_own_rows(s: Tensor, skip: Tensor, h: Hidden, sizes: Any, wire: Any, *sums: Any) -> Tensor:
+        y: Tensor = wire.own(skip, sizes) + to_samples(s, torch.zeros_like(skip), h, sizes, wire, *sums)
+        return y
 
     def local_ids(self: RankBatch, own: Tensor, group: Tensor, key: int) -> RankBatch:
         return with_samples(self, torch.arange(len(own)), torch.arange(len(group)), key)
@@ -274,6 +289,7 @@ def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
     changed: dict[str, tuple[object, str, object]] = {
         "gradient summed twice": (runtime, "copy_to_branches", summed_twice),
         "no copy_to_branches": (runtime, "copy_to_branches", lambda h, *others: h),
+        "gradient of own rows only at a fused edge": (runtime, "reduce_to_samples", skip_of_own_rows),
         "dropout by local row": (RankBatch, "with_samples", local_ids),
         "statistics not reduced": (GradientReducer, "finish", own_statistics),
         "weight gradients left waiting": (WeightGradients, "run", lambda queue: None),

@@ -78,7 +78,10 @@ def random_request(random: Random) -> Request:
     shares = [
         frozenset({"p"}) if random.random() < 0.25 else frozenset[str]() for _ in range(len(counts) + 2)
     ]
-    blocks = tuple(BlockSpec(f"b{i}", k, random.randint(1, 2), shares[i + 1]) for i, k in enumerate(counts))
+    blocks = tuple(
+        BlockSpec(f"b{i}", k, random.randint(1, 2), shares[i + 1], random.random() < 0.5)
+        for i, k in enumerate(counts)
+    )
     edges = shares[0], shares[-1] if random.random() < 0.3 else frozenset[str]()
     model = ModelSpec(blocks, *(edge if random.random() < 0.4 else frozenset[str]() for edge in edges))
     unequal = [random.random() < 0.35 for _ in blocks]

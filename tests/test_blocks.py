@@ -22,7 +22,7 @@ from anabranch.blocks import (
     named_blocks,
 )
 from anabranch.blocks.batch import BatchLayout, batch_layout
-from anabranch.blocks.branch_sum import branch_sums
+from anabranch.blocks.branch_sum import branch_sums, closing_sum
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
@@ -341,6 +341,44 @@ def test_spec_of_a_users_network() -> None:
     shared = {"blocks.1.0.before.weight", "blocks.1.0.before.bias"}
     assert [b.shares for b in spec.blocks] == [frozenset(), shared, shared]
     assert spec.units == (("stem",), ("0",), ("1", "2"), ("head",))
+
+
+def test_which_blocks_end_in_their_sum() -> None:
+    """Alone or last in a row; not with anything behind or around it, or where the same sum also runs earlier."""
+
+    class Doubled(MultiResidual):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Normalised(MultiResidual):
+        def join(self, x: Tensor, h: Any, s: Tensor) -> Tensor:
+            return super().join(x, h, s.tanh())
+
+    class Around(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x + super().forward(x)
+            return y
+
+    one, other = MultiResidual([thin(), wide()], shortcut=nn.Conv2d(6, 6, 1)), MultiResidual([thin(), thin()])
+    ends: list[tuple[nn.Module, BranchSum | None]] = [
+        (one, one),
+        (nn.Sequential(other, nn.Sequential(nn.ReLU(), one)), one),
+        (nn.Sequential(one, other, one), None),
+        (nn.Sequential(one, nn.ReLU()), None),
+        (Around(one), None),
+        (MultiResidual([thin(), thin()], after=nn.ReLU()), None),
+        (Doubled([thin(), thin()]), None),
+        (Normalised([thin(), thin()]), None),
+        (nn.Sequential(), None),
+        (thin(), None),
+    ]
+    for block, expected in ends:
+        assert closing_sum(block) is expected
+    found = {
+        name: [b.ends_in_sum for b in spec_of(NETWORKS[name]()).blocks]
+        for name in ("shared", "tuple", "unequal")
+    }
+    assert found == {"shared": [True] * 4, "tuple": [False] * 2, "unequal": [False, False, True]}
 
 
 def test_blocks_that_share_a_parameter_must_be_placed_alike() -> None:

@@ -24,6 +24,11 @@ CHECKS: list[tuple[str, int, tuple[Any, ...]]] = [
     ("gather", 2, ((0, 0),)),
     ("gather", 3, ((2, 2, 2),)),
     ("gather", 3, ((0, 5, 2),)),
+    ("reduce_to", 2, ((3, 3), (0, 1))),
+    ("reduce_to", 2, ((4, 1), (1,))),
+    ("reduce_to", 2, ((0, 3), (0,))),
+    ("reduce_to", 3, ((2, 2, 2), (0, 1, 2))),
+    ("reduce_to", 3, ((0, 5, 2), (0, 2))),
     ("half_precision", 3, ()),
 ]
 
@@ -47,7 +52,7 @@ def test_pairs_equal_their_oracles(world_size: int, shared: bool) -> None:
 def defects(rank: int, world_size: int, shared: bool) -> dict[str, bool]:
     if shared:
         on_ranks.share_memory()
-    pairs = ("copy", "reduce", "gather", "scatter")
+    pairs = ("copy", "reduce", "gather", "scatter", "reduce_to")
     return {pair: on_ranks.with_second_all_reduce(rank, world_size, pair) for pair in pairs}
 
 

@@ -91,7 +91,7 @@ def test_costs_are_the_networks_and_the_same_on_all_ranks(tmp_path: Path) -> Non
             )
     assert total == sum(p.numel() * p.element_size() for p in network.parameters())
     assert model.label == "measured"
-    assert {group.collective for group in costs.groups} == {"all_reduce", "all_gather"}
+    assert {group.collective for group in costs.groups} == {"all_reduce", "reduce_scatter", "all_gather"}
     assert all(group.seconds(2**20) > 0 for group in costs.groups)
     block = model.elements["stage1.block2"]
     assert (block.sum_bytes, block.hidden_bytes, block.input_bytes) == (16 * 64 * 4,) * 3

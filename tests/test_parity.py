@@ -85,6 +85,9 @@ CASES = [
     Case("basic4", (1, 2), (S, (2, 2), S, (3, 1)), "ss", trial={"recompute": True, "bn_batch_size": 16}),
     Case("bottleneck", (1, 2), ((2, 1), S, (0, 3), (1, 2)), "rr", trial=EVERYTHING),
     Case("basic", (1, 2), (S, (3, 2), S, (5, 0)), "ss", trial=EVERYTHING),
+    # blocks that end in their last sum hand over own rows: two sums in a row, at the head, without branches or rows
+    Case("row", (1, 2), ((2, 0), S), "ss", trial={**EVERYTHING, "num_samples": 17, "bn_batch_size": 16}),
+    Case("row", (1, 2), ((1, 1), (0, 2)), "rs", trial={"accumulation": 2, "bn_batch_size": 3}),
     # three ranks; k not divisible
     Case("basic4", (1, 3), ((2, 1, 1),), "rr"),
     Case("basic4", (1, 3), ((1, 2, 1), S, (0, 4, 0), (2, 0, 2)), "ss"),
@@ -137,6 +140,7 @@ DEFECTS = {
     "gradient summed twice": Case("basic4", (1, 2), ((2, 2),), "rr"),
     "no copy_to_branches": Case("basic4", (1, 2), ((2, 2),), "rr"),
     "factor 1": Case("basic4", (1, 2), ((2, 2),), "rr"),
+    "gradient of own rows only at a fused edge": Case("basic4", (1, 2), ((2, 2),), "ss"),
     "one rank drifted": Case("basic4", (1, 2), ((2, 2),), "ss"),
     "own rows' statistics": Case("basic4", (1, 2), (S,), "ss", trial={"bn_batch_size": 16}),
     "statistics not reduced": Case("basic4", (2, 1), (S,), "ss"),

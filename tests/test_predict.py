@@ -99,6 +99,25 @@ def test_branches_between_samples() -> None:
     }
 
 
+@pytest.mark.parametrize("num_sums", [1, 2])
+def test_a_fused_edge(num_sums: int) -> None:
+    """Of the last sum each rank receives its own rows only: 1 + B/200 for an all-reduce's 2 + B/100."""
+    model = ModelSpec((BlockSpec("b", 2, num_sums, ends_in_sum=True),))
+    plain = ModelSpec((BlockSpec("b", 2, num_sums),))
+    where, each = cluster(1.0, 1.0), 40 / num_sums  # sums of 10 B a sample
+    found, before = (predict(branch_plan(), m, where, COSTS, BATCH) for m in (model, plain))
+    assert before.total_s - found.total_s == pytest.approx(1 + each / 200)
+    assert before.exposed_s - found.exposed_s == pytest.approx(1 + each / 200)
+    traffic = {t.collective: t.num_bytes for t in found.traffic if t.axis == "branch"}
+    assert traffic == {"all_gather": 40, "reduce_scatter": each, "all_reduce": 80 + 40 - each}
+    assert found.memory_bytes == before.memory_bytes
+    head = branch_plan(head="replicated")  # all rows go on
+    assert predict(head, model, where, COSTS, BATCH) == predict(head, plain, where, COSTS, BATCH)
+    twice = replace(BATCH, accumulation=2, bn_batch_size=1)  # sums of half as many bytes, twice
+    a, b = (predict(branch_plan(), m, where, COSTS, twice).total_s for m in (model, plain))
+    assert b - a == pytest.approx(2 * (1 + each / 400))
+
+
 def test_edges_with_the_group() -> None:
     """Replicated stem and head: no transitions, all on 4 samples."""
     found = of(branch_plan("replicated", "replicated"), cluster(1.0, 1.0))

@@ -105,6 +105,9 @@ def test_the_parts_of_a_step_add_up_on_every_rank(slowed: Profiled) -> None:
         )
         assert transfer_and_wait == pytest.approx(float(parts["exchange"].sum()))
         assert min(float(e.wait.min()) for e in merged.exchanges) >= 0
+    *_, last = plan.blocks  # before a head on own rows
+    found = {(e["part"], e["op"]) for e in profile["exchanges"] if e["element"] == last}
+    assert found == {("forward", "reduce_scatter"), ("backward", "all_gather"), ("backward", "all_reduce")}
 
 
 def test_recording_costs_less_than_allowed(slowed: Profiled) -> None:

@@ -61,6 +61,14 @@ def sums(rank: int, size: int) -> list[Tensor]:
         got = exchange.all_gather(rows, sizes, world())
         everyone = [part(r, sizes[r] * 6, torch.float32).view(sizes[r], 2, 3) for r in range(size)]
         assert torch.equal(got, torch.cat(everyone))
+        everyone = [part(r, sum(sizes) * 6, torch.float32).view(sum(sizes), 2, 3) for r in range(size)]
+        mine = everyone[rank].clone()
+        exchange.reduce_scatter(mine, sizes, world()).wait()
+        expected = everyone[0].clone()
+        for one in everyone[1:]:
+            expected += one
+        rows = exchange.own_rows(mine, sizes, rank)
+        assert torch.equal(rows, exchange.own_rows(expected, sizes, rank))  # to the bit
     return results
 
 
@@ -166,7 +174,7 @@ def test_a_killed_rank_is_seen_at_once() -> None:
     threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL)).start()
     begun = time.monotonic()
     with pytest.raises(ConnectionError, match="connection closed by peer, rank 1"):
-        group.all_reduce(torch.ones(10)).wait()
+        group.sum(torch.ones(10)).wait()
     assert time.monotonic() - begun < 10
     process.join()
     group.close()
@@ -204,7 +212,7 @@ def test_another_users_process_is_refused() -> None:
     assert pipes[0][0].recv() == "joined"
     rank_1.kill()
     with pytest.raises(ConnectionError, match="rank 1"):  # it was rank 1 that joined
-        group.all_reduce(torch.ones(10)).wait()
+        group.sum(torch.ones(10)).wait()
     rank_1.join()
     stranger.join()
     group.close()
