@@ -319,7 +319,7 @@ def random_faults(
 
 @app.command
 def mixing(
-    *, mbit_per_s: Annotated[float, Parameter(help="Rate of the wire.")] = 100.0, rounds: Rounds = 8
+    *, mbit_per_s: Annotated[float, Parameter(help="Rate of the wire.")] = 40.0, rounds: Rounds = 8
 ) -> None:
     """Two hosts behind a slow wire (namespaces; root): the automatic plan against all-data and all-branch."""
     from anabranch.benchmarks import mixing as case

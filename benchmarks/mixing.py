@@ -23,7 +23,7 @@ _CASE = multi(14, 4, 24, 32, width=4, shortcut="B")
 _ASKED = 1.5
 
 
-def run(*, mbit_per_s: float = 100.0, rounds: int = 8, folder: Path = RESULTS) -> dict[str, Any]:
+def run(*, mbit_per_s: float = 40.0, rounds: int = 8, folder: Path = RESULTS) -> dict[str, Any]:
     """Measures, plans and times on the two hosts; writes the record. Raises RuntimeError without root or `ip`, `tc`."""
     case = replace(_CASE, mbit_per_s=mbit_per_s)
     found = case.run(2, _measured, rounds)

@@ -106,7 +106,13 @@ class Options:
                     self._priced[priced] = found if len(members) > 1 else efficient(found)
                 options[i] = self._priced[priced]
         limits = tuple(float(limit.num_bytes) for limit in self.limits)
-        changes = [self._change(i) for i in range(len(names))]
+        changes: list[tuple[float, float]] = []
+        between: dict[tuple[int, int], tuple[float, float]] = {}
+        for i, alike in enumerate(self.pricing.alike):
+            pair = (self.pricing.alike[i - 1], alike) if i else (-1, alike)
+            if pair not in between:
+                between[pair] = self._change(i)
+            changes.append(between[pair])
         return Chain(options, changes, self.pricing.closes, units, limits, self._gathered())
 
     def _choices(self, members: Sequence[int]) -> tuple[Hashable, list[Choice]]:

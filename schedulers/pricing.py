@@ -80,9 +80,10 @@ class Pricing:
         self.alike = []
         for i, parameters in enumerate(self.parameters):
             costs = [self.costs[kind][i] for kind in self.costs]
-            same: tuple[int, ...] = (*map(id, costs), id(parameters), self.num_sums[i])
+            form = self.num_sums[i], self.ends_in_sum[i]
+            same: tuple[int, ...] = (*map(id, costs), id(parameters), *form)
             if same not in by_identity:
-                key = (tuple(costs), parameters, self.num_sums[i])
+                key = (tuple(costs), parameters, form)
                 by_identity[same] = numbers.setdefault(key, len(numbers))
             self.alike.append(by_identity[same])
 
