@@ -111,10 +111,9 @@ def _pairs(cases: Sequence[Mapping[str, Any]], measured: str, predicted: str) ->
     Plans are compared by their ratio within each round, and within each measuring of costs: what drifts hits both.
     """
 
-    def ratio(a: Any, b: Any) -> float:
-        if isinstance(a, float):
-            return a / float(b)
-        return statistics.median(x / y for x, y in zip(a, b, strict=True))
+    def ratio(a: float | Sequence[float], b: Any) -> float:
+        pairs = zip([a] if isinstance(a, float) else a, [b] if isinstance(b, float) else b, strict=True)
+        return statistics.median(x / y for x, y in pairs)
 
     apart = right = 0
     for case in cases:

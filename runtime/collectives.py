@@ -14,7 +14,8 @@ branch group, and the recorder that is told how long each took.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -46,6 +47,8 @@ class Wire:
     overlap: bool = False
     report: Callable[[nn.Parameter], None] = lambda parameter: None
     chunks: int = 1
+    _kept: list[Tensor] | None = None
+    _repeated: Iterator[Tensor] | None = None
 
     def sum(
         self, x: Tensor, meanwhile: Callable[[], None] | None = None, sizes: Sequence[int] | None = None
@@ -64,6 +67,33 @@ class Wire:
         if self.recorder:
             self.recorder.exchanged(self.name_of(sizes), total.nbytes, begun)
         return self.own(total, sizes).to(x.dtype)
+
+    @contextmanager
+    def keeping(self, sums: list[Tensor]) -> Iterator[None]:
+        """Inside, all that branches add up to is kept in `sums`, for `repeating`."""
+        self._kept = sums
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    @contextmanager
+    def repeating(self, sums: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, what ran in `keeping` runs again, and what its branches add up to is taken from there."""
+        self._repeated = iter(sums)
+        try:
+            yield
+        finally:
+            self._repeated = None
+
+    def once(self, sum_up: Callable[[], Tensor]) -> Tensor:
+        """What branches add up to, however often their block runs for one backward."""
+        if self._repeated is not None:
+            return next(self._repeated).detach()
+        total = sum_up()
+        if self._kept is not None:
+            self._kept.append(total.clone())  # a block may change its own
+        return total
 
     @staticmethod
     def name_of(sizes: Sequence[int] | None) -> str:
@@ -209,7 +239,8 @@ class _Reduce(torch.autograd.Function):
     def forward(ctx: Any, s: Tensor, wire: Wire, sums: SumInParts | None, *h: Tensor) -> Tensor:
         ctx.num_h, ctx.dtype = len(h), s.dtype
         # a view: an output may not be the input itself
-        return _in_one_precision(wire.sum(s) if sums is None else sums.finish(s).view(s.shape))
+        total = wire.once(lambda: wire.sum(s) if sums is None else sums.finish(s).view(s.shape))
+        return _in_one_precision(total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -228,8 +259,8 @@ class _ReduceTo(torch.autograd.Function):
         *h: Tensor,
     ) -> Tensor:
         ctx.num_h, ctx.dtypes, ctx.sizes, ctx.wire = len(h), (s.dtype, skip.dtype), sizes, wire
-        total = _in_one_precision(wire.sum(s, sizes=sizes) if sums is None else sums.finish(s))
-        return wire.own(skip, sizes) + total
+        total = wire.once(lambda: wire.sum(s, sizes=sizes) if sums is None else sums.finish(s))
+        return wire.own(skip, sizes) + _in_one_precision(total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

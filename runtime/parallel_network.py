@@ -225,9 +225,18 @@ class ParallelNetwork(nn.Module):
 
         if not self.recompute or name in ("stem", "head") or not torch.is_grad_enabled():
             return run(x)
+        # Of sums in a row a rank without branches may need nothing behind the first, and the others its total.
+        sums: list[Tensor] = []
+        is_row = len(branch_sums(module)) > 1
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with running_again(), self.wire.repeating(sums) if is_row else nullcontext():
+                yield
+
         y: Tensor = checkpoint(  # random choices depend on samples and the step only: no state to restore
             run, x, use_reentrant=False, preserve_rng_state=layout.sample_ids is None,
-            context_fn=lambda: (nullcontext(), running_again()),
+            context_fn=lambda: (self.wire.keeping(sums) if is_row else nullcontext(), again()),
         )  # fmt: skip
         return y
 

@@ -143,6 +143,13 @@ def row_net() -> nn.Module:
     return Chain(nn.Conv2d(2, 2, 3, padding=1), [twice, MultiResidual([thin(2), wide(2)])], classifier(2))
 
 
+def plain_row_net() -> nn.Module:
+    """Two sums in a row, and nothing but their branches."""
+    row = nn.Sequential(*(MultiResidual([thin(), thin()]) for _ in range(2)))
+    stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6))
+    return Chain(stem, [row], classifier())
+
+
 def _multi_resnet(num_branches: int, blocks_per_stage: Sequence[int], **options: Any) -> nn.Module:
     return build(
         "multi_resnet",
@@ -165,6 +172,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "tuple": tuple_net,
     "bare": bare_net,
     "row": row_net,
+    "plain row": plain_row_net,
     "choice": lambda: Chain(nn.Identity(), [Choice()], classifier(2)),
 }
 

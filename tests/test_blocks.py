@@ -356,7 +356,7 @@ def test_which_blocks_end_in_their_sum() -> None:
 
     class Around(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = x + super().forward(x)
+            y: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
             return y
 
     one, other = MultiResidual([thin(), wide()], shortcut=nn.Conv2d(6, 6, 1)), MultiResidual([thin(), thin()])

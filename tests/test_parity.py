@@ -88,6 +88,8 @@ CASES = [
     # blocks that end in their last sum hand over own rows: two sums in a row, at the head, without branches or rows
     Case("row", (1, 2), ((2, 0), S), "ss", trial={**EVERYTHING, "num_samples": 17, "bn_batch_size": 16}),
     Case("row", (1, 2), ((1, 1), (0, 2)), "rs", trial={"accumulation": 2, "bn_batch_size": 3}),
+    # run again, a rank without branches needs nothing that lies behind the first of two sums
+    Case("plain row", (1, 2), ((2, 0),), "rr", trial={"recompute": True}),
     # three ranks; k not divisible
     Case("basic4", (1, 3), ((2, 1, 1),), "rr"),
     Case("basic4", (1, 3), ((1, 2, 1), S, (0, 4, 0), (2, 0, 2)), "ss"),
