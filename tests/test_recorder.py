@@ -121,3 +121,74 @@ def test_kept_steps() -> None:
 def test_a_record_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the real clock
     assert 0 < record_seconds(torch.device("cpu")) < 1e-4
+
+
+class Gpu:
+    """What torch.cuda is to the recorder: a stream that runs `behind_s` after the host gives it work."""
+
+    behind_s = 0.05
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu, self.waits, self.ranges, self.open = self, list[str](), list[str](), list[int]()
+
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: object) -> None:
+                self.at = CLOCK.now + gpu.behind_s
+
+            def synchronize(self) -> None:
+                gpu.waits.append("event")
+                CLOCK.now = max(CLOCK.now, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                assert max(self.at, end.at) <= CLOCK.now, (
+                    "the device has not come so far: an error on a real one"
+                )
+                return 1e3 * (end.at - self.at)
+
+        def synchronize(device: object) -> None:
+            self.waits.append("device")
+            spend(self.behind_s)
+
+        def range_start(name: str) -> int:
+            self.ranges.append(name)
+            self.open.append(len(self.ranges))
+            return len(self.ranges)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.setattr(torch.cuda.nvtx, "range_start", range_start)
+        monkeypatch.setattr(torch.cuda.nvtx, "range_end", lambda number: self.open.remove(number))
+
+
+def test_on_a_gpu_events_are_read_late_and_nothing_waits_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    recorder = Recorder(torch.device("cuda"))
+    assert gpu.waits == []
+    recorder.end_step()
+    times = one_step(recorder)
+    assert gpu.waits == ["event"]  # for the step that has ended, when its times are asked for
+    assert times["data"] == pytest.approx(0.002, abs=1e-5)
+    assert times["exchange"] == pytest.approx(0.003, abs=1e-5)
+    assert times["forward"] == pytest.approx(0.004, abs=1e-5)
+    assert sum(seconds for part, seconds in times.items() if part != "step") <= times["step"]
+    recorder.align()
+    recorder.keep()
+    recorder.detailed = True
+    for _ in range(2):
+        with recorder.span("forward"):
+            for name in ("stem", "stage1.block1"):
+                recorder.at(name)
+                spend(0.001)
+        recorder.end_step()
+    before = len(gpu.waits)
+    (first, _, _), (second, start, end) = recorder.kept()
+    assert gpu.waits[before:] == ["device"]
+    assert [span.element for span in first] == ["stem", "stage1.block1", ""]
+    assert [span.end - span.start for span in second] == pytest.approx([0.001, 0.001, 0.002], abs=1e-5)
+    assert start <= second[0].start <= second[-1].end <= end <= CLOCK.now + 1e-5
+    assert gpu.ranges == ["forward stem", "forward stage1.block1"] * 2
+    assert gpu.open == []
