@@ -163,6 +163,22 @@ def test_torchrun(tmp_path: Path) -> None:
     assert results[1]["local_rank"] == 1
 
 
+def test_ranks_on_gpus_meet_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the GPU of its place on its host, as torch counts them; more ranks than GPUs are refused."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29444"}
+    context = from_environment(environ={**place, **meeting})
+    assert (context.device, context.backend) == ("cuda:1", "nccl")
+    assert from_environment("gloo", environ={**place, **meeting}).backend == "gloo"
+    assert (alone("", {}).device, alone("", {}).backend) == ("cuda:0", "nccl")
+    with pytest.raises(ClusterError, match="3 workers on .* need as many GPUs, it has 2"):
+        from_environment(environ={**place, **meeting, "LOCAL_WORLD_SIZE": "3"})
+
+
 @pytest.mark.parametrize("own", ["", "1", "3"])
 def test_a_run_of_one_process_takes_all_cores_or_what_the_user_set(own: str) -> None:
     environ = {"OMP_NUM_THREADS": own} if own else {}
