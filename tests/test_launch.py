@@ -175,7 +175,7 @@ def test_ranks_on_gpus_meet_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (context.device, context.backend) == ("cuda:1", "nccl")
     assert from_environment("gloo", environ={**place, **meeting}).backend == "gloo"
     assert (alone("", {}).device, alone("", {}).backend) == ("cuda:0", "nccl")
-    with pytest.raises(ClusterError, match="3 workers on .* need as many GPUs, it has 2"):
+    with pytest.raises(ClusterError, match=r"3 workers on .* need as many GPUs, it has 2"):
         from_environment(environ={**place, **meeting, "LOCAL_WORLD_SIZE": "3"})
 
 
