@@ -24,7 +24,6 @@ from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.benchmarks.table5_sides import ring_bytes
 from anabranch.benchmarks.workers import device_of, interleaved, run_workers
 from anabranch.runtime.collectives import (
-    Wire,
     copy_to_branches,
     gather_samples,
     reduce_from_branches,
@@ -32,6 +31,7 @@ from anabranch.runtime.collectives import (
     scatter_samples,
 )
 from anabranch.runtime.process_group import share_memory
+from anabranch.runtime.wire import Wire
 
 SIZES = tuple(4**i * 1024 for i in range(8))  # bytes: 1 KiB … 16 MiB
 _OURS_MOVE = {

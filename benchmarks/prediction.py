@@ -113,7 +113,7 @@ def _pairs(cases: Sequence[Mapping[str, Any]], measured: str, predicted: str) ->
 
     def ratio(a: float | Sequence[float], b: Any) -> float:
         pairs = zip([a] if isinstance(a, float) else a, [b] if isinstance(b, float) else b, strict=True)
-        return statistics.median(x / y for x, y in pairs)
+        return float(statistics.median(x / y for x, y in pairs))
 
     apart = right = 0
     for case in cases:

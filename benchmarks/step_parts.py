@@ -21,7 +21,6 @@ from anabranch.benchmarks.workers import interleaved, run_workers
 from anabranch.blocks import build
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.network import named_blocks
-from anabranch.runtime.collectives import Wire
 from anabranch.runtime.config import MeshConfig
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.exchange import all_reduce
@@ -30,6 +29,7 @@ from anabranch.runtime.intervals import median_interval
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.parallel_network import parallelize
+from anabranch.runtime.wire import Wire
 from anabranch.schedulers import BranchPlacement, Plan
 from anabranch.schedulers.plan import SAMPLE
 

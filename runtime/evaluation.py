@@ -11,7 +11,7 @@ from torch import Tensor
 from anabranch.runtime.data.augment import ten_crops
 from anabranch.runtime.feed import Feed, batches_of
 from anabranch.runtime.loss import LossFunction, step_share
-from anabranch.runtime.parallel_network import RankBatch
+from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.step import autocast, num_correct
 
 

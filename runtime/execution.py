@@ -26,8 +26,9 @@ from anabranch.blocks.branch_sum import BranchSum, Execution, branch_sums
 from anabranch.blocks.network import Network
 from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.machine import cache_folder, processor
-from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch, set_memory_format
+from anabranch.runtime.parallel_network import ParallelNetwork, set_memory_format
 from anabranch.runtime.process_group import gather_json
+from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.step import autocast
 
 MemoryFormat = Literal["contiguous", "channels_last"]

@@ -13,7 +13,8 @@ from anabranch.runtime.data.augment import augment_keys, augmented, normalise
 from anabranch.runtime.data.batches import batches, epoch_order
 from anabranch.runtime.data.sources import BatchSource, DataBundle
 from anabranch.runtime.deal import Deal, deal_step
-from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch
+from anabranch.runtime.parallel_network import ParallelNetwork
+from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.step import MicroBatch
 from anabranch.schedulers import Plan
 

@@ -19,9 +19,9 @@ parameters' gradients count do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -29,35 +29,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, is_running_again, running_again
-from anabranch.blocks.branch_sum import (
-    BranchSum,
-    BranchTensor,
-    Execution,
-    Hidden,
-    branch_sums,
-    closing_sum,
-)
+from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, running_again
+from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, branch_sums, closing_sum
 from anabranch.blocks.convert import prepare
-from anabranch.blocks.convolution import WeightGradients, exchanging
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime import exchange
-from anabranch.runtime.collectives import (
-    SumInParts,
-    Wire,
-    copy_to_branches,
-    gather_samples,
-    reduce_from_branches,
-    reduce_to_samples,
-    scatter_samples,
-)
+from anabranch.runtime.branch_exchange import BranchExchange
+from anabranch.runtime.collectives import gather_samples, scatter_samples
 from anabranch.runtime.deal import Deal, Share
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.rank_batch import RankBatch, Rows
 from anabranch.runtime.recorder import Recorder, marked
+from anabranch.runtime.wire import Wire
 from anabranch.schedulers import Plan, PlanError
-
-Rows = Literal["own", "group"]
 
 
 @dataclass(frozen=True)
@@ -72,70 +57,6 @@ class Role:
     tensor: BranchTensor | None
     over: Literal["data", "world"]
     factor: float
-
-
-@dataclass(frozen=True)
-class RankBatch:
-    """A (micro-)batch as one rank sees it.
-
-    own, group: layouts of the rank's own rows and of its replica's. own_range, group_range: those rows'
-    positions in the step's batch. sizes: own rows of each rank of the branch group.
-    """
-
-    own: BatchLayout
-    group: BatchLayout
-    own_range: range
-    group_range: range
-    sizes: tuple[int, ...]
-
-    def range_of(self, rows: Rows) -> range:
-        return self.own_range if rows == "own" else self.group_range
-
-    def layout_of(self, rows: Rows) -> BatchLayout:
-        return self.own if rows == "own" else self.group
-
-    def with_samples(self, own_ids: Tensor, group_ids: Tensor, random_key: int) -> RankBatch:
-        """The same with the rows' sample indices and the step's random key."""
-        own = replace(self.own, sample_ids=own_ids, random_key=random_key)
-        group = replace(self.group, sample_ids=group_ids, random_key=random_key)
-        return replace(self, own=own, group=group)
-
-
-class BranchExchange:
-    """Runs a BranchSum whose other branches are on the other ranks of the branch group."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-
-    def __call__(self, partial_sum: Callable[[Hidden], Tensor], h: Hidden) -> Tensor:
-        s, copied, sums = self._partial(partial_sum, h)
-        return reduce_from_branches(s, copied, self.wire, sums)
-
-    @contextmanager
-    def to_samples(self, block_sum: BranchSum, sizes: Sequence[int]) -> Iterator[None]:
-        """Inside, the sum hands over each rank's own rows of its output."""
-
-        def edge(partial_sum: Callable[[Hidden], Tensor], h: Hidden, skip: Callable[[], Tensor]) -> Tensor:
-            s, copied, sums = self._partial(partial_sum, h, sizes)
-            return reduce_to_samples(s, skip(), copied, sizes, self.wire, sums)
-
-        block_sum.edge = edge
-        try:
-            yield
-        finally:
-            block_sum.edge = None
-
-    def _partial(
-        self, partial_sum: Callable[[Hidden], Tensor], h: Hidden, sizes: Sequence[int] | None = None
-    ) -> tuple[Tensor, Hidden, SumInParts | None]:
-        queue = None
-        if self.wire.overlap and torch.is_grad_enabled() and isinstance(h, Tensor) and h.requires_grad:
-            queue = WeightGradients(self.wire.report)
-        copied = copy_to_branches(h, self.wire, queue)
-        # Run again for what backward needs, a rank stops once it has all that: some before anything is to be sent.
-        sums = SumInParts(self.wire, sizes) if self.wire.chunks > 1 and not is_running_again() else None
-        with exchanging(queue, sums):
-            return partial_sum(copied), copied, sums
 
 
 class ParallelNetwork(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.optimizer import clip_gradients
-from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch
+from anabranch.runtime.parallel_network import ParallelNetwork
+from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.recorder import PARTS
 from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.regularizer import OrthogonalityPenalty, OrthogonalityRegularizer

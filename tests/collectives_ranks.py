@@ -14,14 +14,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from anabranch.runtime import collectives, exchange, process_group
 from anabranch.runtime.collectives import (
-    SumInParts,
-    Wire,
     copy_to_branches,
     gather_samples,
     reduce_from_branches,
     reduce_to_samples,
     scatter_samples,
 )
+from anabranch.runtime.wire import SumInParts, Wire
 
 Sizes = tuple[int, ...]
 

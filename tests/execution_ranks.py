@@ -19,7 +19,8 @@ from anabranch.runtime.deal import deal_step
 from anabranch.runtime.execution import how_to_run, is_ours
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch, parallelize
+from anabranch.runtime.parallel_network import ParallelNetwork, parallelize
+from anabranch.runtime.rank_batch import RankBatch
 from anabranch.schedulers import BranchPlacement, Plan
 
 

@@ -19,7 +19,8 @@ from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.parallel_network import ParallelNetwork, RankBatch, Role
+from anabranch.runtime.parallel_network import ParallelNetwork, Role
+from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.verify import Report, Trial, verify_plan
 from anabranch.schedulers import BranchPlacement, Plan
@@ -255,7 +256,7 @@ def sabotaged(rank: int, world_size: int, case: Case, defects: Sequence[str]) ->
 
 
 def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
-    runtime = sys.modules["anabranch.runtime.parallel_network"]
+    runtime = sys.modules["anabranch.runtime.branch_exchange"]
     copied, with_samples, finish = runtime.copy_to_branches, RankBatch.with_samples, GradientReducer.finish
     to_samples = runtime.reduce_to_samples
 
