@@ -19,7 +19,7 @@ from anabranch.benchmarks.plan_case import Case
 from anabranch.blocks import MultiResidual
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.multi_resnet import PreactResidual
-from anabranch.runtime import audit, measure
+from anabranch.runtime import audit, measure, measure_links
 from anabranch.runtime.measure import with_speeds
 from anabranch.runtime.model_shape import model_shape
 from anabranch.runtime.model_spec import spec_of
@@ -41,7 +41,9 @@ def cluster_of(num: int) -> Cluster:
     return Cluster(tuple(Device("localhost", rank, "cpu") for rank in range(num)))
 
 
-def measured(rank: int, world_size: int, folder: str, slow: float = 0.0, case: Case = CASE) -> dict[str, Any]:
+def measured(
+    rank: int, world_size: int, folder: str, slow: float = 0.0, case: Case = SHORT
+) -> dict[str, Any]:
     """Costs of a case; rank 1 sleeps `slow` times as long as each block's branches take."""
     torch.set_num_threads(1)
     cluster = cluster_of(world_size)
@@ -56,7 +58,8 @@ def measured(rank: int, world_size: int, folder: str, slow: float = 0.0, case: C
         return s
 
     fewest = mock.patch.object(measure, "_MOST", measure._LEAST)
-    with fewest, mock.patch.object(PreactResidual, "branches", slowed):
+    sizes = mock.patch.object(measure_links, "_SIZES", (1024, 16_384, 65_536, 2**20))
+    with fewest, sizes, mock.patch.object(PreactResidual, "branches", slowed):
         costs = measure.measure_costs(case.network(), case.setting(), cluster, devices, budget_s=8)
     path = Path(folder, f"costs-{rank}.json")
     write_costs(costs, path)
@@ -69,12 +72,10 @@ def measured(rank: int, world_size: int, folder: str, slow: float = 0.0, case: C
 
 
 def test_costs_are_the_networks_and_the_same_on_all_ranks(tmp_path: Path) -> None:
-    first, *others = run_ranks(
-        4, measured, str(tmp_path), 0.0
-    )  # several branch groups, each with its own timings
+    first, *others = run_ranks(4, measured, str(tmp_path))  # several branch groups, each with its own timings
     assert all(Path(first["path"]).read_text() == Path(other["path"]).read_text() for other in others)
     costs = read_costs(first["path"])
-    network = CASE.network()
+    network = SHORT.network()
     spec = spec_of(network)
     costs.check(spec, frozenset({"cpu"}))
     (model,) = costs.models
@@ -93,7 +94,7 @@ def test_costs_are_the_networks_and_the_same_on_all_ranks(tmp_path: Path) -> Non
     assert model.label == "measured"
     assert {group.collective for group in costs.groups} == {"all_reduce", "reduce_scatter", "all_gather"}
     assert all(group.seconds(2**20) > 0 for group in costs.groups)
-    block = model.elements["stage1.block2"]
+    block = model.elements["stage1.block1"]
     assert (block.sum_bytes, block.hidden_bytes, block.input_bytes) == (16 * 64 * 4,) * 3
     plan = schedule("even", spec, cluster_of(4), mesh=(2, 2))
     assert predict(plan, spec, cluster_of(4), costs, Batch(16, 4)).total_s > 0

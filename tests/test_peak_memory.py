@@ -86,10 +86,10 @@ def no_links(*_: object) -> tuple[GroupCost, ...]:
     return tuple(GroupCost(name, 2, False, Curve.line(1e-4, 1e-9)) for name in ("all_reduce", "all_gather"))
 
 
-def peaks(rank: int, world_size: int) -> list[tuple[str, list[int], list[float]]]:
+def peaks(rank: int, world_size: int, cases: tuple[int, ...]) -> list[tuple[str, list[int], list[float]]]:
     torch.set_num_threads(1)
     found = []
-    for case in CASES:
+    for case in [CASES[number] for number in cases]:
         network, setting = case.network(), setting_of(case)
         cluster = cluster_of(world_size)
         devices, spec = [str(device) for device in cluster.devices], spec_of(network)
@@ -105,10 +105,11 @@ def peaks(rank: int, world_size: int) -> list[tuple[str, list[int], list[float]]
     return found
 
 
-def test_the_peak_is_predicted() -> None:
+@pytest.mark.parametrize("cases", [(0, 2, 5), pytest.param((1, 3, 4), marks=pytest.mark.optin)])
+def test_the_peak_is_predicted(cases: tuple[int, ...]) -> None:
     """Of six networks under three plans each, none as measured, on either rank within 10 %."""
-    found = run_ranks(2, peaks)[0]
-    assert len(found) == 3 * len(CASES)
+    found = run_ranks(2, peaks, cases)[0]
+    assert len(found) == 3 * len(cases)
     for name, used, predicted in found:
         assert predicted == pytest.approx(used, rel=0.1), name
 

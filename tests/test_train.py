@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anabranch.cluster import WorkerError, connect, ray_calls
+from anabranch.cluster import WorkerError, connect, placement, ray_calls
 from anabranch.runtime import commands
 from anabranch.runtime.callbacks import Callback
 from anabranch.runtime.config import Config
@@ -41,8 +41,9 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[None]:
-    """One local cluster for this file; four workers' places on however many cores there are."""
-    with connect(num_cpus=4):
+    """One local cluster for this file; four workers' places on however many cores there are, a thread each."""
+    with pytest.MonkeyPatch.context() as patch, connect(num_cpus=4):
+        patch.setattr(placement, "thread_share", lambda num_cpus, num_ranks: 1)
         yield
 
 
@@ -93,7 +94,6 @@ def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
     layer = {
         "train": {"epochs": 2, "max_steps": 0, "bn_batch_size": 0, "precision": "fp32"},
         "checkpoint": {"every_epochs": 1},
-        "mesh": {"execution": "auto", "memory_format": "auto"},
     }
     result = train(config(tmp_path / "run", layer))
     assert result["test_accuracy"] > 0.9
