@@ -75,7 +75,8 @@ def _assert_parts_add_up(folder: Path, num_ranks: int) -> None:
             assert line["memory_bytes"][rank] > 2**20
             assert line["images_per_s"] > 0
         left = [line["times_s"]["unattributed"][rank] / line["times_s"]["step"][rank] for line in steps]
-        assert statistics.median(left) <= 0.02
+        # 0.02 is a profile's (test_profile.py); here a step is 15 ms, and another test has the cores half of the time
+        assert statistics.median(left) <= 0.05
 
 
 def test_the_local_cluster_is_lean() -> None:
