@@ -75,8 +75,7 @@ def _assert_parts_add_up(folder: Path, num_ranks: int) -> None:
             assert line["memory_bytes"][rank] > 2**20
             assert line["images_per_s"] > 0
         left = [line["times_s"]["unattributed"][rank] / line["times_s"]["step"][rank] for line in steps]
-        # 0.02 is a profile's (test_profile.py); here a step is 15 ms, and another test has the cores half of the time
-        assert statistics.median(left) <= 0.05
+        assert statistics.median(left) <= 0.02
 
 
 def test_the_local_cluster_is_lean() -> None:
@@ -92,7 +91,9 @@ def test_the_local_cluster_is_lean() -> None:
 
 
 def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
+    """The default network; a smaller one's step is so short that another test on the cores is a part of it."""
     layer = {
+        "model": {"options": {"depth": 14, "num_branches": 4}},
         "train": {"epochs": 2, "max_steps": 0, "bn_batch_size": 0, "precision": "fp32"},
         "checkpoint": {"every_epochs": 1},
     }
@@ -105,7 +106,7 @@ def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
     resolved = (tmp_path / "run" / "config.toml").read_text()
     assert "bn_batch_size = 16" in resolved  # 32 samples ÷ 2 workers, as a number
     plan = (tmp_path / "run" / "plan.toml").read_text()
-    assert "counts = [2, 1]" in plan
+    assert "counts = [2, 2]" in plan
     assert len(losses(tmp_path / "run")) == 90
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "step-000045",
