@@ -22,9 +22,9 @@ from anabranch.blocks.convert import prepare
 from anabranch.runtime.config import Config
 from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.plan_step import StepSetting
-from anabranch.schedulers import Cluster, Device, ModelSpec, Plan
+from anabranch.schedulers import BranchPlacement, Cluster, Device, ModelSpec, Plan
 from anabranch.schedulers.costs import Batch
-from anabranch.schedulers.plan import SAMPLE
+from anabranch.schedulers.plan import SAMPLE, neighbour_split
 
 _STEADY = 1.25  # times as long as at its fastest that a plan may take at another time
 _STOLEN = 0.1  # of the processors' time
@@ -146,5 +146,11 @@ def batch_of(setting: StepSetting) -> Batch:
 
 def data_plan(spec: ModelSpec, devices: Sequence[str]) -> Plan:
     """Plain data parallelism."""
-    placed = {block.name: SAMPLE for block in spec.blocks}
-    return Plan(len(devices), 1, placed, "sample", "sample", tuple((name,) for name in devices))
+    return plan_on(devices, 1, {block.name: SAMPLE for block in spec.blocks})
+
+
+def plan_on(devices: Sequence[str], branch: int, placed: dict[str, BranchPlacement]) -> Plan:
+    """Blocks as placed, stem and head with their neighbours, on the devices in order, `branch` to a group."""
+    data, blocks = len(devices) // branch, list(placed.values())
+    rows = tuple(tuple(devices[d * branch : (d + 1) * branch]) for d in range(data))
+    return Plan(data, branch, placed, neighbour_split(blocks[0]), neighbour_split(blocks[-1]), rows)

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from anabranch.benchmarks.plan_case import Case, batch_of, data_plan, measure_cases, multi
+from anabranch.benchmarks.plan_case import Case, batch_of, data_plan, measure_cases, multi, plan_on
 from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.runtime.audit import time_plans
 from anabranch.runtime.measure import measure_costs
@@ -128,10 +128,8 @@ def _pairs(cases: Sequence[Mapping[str, Any]], measured: str, predicted: str) ->
 def _some_plans(spec: ModelSpec, devices: Sequence[str]) -> dict[str, Plan]:
     """Plans that no trial of the measurement ran: mixed ones, and counts that differ from block to block."""
     plans: dict[str, Plan] = {}
-    world, names = len(devices), [block.name for block in spec.blocks]
-    stages = sorted({name.partition(".")[0] for name in names})
+    world, stages = len(devices), sorted({block.name.partition(".")[0] for block in spec.blocks})
     for branch in [m for m in range(2, world + 1) if world % m == 0]:
-        rows = tuple(tuple(devices[d * branch : (d + 1) * branch]) for d in range(world // branch))
         for chosen in [some for num in range(1, len(stages) + 1) for some in combinations(stages, num)]:
             for lead in (0, 1, 2):
                 placed = {
@@ -140,16 +138,12 @@ def _some_plans(spec: ModelSpec, devices: Sequence[str]) -> dict[str, Plan]:
                     else SAMPLE
                     for block in spec.blocks
                 }
-                edge = [
-                    "replicated" if placed[n].split == "branch" else "sample" for n in (names[0], names[-1])
-                ]
                 label = f"{world // branch}x{branch} {'+'.join(chosen)}" + f" led by {lead}" * bool(lead)
-                plan = Plan(world // branch, branch, placed, edge[0], edge[1], rows)  # type: ignore[arg-type]
+                plan = plan_on(devices, branch, placed)
                 if plan not in plans.values():  # fewer branches than that to lead by
                     plans[label] = plan
-    some = [*reversed(plans)][
-        :: -(-len(plans) // _PLANS)
-    ]  # the slowest, all stages on one group, is among them
+    # from the last, all stages on one group: the slowest is among them
+    some = [*reversed(plans)][:: -(-len(plans) // _PLANS)]
     return {name: plans[name] for name in some}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.benchmarks import prediction
-from anabranch.benchmarks.plan_case import Case, data_plan, measure_cases, multi
+from anabranch.benchmarks.plan_case import Case, data_plan, measure_cases, multi, plan_on
 from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.runtime.audit import automatic_plan, time_plans
 from anabranch.runtime.intervals import median_interval
@@ -119,7 +119,6 @@ def _all_plans(spec: ModelSpec, devices: Sequence[str]) -> dict[str, Plan]:
     """Every split of every block, even counts, and stem and head with their neighbours."""
     world, plans = len(devices), {"data": data_plan(spec, devices)}
     for branch in [m for m in range(2, world + 1) if world % m == 0]:
-        rows = tuple(tuple(devices[d * branch : (d + 1) * branch]) for d in range(world // branch))
         for splits in product("sb", repeat=len(spec.blocks)):
             if "b" not in splits:
                 continue
@@ -127,7 +126,5 @@ def _all_plans(spec: ModelSpec, devices: Sequence[str]) -> dict[str, Plan]:
                 block.name: BranchPlacement.even(block.num_branches, branch) if split == "b" else SAMPLE
                 for block, split in zip(spec.blocks, splits, strict=True)
             }
-            edge = ["replicated" if split == "b" else "sample" for split in (splits[0], splits[-1])]
-            name = f"{world // branch}x{branch} {''.join(splits)}"
-            plans[name] = Plan(world // branch, branch, placed, edge[0], edge[1], rows)  # type: ignore[arg-type]
+            plans[f"{world // branch}x{branch} {''.join(splits)}"] = plan_on(devices, branch, placed)
     return plans

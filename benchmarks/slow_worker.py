@@ -32,6 +32,9 @@ _TURNS = 6  # of measuring costs and timing plans
 class HalfSpeed(TorchDispatchMode):
     """Every kernel takes twice the processor time: it is kept busy as long again. Exchanges are not kernels."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         begun = time.thread_time()
         result = function(*args, **(kwargs or {}))
@@ -64,7 +67,7 @@ def _measured(rank: int, case: Case, rounds: int) -> dict[str, Any]:
     turns: dict[str, list[list[float]]] = {"auto": [], "even": []}
     with ExitStack() as stack:
         if rank == 1:
-            stack.enter_context(HalfSpeed())  # type: ignore[no-untyped-call]
+            stack.enter_context(HalfSpeed())
         for _ in range(_TURNS):
             costs = measure_costs(network, setting, cluster, devices, budget_s=90 / _TURNS)
             unequal = with_speeds(cluster, devices, costs)

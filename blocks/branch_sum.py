@@ -181,8 +181,8 @@ def closing_sum(block: nn.Module) -> BranchSum | None:
     None where something else follows (a skip that spans several sums, a normalisation), or where it also runs earlier.
     """
     last = block
-    while type(last).forward is nn.Sequential.forward and len(last._modules):
-        last = last[-1]  # type: ignore[index]
+    while isinstance(last, nn.Sequential) and type(last).forward is nn.Sequential.forward and len(last):
+        last = last[-1]
     if not isinstance(last, BranchSum) or not last.ends_in_sum:
         return None
     return last if [found for _, found in branch_sums(block)].count(last) == 1 else None

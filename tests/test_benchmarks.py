@@ -110,6 +110,6 @@ def test_half_speed_is_half_the_speed() -> None:
     ratios = []
     for _ in range(9):
         plain = seconds()
-        with HalfSpeed():  # type: ignore[no-untyped-call]
+        with HalfSpeed():
             ratios.append(seconds() / plain)
     assert median_interval(ratios)[0] == pytest.approx(2, rel=0.3)

@@ -54,7 +54,9 @@ def measured(
         begun = time.perf_counter()
         s = whole(self, h)
         if rank == 1 and slow and torch.is_grad_enabled():
-            time.sleep(slow * (time.perf_counter() - begun) + 0.02)
+            time.sleep(
+                slow * (time.perf_counter() - begun) + 0.02
+            )  # of it, half must be more than an exchange takes on a busy machine
         return s
 
     fewest = mock.patch.object(measure, "_MOST", measure._LEAST)
