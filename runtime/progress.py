@@ -101,7 +101,7 @@ class RunProgress:
         if not self._live and time.monotonic() - self._said_at >= _LINE_S:
             line = f"{self._what}: {first.get('phase', 'starting')} {figures}{self._left(first)}"
             if line != self._said:
-                self._console.print(line, highlight=False)
+                self._console.print(line, highlight=False, soft_wrap=True)
             self._said, self._said_at = line, time.monotonic()
 
     def _left(self, status: Mapping[str, Any]) -> str:

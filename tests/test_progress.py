@@ -19,7 +19,7 @@ def test_plain_lines_say_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     out = io.StringIO()
-    with RunProgress(Console(file=out, width=200), "searching") as shown:
+    with RunProgress(Console(file=out, width=30), "searching") as shown:
         for step in (1, 3):
             shown.watch([{"phase": "tuning", "step": step, "num_steps": 10}])
             now[0] += 4.0
