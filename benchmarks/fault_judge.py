@@ -30,6 +30,7 @@ from anabranch.benchmarks.fault_runs import Ended, Fault, fired, run, traces
 from anabranch.cluster.actors import ORPHANED_S
 
 LEFT_S = 15.0
+_SAID = 4000  # characters, the last ones: a traceback ends with what was wrong
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def judge(
 
     if ended.code is None:
         end(left)
-        return outcome("HANG", f"not ended in {limit_s:g} s; {ended.stderr[-2000:]}")
+        return outcome("HANG", f"not ended in {limit_s:g} s; {ended.stderr[-_SAID:]}")
     missed = [fault for index, fault in enumerate(faults) if not (folder / f"fired-{index}.json").exists()]
     if missed:
         return outcome("MISSED", f"{missed[0]} did not go off; {said}")
@@ -111,7 +112,7 @@ def judge(
     if not by_itself:
         driver_killed = any(fault.kind == "driver" for fault in faults)
         if not driver_killed and not _is_named(ended):
-            return outcome("UNNAMED", ended.stderr[-2000:])
+            return outcome("UNNAMED", ended.stderr[-_SAID:])
         repair()
         before, _ = weights(folder / "run")
         (folder / "stderr").write_text("")
@@ -122,7 +123,7 @@ def judge(
         if again.code:
             return outcome("LOST", f"the second command: {_said(again)}")
         if before > 0 and f"(step {before})" not in again.stderr:
-            return outcome("LOST", f"a checkpoint of step {before} was there; {again.stderr[-500:]}")
+            return outcome("LOST", f"a checkpoint of step {before} was there; {again.stderr[-_SAID:]}")
         left = _left(folder, LEFT_S)
     if any(fault.kind == "network" for fault in faults):  # nobody can tell them
         left = _left(folder, ORPHANED_S)
@@ -197,7 +198,7 @@ def _said(ended: Ended) -> str:
     if ended.code == 0:
         lines = [line for line in ended.stderr.splitlines() if line.startswith(("warning", "rank "))]
         return " | ".join(lines)[:500]
-    return str(ended.result.get("error", ended.stderr[-500:]))[:500]
+    return str(ended.result.get("error", ended.stderr))[-_SAID:]
 
 
 def _is_named(ended: Ended) -> bool:
