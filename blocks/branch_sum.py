@@ -86,7 +86,7 @@ class BranchSum(nn.Module):
         raise NotImplementedError
 
     def skip_term(self, x: Tensor, h: Hidden) -> Tensor:
-        """What `join` adds to the whole sum; x itself unless overridden."""
+        """What `join` adds to the whole sum, of its shape or broadcast to it; x itself unless overridden."""
         return x
 
     def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class BranchExchange:
 
         def edge(partial_sum: Callable[[Hidden], Tensor], h: Hidden, skip: Callable[[], Tensor]) -> Tensor:
             s, copied, sums = self._partial(partial_sum, h, sizes)
-            return reduce_to_samples(s, skip(), copied, sizes, self.wire, sums)
+            return reduce_to_samples(s, skip().expand_as(s), copied, sizes, self.wire, sums)
 
         block_sum.edge = edge
         try:

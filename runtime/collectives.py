@@ -63,9 +63,10 @@ def scatter_samples(x: Tensor, sizes: Sequence[int], wire: Wire) -> Tensor:
 def reduce_to_samples(
     s: Tensor, skip: Tensor, h: Hidden, sizes: Sequence[int], wire: Wire, sums: SumInParts | None = None
 ) -> Tensor:
-    """This rank's slice of skip + the sum of all ranks' partial sums; the same skip is on all ranks.
+    """This rank's slice (sizes[rank], …) of skip + the sum of all ranks' partial sums s, both (sum of sizes, …).
 
-    What `reduce_from_branches`, `+ skip` and `scatter_samples` are one after another, h and sums as there.
+    The same skip is on all ranks. What `reduce_from_branches`, `+ skip` and `scatter_samples` are one after another,
+    h and sums as there.
     """
     parts = (h,) if isinstance(h, Tensor) else h
     return _reduce_to(s, skip, tuple(sizes), wire, sums, torch.empty(0, requires_grad=True), *parts)

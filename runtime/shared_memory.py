@@ -109,6 +109,8 @@ class SharedMemory:
             except OSError as error:
                 for connection in connections.values():
                     connection.close()
+                if not isinstance(error, ConnectionError | TimeoutError):
+                    raise  # of this rank itself
                 missing = next(peer for peer in range(size) if peer not in (rank, *connections))
                 raise _lost(missing, error) from error
         return cls(rank, connections, timeout_s)
@@ -138,7 +140,15 @@ class SharedMemory:
                 connection.close()  # any user of the host can reach the socket
                 continue
             connection.settimeout(listener.gettimeout())
-            connections[int.from_bytes(connection.recv(4), "little")] = connection
+            try:
+                told = connection.recv(4)
+            except OSError:
+                connection.close()
+                raise
+            if not told:
+                connection.close()
+                raise ConnectionResetError("it went away as it came")
+            connections[int.from_bytes(told, "little")] = connection
 
     def sum(self, x: Tensor, rows: Tensor | None = None) -> Pending:
         """Begins the sum of all ranks' x, which replaces x: (…), without gaps, of one shape and type on all ranks.

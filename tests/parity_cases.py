@@ -135,13 +135,20 @@ def tuple_net() -> nn.Module:
     return Chain(nn.Conv2d(2, 4, 3, padding=1), [PairSum(4, 3), PairSum(4, 3)], classifier(4))
 
 
+class WithoutSkip(MultiResidual):
+    """The sum alone: what it adds to that is one number, for all samples."""
+
+    def skip_term(self, x: Tensor, h: Hidden) -> Tensor:
+        return x.new_zeros(())
+
+
 def row_net() -> nn.Module:
-    """Blocks that end in their last sum: two in a row, with parameters before and beside them; one by itself."""
+    """Blocks that end in their last sum: two in a row, with parameters before and beside them; one without a skip."""
     twice = nn.Sequential(
         MultiResidual([wide(2), thin(2)], before=nn.BatchNorm2d(2)),
         MultiResidual([thin(2), random(2)], shortcut=nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))),
     )
-    return Chain(nn.Conv2d(2, 2, 3, padding=1), [twice, MultiResidual([thin(2), wide(2)])], classifier(2))
+    return Chain(nn.Conv2d(2, 2, 3, padding=1), [twice, WithoutSkip([thin(2), wide(2)])], classifier(2))
 
 
 def plain_row_net() -> nn.Module:

@@ -185,6 +185,7 @@ def meddles(names: Connection, user: int) -> None:
     os.setuid(user)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
         stranger.connect(f"\0{names.recv()}")
+        names.send("connected")
         stranger.send((1).to_bytes(4, "little"))
         try:
             names.send(stranger.recv(1))
@@ -198,12 +199,13 @@ def test_another_users_process_is_refused() -> None:
     context = mp.get_context("forkserver")
     rank_1 = context.Process(target=waits, args=(pipes[0][1],), daemon=True)
     stranger = context.Process(target=meddles, args=(pipes[1][1], 65_534), daemon=True)
-    rank_1.start()
-    stranger.start()
+    for process, (_, theirs) in zip((rank_1, stranger), pipes, strict=True):
+        process.start()
+        theirs.close()
 
     def told(value: Any) -> list[Any]:
         pipes[1][0].send(value[1])
-        time.sleep(1)  # it is the first to connect
+        assert pipes[1][0].recv() == "connected"  # the first
         return talk(pipes[0][0], 0, value)
 
     group = SharedMemory.join(0, 2, told, 60.0)
@@ -225,6 +227,14 @@ def test_a_rank_lost_while_the_others_join_is_an_error(monkeypatch: pytest.Monke
         SharedMemory.join(0, 2, lambda value: [value, [host, "gone"]], 60.0)
     with pytest.raises(ConnectionError, match="process group: connection closed by peer, rank 0"):
         SharedMemory.join(1, 2, lambda value: [[host, "gone"], value], 60.0)
+
+    def comes_and_goes(value: Any) -> list[Any]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as rank_1:
+            rank_1.connect(f"\0{value[1]}")
+        return [value, value]
+
+    with pytest.raises(ConnectionError, match="process group: connection closed by peer, rank 1"):
+        SharedMemory.join(0, 2, comes_and_goes, 60.0)
 
 
 def on_two_hosts(rank: int, size: int) -> bool:
