@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from torch import nn
 
 from anabranch.benchmarks.record import write_record
 from anabranch.benchmarks.steps import images
-from anabranch.benchmarks.two_hosts import two_hosts
+from anabranch.benchmarks.two_hosts import two_hosts, why_not
 from anabranch.benchmarks.workers import run_workers
 from anabranch.blocks import build
 from anabranch.blocks.convert import prepare
@@ -69,16 +71,27 @@ class Case:
         return Cluster(devices), [str(device) for device in devices]
 
     def run(self, workers: int, measured: Callable[..., Any], rounds: int) -> Any:
-        """measured(rank, case, rounds) on the workers; rank 0's result. Raises as `run_workers`, `two_hosts`."""
+        """measured(rank, case, rounds) on the workers; rank 0's result. Raises as `check`, `run_workers`."""
+        self.check(workers)
         with ExitStack() as stack:
             hosts = stack.enter_context(two_hosts(self.mbit_per_s)) if self.mbit_per_s else ()
             places = [host for host in hosts for _ in range(workers // 2)]
-            return run_workers(workers, measured, self, rounds, hosts=places)
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="anabranch-costs-"))
+            return run_workers(workers, _with_own_cache, cache, measured, self, rounds, hosts=places)
+
+    def check(self, workers: int) -> None:
+        """Raises ValueError or RuntimeError where the hosts cannot be made, or the workers not halved."""
+        if self.mbit_per_s and workers % 2:
+            raise ValueError(f"{workers} workers are no two equal hosts ({self}): give an even number")
+        if self.mbit_per_s and (reason := why_not()):
+            raise RuntimeError(f"{self}: {reason}")
 
     def __str__(self) -> str:
         options = ", ".join(f"{key} {value}" for key, value in self.options.items())
+        groups = f", {self.groups} BN groups" if self.groups else ""
         wire = f", two hosts at {self.mbit_per_s:g} Mbit/s" if self.mbit_per_s else ""
-        return f"{self.name} ({options}), batch {self.batch_size} of {self.channels}x{self.size}x{self.size}{wire}"
+        shape = f"{self.channels}x{self.size}x{self.size}"
+        return f"{self.name} ({options}), batch {self.batch_size} of {shape}{groups}{wire}"
 
 
 def multi(
@@ -104,6 +117,8 @@ def measure_cases(
 
     A case that was disturbed is measured again; what it gave is kept under `disturbed`.
     """
+    for case in cases:
+        case.check(workers)
     path, rows = folder / f"{name}.json", []
     before = json.loads(path.read_text()) if resume and path.exists() else {"cases": []}
     known = {row["case"]: row for row in before["cases"] if before.get("rounds") == rounds}
@@ -137,6 +152,12 @@ def _ticks() -> tuple[int, int]:
         return 0, 0
     found = [int(word) for word in path.read_text().split("\n", 1)[0].split()[1:9]]
     return sum(found), found[7]
+
+
+def _with_own_cache(rank: int, cache: str, measured: Callable[..., Any], *arguments: Any) -> Any:
+    """Costs that are measured here stay here: a run's on the same hosts know nothing of the wire between ours."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    return measured(rank, *arguments)
 
 
 def batch_of(setting: StepSetting) -> Batch:

@@ -76,7 +76,7 @@ def _measured(rank: int, case: Case, rounds: int) -> dict[str, Any]:
                 plans = {"auto": search(request).plan, "even": schedule("even", spec, cluster, mesh=(1, 2))}
             for name, plan in plans.items():
                 predicted[name].append(predict(plan, spec, unequal, costs, batch).total_s)
-            timed = time_plans(network, plans, setting, rounds=rounds // _TURNS, budget_s=60 / _TURNS)
+            timed = time_plans(network, plans, setting, rounds=max(rounds // _TURNS, 2), budget_s=60 / _TURNS)
             for name, seconds in timed.items():
                 turns[name].append(seconds)
     medians = {name: [statistics.median(turn) for turn in found] for name, found in turns.items()}

@@ -98,6 +98,12 @@ def test_a_disturbed_case_is_measured_again_and_kept(tmp_path: Path, monkeypatch
     assert again == [first, second]
 
 
+def test_a_wire_needs_two_equal_hosts(tmp_path: Path) -> None:
+    cases = [multi(8, 2, 8), multi(8, 2, 8, mbit_per_s=100.0)]
+    with pytest.raises(ValueError, match="3 workers are no two equal hosts"):  # before anything is measured
+        measure_cases("none", cases, 3, 1, tmp_path, False, lambda *_: pytest.fail("measured"))
+
+
 def test_half_speed_is_half_the_speed() -> None:
     x = torch.randn(256, 256)
 
