@@ -13,6 +13,7 @@ MISSED      a planted fault did not go off: the harness's own error
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -35,12 +36,13 @@ _SAID = 4000  # characters, the last ones: a traceback ends with what was wrong
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell's. recovery_s: by fault, until every rank that goes on had committed a new step; None: not in this run.
+    """A cell's. seen_s: by fault, until the controller began to recover; None: it did not, or was at it already.
 
-    redone: steps that were finished before a fault and had to be run again (of a checkpoint's distance, by promise).
+    recovery_s: by fault, until every rank that goes on had committed a new step; None: not in this run. redone: steps that were finished before a fault and had to be run again (of a checkpoint's distance, by promise).
     """
 
     outcome: str
+    seen_s: tuple[float | None, ...]
     recovery_s: tuple[float | None, ...]
     redone: int
     said: str
@@ -95,12 +97,13 @@ def judge(
     `prefix` runs where it belongs.
     """
     seconds, said = ended.seconds, _said(ended)
+    seen = tuple(_seen_s(folder, index) for index in range(len(faults)))
     recovery = tuple(_recovery_s(folder, index) for index in range(len(faults)))
     redone = _redone(folder)
     left = _left(folder, LEFT_S)  # a second command begins without them, or (cut off) beside them
 
     def outcome(name: str, text: str = said) -> Outcome:
-        return Outcome(name, recovery, redone, text, round(seconds, 1))
+        return Outcome(name, seen, recovery, redone, text, round(seconds, 1))
 
     if ended.code is None:
         end(left)
@@ -142,8 +145,21 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
     return [record for record in traces(folder) if record.get("phase") == "training" and record["step"] > 0]
 
 
+def _seen_s(folder: Path, index: int) -> float | None:
+    """Seconds from a fault until the first recovery that began after it."""
+    fault, path = fired(folder, index), folder / "run" / "failures.jsonl"
+    if fault is None or not path.exists():
+        return None
+    began = [json.loads(line)["at"] for line in path.read_text().splitlines()]
+    later = [at - fault["time"] for at in began if at > fault["time"]]
+    return round(min(later), 2) if later else None
+
+
 def _recovery_s(folder: Path, index: int) -> float | None:
-    """Seconds from a fault until every rank that steps again had told a new step, past those finished before."""
+    """Seconds from a fault until every rank that steps again had told a new step, past those finished before.
+
+    Not counted is what the process that it befell still told: a checkpoint is written while it trains.
+    """
     fault = fired(folder, index)
     if fault is None:
         return None
@@ -152,7 +168,7 @@ def _recovery_s(folder: Path, index: int) -> float | None:
     done = max((record["step"] for record in before), default=0)
     later: dict[int, float] = {}
     for record in steps:
-        if record["time"] > fault["time"] and record["step"] > done:
+        if record["time"] > fault["time"] and record["step"] > done and record["pid"] != fault.get("pid"):
             later.setdefault(record["rank"], record["time"])
     return round(max(later.values()) - fault["time"], 2) if later else None
 

@@ -26,7 +26,7 @@ from anabranch.benchmarks.fault_judge import Outcome, judge, weights
 from anabranch.benchmarks.fault_runs import prepare
 from anabranch.benchmarks.host_faults import run_on_hosts
 from anabranch.benchmarks.injector import empty
-from anabranch.benchmarks.record import RESULTS, write_record
+from anabranch.benchmarks.record import RESULTS, environment, write_record
 from anabranch.cluster import connect
 
 LIMIT_S = 240.0
@@ -67,6 +67,7 @@ class Bench:
         self.root, self._stack = root, stack
         self._undisturbed: dict[str, dict[str, Tensor]] = {}
         self._address = ""
+        self._here = environment()
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Runs one cell; its outcome as plain data, and whether it is what was promised."""
@@ -76,7 +77,8 @@ class Bench:
             shutil.rmtree(self.root / cell.name)
         load = round(os.getloadavg()[0], 1)  # of the last minute: seconds depend on it
         said = "" if kept else outcome.said
-        return {**asdict(outcome), "said": said, "promise": cell.promise, "kept": kept, "load": load}
+        found = {**asdict(outcome), "said": said, "promise": cell.promise, "kept": kept, "load": load}
+        return found | {name: self._here[name] for name in ("date", "commit")}
 
     def run(self, cell: Cell) -> Outcome:
         """Runs one cell in root/NAME."""
@@ -138,7 +140,7 @@ def table(record: dict[str, Any]) -> Table:
     found = Table(
         "cell",
         "outcome",
-        "promised",
+        "seen, s",
         "to go on, s",
         "steps redone",
         "whole, s",
@@ -150,19 +152,23 @@ def table(record: dict[str, Any]) -> Table:
     for name, cell in record.items():
         if cell.get("void"):
             continue
-        seconds = ", ".join("–" if s is None else f"{s:.1f}" for s in cell["recovery_s"])
         outcome = cell["outcome"]
         if not cell["kept"]:
             outcome = f"[red]{outcome}[/red], promised: {' or '.join(cell['promise'])}"
         found.add_row(
             name,
             outcome,
-            seconds,
+            _seconds(cell["seen_s"]),
+            _seconds(cell["recovery_s"]),
             str(cell["redone"]),
             f"{cell['seconds']:.0f}",
             str(cell.get("load", "")),
         )
     return found
+
+
+def _seconds(by_fault: Sequence[float | None]) -> str:
+    return ", ".join("–" if s is None else f"{s:.1f}" for s in by_fault)
 
 
 def _line(name: str, cell: dict[str, Any]) -> str:

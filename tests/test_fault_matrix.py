@@ -171,19 +171,21 @@ def test_a_process_that_stays_is_found_and_ended(tmp_path: Path, monkeypatch: py
 
 
 def test_seconds_and_steps_are_the_traces(tmp_path: Path) -> None:
-    """Rank 1 dies after step 5 at second 10; rank 0 had finished 5, rank 1 comes back with step 4."""
+    """Rank 1 dies at second 10, of a fault beside its step 6; rank 0 had finished 5, rank 1 comes back with step 4."""
     prepare(tmp_path, ())
-    (tmp_path / "fired-0.json").write_text(json.dumps({"time": 10.0, "rank": 1, "step": 5}))
+    (tmp_path / "fired-0.json").write_text(json.dumps({"time": 10.0, "pid": 2, "rank": 1, "step": 5}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "failures.jsonl").write_text('{"at": 9.5}\n{"at": 10.25}\n{"at": 11.0}\n')
 
     def told(pid: int, rank: int, *steps: tuple[float, int]) -> None:
         lines = [{"time": at, "rank": rank, "step": step, "phase": "training"} for at, step in steps]
         (tmp_path / f"trace-{pid}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     told(1, 0, (8.0, 4), (9.0, 5), (12.0, 4), (12.5, 5), (13.0, 6))
-    told(2, 1, (8.0, 4), (9.0, 5))
+    told(2, 1, (8.0, 4), (9.0, 5), (10.1, 6))
     told(3, 1, (12.0, 4), (12.5, 5), (13.5, 6))
     outcome = judge(tmp_path, (Fault("kill", 1, "forward", 5),), Ended(0, {}, "", 1.0), {}, 1, ())
-    assert (outcome.recovery_s, outcome.redone) == ((3.5,), 2)
+    assert (outcome.seen_s, outcome.recovery_s, outcome.redone) == ((0.25,), (3.5,), 3)
 
 
 def test_a_full_disk_is_full(tmp_path: Path) -> None:
