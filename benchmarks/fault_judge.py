@@ -36,9 +36,11 @@ _SAID = 4000  # characters, the last ones: a traceback ends with what was wrong
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell's. seen_s: by fault, until the controller began to recover; None: it did not, or was at it already.
+    """A cell's.
 
-    recovery_s: by fault, until every rank that goes on had committed a new step; None: not in this run. redone: steps that were finished before a fault and had to be run again (of a checkpoint's distance, by promise).
+    seen_s: by fault, until the controller began to recover; None: it did not, or was at it already. recovery_s: by
+    fault, until every rank that goes on had committed a new step; None: not in this run. redone: steps that were
+    finished before a fault and had to be run again (of a checkpoint's distance, by promise).
     """
 
     outcome: str
