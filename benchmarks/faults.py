@@ -76,8 +76,7 @@ class Bench:
         if kept:
             shutil.rmtree(self.root / cell.name)
         load = round(os.getloadavg()[0], 1)  # of the last minute: seconds depend on it
-        said = "" if kept else outcome.said
-        found = {**asdict(outcome), "said": said, "promise": cell.promise, "kept": kept, "load": load}
+        found = {**asdict(outcome), "promise": cell.promise, "kept": kept, "load": load}
         return found | {name: self._here[name] for name in ("date", "commit")}
 
     def run(self, cell: Cell) -> Outcome:
