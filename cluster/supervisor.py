@@ -171,8 +171,10 @@ class Supervisor:
         if failure.died:
             return True
         # An exception: once more, unless another try could not help: it came again, or on several ranks at once.
-        key = failure.step, failure.text
-        again = key in self._raised or (self._round and any(e["raised"] for e in self._round.events))
+        # Not where a process was lost too: who loses a peer in the middle of something may fail in ways of its own.
+        key, events = (failure.step, failure.text), self._round.events if self._round else []
+        follows = any(not event["raised"] for event in events)
+        again = not follows and (key in self._raised or any(event["raised"] for event in events))
         self._raised.add(key)
         return not again and self.recovery.retries(failure)
 

@@ -1,0 +1,41 @@
+"""What the controller makes of a rank's end."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from anabranch.cluster.failures import Failure
+from anabranch.cluster.round import Round
+from anabranch.cluster.supervisor import Stop, Supervisor
+
+
+def raised(rank: int, text: str = "RuntimeError: odd") -> Failure:
+    return Failure(rank, "host", text, in_collective=False, step=7)
+
+
+@pytest.mark.parametrize(
+    ("lost", "goes_on"), [([], True), ([False], True), ([True], False), ([True, False], True)]
+)
+def test_exceptions_of_several_ranks_end_the_run_unless_a_process_was_lost(
+    lost: list[bool], goes_on: bool
+) -> None:
+    """lost: for each that is being replaced already, whether it raised."""
+    recovery = SimpleNamespace(hang_s=30.0, min_replicas=None, max_failures=9, retries=lambda _: True)
+    supervisor = Supervisor(
+        cast(Any, SimpleNamespace()), [], lambda _: None, Stop(), cast(Any, recovery), (2, 2)
+    )
+    supervisor._round = Round(events=[{"raised": one} for one in lost]) if lost else None
+    assert supervisor._is_recoverable(2, raised(2)) is goes_on
+
+
+def test_the_same_exception_again_ends_the_run() -> None:
+    recovery = SimpleNamespace(hang_s=30.0, min_replicas=None, max_failures=9, retries=lambda _: True)
+    supervisor = Supervisor(
+        cast(Any, SimpleNamespace()), [], lambda _: None, Stop(), cast(Any, recovery), (2, 2)
+    )
+    assert supervisor._is_recoverable(2, raised(2))
+    assert not supervisor._is_recoverable(2, raised(2))
+    assert supervisor._is_recoverable(2, raised(2, "RuntimeError: another"))
