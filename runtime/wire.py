@@ -126,7 +126,9 @@ class SumInParts:
         self.wire, self.sizes = wire, sizes
         self.buffer: Tensor | None = None
         self._sent = 0
-        self._sends: list[tuple[Tensor, Tensor, exchange.Work]] = []  # part of the buffer, what travels, its sum
+        self._sends: list[
+            tuple[Tensor, Tensor, exchange.Work]
+        ] = []  # part of the buffer, what travels, its sum
 
     def begin(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """Parts of the new buffer."""
