@@ -37,7 +37,7 @@ _WAYS: list[tuple[Execution, MemoryFormat]] = [
 ]
 _REPEATS = 5
 _LONG_S = 0.1  # a block that takes longer is measured on fewer samples
-_CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
+CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ def how_to_run(
         if execution != "auto":
             return "looped" if execution == "looped" else "fused"
         fused, looped = seconds(name, ("fused", layout)), seconds(name, ("looped", layout))
-        return "looped" if looped < _CLEARLY * fused else "fused"
+        return "looped" if looped < CLEARLY * fused else "fused"
 
     totals = [sum(seconds(name, (best(name, layout), layout)) for name in names) for layout in formats]
-    chosen = formats[1] if len(formats) > 1 and totals[1] < _CLEARLY * totals[0] else formats[0]
+    chosen = formats[1] if len(formats) > 1 and totals[1] < CLEARLY * totals[0] else formats[0]
     return settle({name: best(name, chosen) for name in names}, chosen)
 
 
