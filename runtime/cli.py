@@ -85,7 +85,7 @@ Checkpoint = Annotated[str, Parameter(help="Name of a checkpoint in RUN/checkpoi
 ListConfigs = Annotated[bool, Parameter(help="Show the shipped configurations and end.", negative=())]
 Explain = Annotated[bool, Parameter(help="Say for each stage when which split pays.", negative=())]
 Float64 = Annotated[bool, Parameter(help="Compute in float64.", negative=())]
-HALF_TOLERANCE = 0.7  # of one step in bf16: 0.25 to 0.45 was seen, a gradient that counts twice is 1 off
+HALF_TOLERANCE = 0.8  # of one step in bf16: 0.25 to 0.61 was seen, a gradient that counts twice is 1 off
 Json = Annotated[
     bool,
     Parameter(help="Print the result as one JSON object on the last line of standard output.", negative=()),
@@ -136,7 +136,7 @@ def verify(
     steps
         Training steps to compare; default 3, and 1 in bf16, whose rounding grows from step to step.
     tolerance
-        Largest relative difference that passes; default 1e-9 with --float64, 0.7 in bf16 (--train.precision or
+        Largest relative difference that passes; default 1e-9 with --float64, 0.8 in bf16 (--train.precision or
         --mesh.wire; a gradient counted twice is 1 off), else 1e-3.
     """
     made = config_from_flags(config, given)

@@ -19,7 +19,7 @@ from bench_ranks import row, row_alone
 from ranks import run_ranks
 from rich.console import Console
 
-from anabranch.benchmarks import collectives, scaling, table5, table5_report
+from anabranch.benchmarks import collectives, data_parallel, scaling, step_parts, table5, table5_report
 from anabranch.benchmarks.plain_resnet import plain_pre_resnet
 from anabranch.benchmarks.table5_sides import VARIANTS, Row, faster_format, network_of, setting_of
 from anabranch.blocks import build
@@ -266,3 +266,36 @@ def test_scaling_and_collectives(tmp_path: Path) -> None:
     record = collectives.run(rounds=2, sizes=(1024, 65536), folder=tmp_path)
     assert {one["collective"] for one in record["rows"]} == {*collectives._NAMES}
     assert {one["num_bytes"] for one in record["rows"]} == {1024, 65536}
+    over = {one["collective"]: one["transport"] for one in record["summary"]}
+    assert (over["all_reduce"], over["reduce_to_samples"]) == ("gloo", "shared memory")
+
+
+@pytest.mark.optin
+def test_parts_of_the_step(tmp_path: Path) -> None:
+    """Tiny ones: what the records promise, and that a ratio is that of its own samples."""
+    found = step_parts.fused(rounds=2, branches=2, batches=(2,), folder=tmp_path)
+    assert [one["stage"] for one in found["rows"]] == [1, 2, 3]
+    for one in found["rows"]:
+        pairs = zip(one["fused_s"], one["looped_s"], strict=True)
+        assert one["fused_over_looped"] == pytest.approx(sum(a / b for a, b in pairs) / 2)
+        assert one["chosen_over_best"] >= 1
+    assert found["worst_chosen_over_best"] == max(one["chosen_over_best"] for one in found["rows"])
+    found = step_parts.exchange(rounds=2, depth=8, branches=2, batch=4, folder=tmp_path)
+    assert {*found["samples_s"]} == {"step", "compute", "collectives"}
+    assert {f"stage{stage}.block1" for stage in (1, 2, 3)} <= {*found["exposed_s_by_block"]}
+    # float32 of 4 samples: each block's sum, and the gradient of what its branches read
+    values = [(16, 32), (32, 16), (64, 8), (16, 32), (16, 32), (32, 16)]
+    assert found["bytes"] == 4 * 4 * sum(channels * size**2 for channels, size in values)
+    found = step_parts.recompute(rounds=2, depth=14, branches=2, batch=8, folder=tmp_path)
+    assert found["peak_ratio"] < 1
+    assert json.loads(Path(found["path"]).read_text())["samples_s"].keys() == {"kept", "again"}
+
+
+@pytest.mark.optin
+def test_data_parallel(tmp_path: Path) -> None:
+    found = data_parallel.run(rounds=2, steps=1, batch_size=4, folder=tmp_path)
+    pairs = zip(found["ours_s"], found["ddp_s"], strict=True)
+    assert found["ratio_median"] == pytest.approx(sum(a / b for a, b in pairs) / 2)
+    low, high = found["ratio_interval_95"]
+    assert low <= found["ratio_median"] <= high
+    assert {*json.loads(Path(found["path"]).read_text())} >= {"ddp_shared_s", "environment"}

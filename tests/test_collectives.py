@@ -32,6 +32,7 @@ CHECKS: list[tuple[str, int, tuple[Any, ...]]] = [
     ("half_precision", 3, ()),
     ("half_in_parts", 2, ()),
     ("half_in_parts", 3, ()),
+    ("order_of_exchanges", 2, ()),
 ]
 
 
