@@ -4,6 +4,7 @@
     ours    copy_to_branches, reduce_from_branches, gather_samples, scatter_samples: forward and backward together,
             one of which travels; reduce_to_samples: both do
 
+`transport`: what carried them; ours go through shared memory where all CPU ranks are on one host, plain ones never do.
 Bandwidth is what each rank sends in a ring, a second: 2(n-1)/n of the bytes of an all-reduce, (n-1)/n of the others.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.benchmarks.table5_sides import ring_bytes
 from anabranch.benchmarks.workers import device_of, interleaved, run_workers
+from anabranch.runtime import exchange
 from anabranch.runtime.collectives import (
     copy_to_branches,
     gather_samples,
@@ -48,23 +50,24 @@ def run(
 ) -> dict[str, Any]:
     """Measures groups of 2, 4, … and all workers; writes folder/collectives.json.
 
-    rows: {collective, group, num_bytes, samples_s, median_s, bandwidth_bytes_per_s}; summary: by collective and group
-    latency_s (of the smallest message) and bandwidth_bytes_per_s (the most of any size).
+    rows: {collective, group, transport, num_bytes, samples_s, median_s, bandwidth_bytes_per_s}; summary: by collective
+    and group transport, latency_s (of the smallest message) and bandwidth_bytes_per_s (the most of any size).
     """
     found = run_workers(workers, _measure, rounds, tuple(sizes), threads=1)
     rows = []
     for (name, group, num_bytes), samples in found["samples"].items():
         median = statistics.median(samples)
+        transport = "shared memory" if name in _OURS_MOVE and group in found["sharing"] else found["backend"]
         rate = ring_bytes(_OURS_MOVE.get(name, name), num_bytes, group) / median
         rows.append(
-            {"collective": name, "group": group, "num_bytes": num_bytes, "samples_s": samples, "median_s": median,
-             "bandwidth_bytes_per_s": rate, "label": "measured"}
+            {"collective": name, "group": group, "transport": transport, "num_bytes": num_bytes,
+             "samples_s": samples, "median_s": median, "bandwidth_bytes_per_s": rate, "label": "measured"}
         )  # fmt: skip
     summary = []
     for name, group in dict.fromkeys((row["collective"], row["group"]) for row in rows):
         mine = [row for row in rows if (row["collective"], row["group"]) == (name, group)]
         summary.append(
-            {"collective": name, "group": group, "latency_s": mine[0]["median_s"],
+            {"collective": name, "group": group, "transport": mine[0]["transport"], "latency_s": mine[0]["median_s"],
              "bandwidth_bytes_per_s": max(row["bandwidth_bytes_per_s"] for row in mine)}
         )  # fmt: skip
     record = {"workers": workers, "backend": found["backend"], "rounds": rounds, "rows": rows, "summary": summary,
@@ -77,10 +80,12 @@ def _measure(rank: int, rounds: int, sizes: tuple[int, ...]) -> dict[str, Any]:
     groups = sorted({*(2**i for i in range(1, world.bit_length())), world} & set(range(2, world + 1)))
     samples: dict[tuple[str, int, int], list[float]] = {}
     left_out: list[str] = []
+    sharing: list[int] = []  # sizes of groups
     for size in groups:
         group = dist.new_group(list(range(size)))
         if rank < size:
             share_memory(group)
+            sharing += [size] if exchange.shares_memory(group) else []
         for num_bytes in sizes:
             sides = _sides(group, size, num_bytes, device) if rank < size else {}
             names = _NAMES if size == world else tuple(_NAMES)
@@ -94,7 +99,8 @@ def _measure(rank: int, rounds: int, sizes: tuple[int, ...]) -> dict[str, Any]:
             both = {name: sides.get(name, _nothing) for name in names}
             timed = interleaved(both, rounds, warm_up=1)
             samples |= {(name, size, num_bytes): timed[name] for name in names if name in sides}
-    return {"samples": samples, "left_out": sorted(set(left_out)), "backend": dist.get_backend()}
+    backend = dist.get_backend()
+    return {"samples": samples, "left_out": sorted(set(left_out)), "backend": backend, "sharing": sharing}
 
 
 _NAMES = ("all_reduce", "all_gather", "reduce_scatter", *_OURS_MOVE)
@@ -141,10 +147,11 @@ def print_table(record: dict[str, Any], console: Console) -> None:
     """Milliseconds by size, and what follows of them."""
     sizes = sorted({row["num_bytes"] for row in record["rows"]})
     table = Table(
-        title=f"{record['backend']}, milliseconds by message size", title_justify="left", box=None, pad_edge=False
+        title="milliseconds by message size", title_justify="left", box=None, pad_edge=False
     )  # fmt: skip
     table.add_column("collective")
     table.add_column("ranks", justify="right")
+    table.add_column("over")
     for size in sizes:
         table.add_column(f"{size // 1024} KiB" if size < 2**20 else f"{size // 2**20} MiB", justify="right")
     table.add_column("GB/s", justify="right")
@@ -155,7 +162,13 @@ def print_table(record: dict[str, Any], console: Console) -> None:
             if (row["collective"], row["group"]) == (one["collective"], one["group"])
         }
         rate = f"{one['bandwidth_bytes_per_s'] / 1e9:.2f}"
-        table.add_row(one["collective"], str(one["group"]), *(cells.get(size, "") for size in sizes), rate)
+        table.add_row(
+            one["collective"],
+            str(one["group"]),
+            one["transport"],
+            *(cells.get(size, "") for size in sizes),
+            rate,
+        )
     console.print(table, highlight=False)
     for line in record["left_out"]:
         console.print(f"left out: {line}", style="yellow", highlight=False)

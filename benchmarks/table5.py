@@ -6,7 +6,9 @@ and precision for all, the memory format that is faster for each.
 
 Where there are fewer GPUs than ranks, (a)–(d) are measured on one GPU with the whole batch, and (e), (f) predicted:
 every rank's compute timed alone on a wire on which nothing travels, plus what its collectives take over the data
-sheet's link, nothing hidden; their reference (b) is predicted in the same way.
+sheet's link, nothing hidden; their reference (b) is predicted in the same way. BN groups are then the whole batch in
+all rows, but in that reference: DDP's are each rank's own part, for which nothing is sent (which favours it).
+Peak memory is taken once a row in processes of their own, which have built nothing else before.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from anabranch.benchmarks.record import RESULTS, environment
-from anabranch.benchmarks.table5_row import measure_row
+from anabranch.benchmarks.table5_row import measure_peak, measure_row
 from anabranch.benchmarks.table5_sides import VARIANTS, Row
 from anabranch.benchmarks.workers import run_alone, run_workers
 from anabranch.runtime.durable import write_bytes
@@ -122,13 +124,16 @@ def _measured(
         found = run_workers(
             row.world_size, measure_row, row, variants, rounds, steps, plan_budget_s, rest, told
         )
+        _add_peaks(row, found)
         return _entries(row, found, found, "measured", row.world_size)
+    row = replace(row, whole_groups=True)
     arguments = (rounds, steps, plan_budget_s, rest, told)
     here = [name for name in variants if name[0] in "abcd"]
     entries = []
     if here:
         alone = replace(row, mesh=(1, 1))
         found = run_workers(1, measure_row, alone, here, *arguments)
+        _add_peaks(alone, found)
         entries = _entries(row, found, found, "measured", 1)
     if there := [name for name in variants if name[0] in "ef"]:
         needed = [name for name in VARIANTS if name in (_REFERENCE, "d", "d_shared", *there)]
@@ -140,8 +145,20 @@ def _measured(
             if mine and statistics.median(plain["samples_s"]) < statistics.median(mine["samples_s"]):
                 found[auto] = {**plain, "same_as": data}  # data parallelism is faster: it is the plan
         chosen = {name: found[name] for name in there}
+        _add_peaks(row, chosen, alone=True)
         entries += _entries(row, chosen, found, "predicted", row.world_size)
     return entries
+
+
+def _add_peaks(row: Row, found: Mapping[str, dict[str, Any]], *, alone: bool = False) -> None:
+    """Each variant's peak_memory_bytes, the most of any rank. alone: one rank after another, as they were timed."""
+    for variant, facts in found.items():
+        arguments = row, variant, facts["memory_format"], facts.get("plan")
+        if alone:
+            peaks = run_alone(row.world_size, measure_peak, *arguments)
+            facts["peak_memory_bytes"] = None if None in peaks else max(peaks)
+        else:
+            facts["peak_memory_bytes"] = run_workers(row.world_size, measure_peak, *arguments)
 
 
 def _completed(of_rank: Sequence[Mapping[str, Any]], device: str) -> dict[str, Any]:
@@ -185,7 +202,7 @@ def _entries(
             "predicted": label == "predicted",
             "row_mesh": f"{row.mesh[0]}x{row.mesh[1]}",
             "workers": num_workers,
-            "bn_batch_size": row.batch // num_workers,
+            "bn_batch_size": row.bn_batch_size,
             "fold": row.fold,
             "depth": row.deeper if is_deeper else row.depth,
             "paper_ms": {"a": pre, "e": multi}.get(variant),
@@ -197,6 +214,7 @@ def _entries(
             ratio, low, high = median_interval([ref / mine for ref, mine in pairs])
             entry |= {"speed_up": ratio, "speed_up_interval_95": [low, high]}
             entry["reference_median_s"] = statistics.median(reference)
+            entry["reference_bn_batch_size"] = row.batch // num_workers
         entries.append(entry | facts)
     return entries
 

@@ -31,7 +31,7 @@ def plan_of(
 
     facts: gets how an automatic plan was found, and which of (d) and (e) it is; it is timed as its own side anyway.
     """
-    spec, cluster = spec_of(network_of(row, variant)), _cluster(device)
+    spec, cluster = spec_of(network_of(row, variant)), cluster_of(device)
     data, even = _rivals(row, spec, cluster)
     if variant[0] in "de":
         return data if variant[0] == "d" else even
@@ -39,7 +39,7 @@ def plan_of(
     if dist.get_backend() == "fake":
         found = _predicted_plan(row, short, cluster, facts)
     else:
-        setting = setting_of(row, memory_format, len(cluster.devices))
+        setting = setting_of(row, memory_format)
         found = _automatic_plan(short.to(device), setting, cluster, budget_s, facts)
     plan = _drawn_out(found, spec)
     same = [name for name, other in (("d", data), ("e", even)) if _is_same(plan, other)]
@@ -59,7 +59,8 @@ def _is_same(plan: Plan, other: Plan) -> bool:
     return all(getattr(plan, field) == getattr(other, field) for field in ("data", "branch", "blocks"))
 
 
-def _cluster(device: torch.device) -> Cluster:
+def cluster_of(device: torch.device) -> Cluster:
+    """The ranks that are here."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     devices = tuple(Device("localhost", rank, kind) for rank in range(dist.get_world_size()))
     return Cluster(devices)
@@ -84,7 +85,7 @@ def _predicted_plan(row: Row, network: nn.Module, cluster: Cluster, facts: dict[
     )  # fmt: skip
     request = make_request(
         spec, replace(cluster, local=local_link(device_kind(kind))), costs=costs,
-        batch=Batch(row.batch, row.batch // row.world_size),
+        batch=Batch(row.batch, row.bn_batch_size),
     )  # fmt: skip
     facts["audit"] = "not timed: searched from data sheets"
     return candidates(request, 2)[0].plan

@@ -35,7 +35,7 @@ def print_table(record: Mapping[str, Any], console: Console) -> None:
         name = row_name(entry)
         if name != before and before:
             table.add_section()
-        peak = entry["peak_memory_bytes"]
+        peak = entry.get("peak_memory_bytes")
         table.add_row(
             name if name != before else "",
             entry["variant"],

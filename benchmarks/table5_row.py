@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.benchmarks.memory import PeakMemory
-from anabranch.benchmarks.table5_plans import plan_of
+from anabranch.benchmarks.table5_plans import cluster_of, plan_of
 from anabranch.benchmarks.table5_sides import (
     DdpSide,
     OurSide,
     Row,
     family,
+    faster_format,
     network_of,
     probe_formats,
     setting_of,
@@ -27,9 +28,10 @@ from anabranch.benchmarks.table5_sides import (
 from anabranch.benchmarks.workers import device_of, interleaved
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.mesh import Mesh, make_mesh
+from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.process_group import gather_json
-from anabranch.schedulers import Plan, format_plan
+from anabranch.schedulers import Plan, format_plan, parse_plan
 
 _SAY_S = 5.0  # between lines
 _Side = DdpSide | OurSide
@@ -54,7 +56,7 @@ def measure_row(
     sides: dict[str, _Side] = {}
     for variant in variants:
         seconds = probed[family(variant)]
-        memory_format = min(seconds, key=seconds.__getitem__)
+        memory_format = faster_format(seconds)
         facts: dict[str, Any] = {"memory_format": memory_format, "format_probe_s": seconds}
         plan = None
         if variant[0] in "def":
@@ -80,30 +82,53 @@ def _built(
     row: Row, variant: str, plan: Plan | None, meshes: dict[int, Mesh], device: torch.device,
     facts: dict[str, Any],
 ) -> _Side:  # fmt: skip
-    """A variant's side, warmed up by two steps; facts: gets loss, memory and traffic. Collective."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    """A variant's side, warmed up by two steps; facts: gets loss, traffic and how blocks run. Collective."""
     is_alone = dist.get_backend() == "fake"
-    setting = setting_of(row, facts["memory_format"], world)
-    with PeakMemory(device) as memory:
-        network = network_of(row, variant, facts["memory_format"])
-        side: _Side
-        if plan is None:
-            part = slice(rank * row.batch // world, (rank + 1) * row.batch // world)
-            side = DdpSide(network, setting, part, device, tuned=variant != "a", wrapped=not is_alone)
-        else:
-            side = OurSide(network, setting, plan, meshes[plan.data])
-        side()
-        first_loss = side.loss
-        side.counted()
-    mine = [first_loss, side.sent_bytes, memory.num_bytes]
-    losses, sent, peaks = zip(*([mine] if is_alone else gather_json(mine, device)), strict=True)
+    side = _side(row, variant, plan, meshes, device, facts["memory_format"])
+    side()
+    first_loss = side.loss
+    side.counted()
+    if isinstance(side, OurSide):
+        facts["how_to_run"] = side.step.how_to_run.to_dict()
+    mine = [first_loss, side.sent_bytes]
+    losses, sent = zip(*([mine] if is_alone else gather_json(mine, device)), strict=True)
     if is_alone:  # its sums are of one rank: no loss; what travels is priced later
         facts["exchanges"] = side.exchanges
     else:
         facts["first_loss"] = sum(losses) / len(losses)
     facts["sent_bytes_per_rank"] = max(sent)
-    facts["peak_memory_bytes"] = None if None in peaks else max(peaks)
     return side
+
+
+def _side(
+    row: Row, variant: str, plan: Plan | None, meshes: dict[int, Mesh], device: torch.device, memory_format: str
+) -> _Side:  # fmt: skip
+    setting, network = setting_of(row, memory_format), network_of(row, variant, memory_format)
+    if plan is not None:
+        return OurSide(network, setting, plan, meshes[plan.data])
+    world, rank, is_alone = dist.get_world_size(), dist.get_rank(), dist.get_backend() == "fake"
+    part = slice(rank * row.batch // world, (rank + 1) * row.batch // world)
+    return DdpSide(network, setting, part, device, tuned=variant != "a", wrapped=not is_alone)
+
+
+def measure_peak(rank: int, row: Row, variant: str, memory_format: str, plan_text: str | None) -> int | None:
+    """Most bytes that a rank has while it builds a variant and takes two steps; None: unknown (no Linux). Collective.
+
+    To be run in processes that have done nothing else: what others have left there would be used again for nothing.
+    """
+    device = device_of(rank)
+    _first_use(device)
+    plan, meshes = None, dict[int, Mesh]()
+    if plan_text is not None:
+        plan = parse_plan(plan_text).resolve(spec_of(network_of(row, variant)), cluster_of(device))
+        meshes[plan.data] = make_mesh(plan.data, plan.branch, device.type)
+    with PeakMemory(device) as memory:
+        side = _side(row, variant, plan, meshes, device, memory_format)
+        side()
+        side()
+    mine = memory.num_bytes
+    peaks = [mine] if dist.get_backend() == "fake" else gather_json(mine, device)
+    return None if None in peaks else max(peaks)
 
 
 def _first_use(device: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from anabranch.blocks import build
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.convert import prepare
 from anabranch.runtime.config import Config
+from anabranch.runtime.execution import CLEARLY
 from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.optimizer import make_optimizer
@@ -38,18 +39,27 @@ VARIANTS = {
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _TUNED = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
+_PROBES = 5  # rounds
 _DEPTH = 18  # blocks of a stage in the paper's Multi-ResNet-110
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: batch samples a step, k branches a block, the mesh of (e), precision, and what its depth is divided by."""
+    """A row: batch samples a step, k branches a block, the mesh of (e), precision, and what its depth is divided by.
+
+    whole_groups: a BN group is the whole batch, as on one GPU, instead of batch ÷ ranks.
+    """
 
     batch: int
     num_branches: int
     mesh: tuple[int, int] = (1, 2)
     precision: str = "fp32"
     fold: int = 1
+    whole_groups: bool = False
+
+    @property
+    def bn_batch_size(self) -> int:
+        return self.batch if self.whole_groups else self.batch // self.world_size
 
     @property
     def world_size(self) -> int:
@@ -104,14 +114,14 @@ def _network(row: Row, kind: str, blocks_per_stage: Sequence[int] | None) -> nn.
     return network
 
 
-def setting_of(row: Row, memory_format: str, world_size: int) -> StepSetting:
-    """The step's samples in a memory format, and how they are trained: BN groups of batch ÷ ranks."""
+def setting_of(row: Row, memory_format: str) -> StepSetting:
+    """The step's samples in a memory format, and how they are trained."""
     x, target = images(row.batch)
     config = Config.from_dict(
         {
             "train": {
                 "batch_size": row.batch,
-                "bn_batch_size": row.batch // world_size,
+                "bn_batch_size": row.bn_batch_size,
                 "precision": row.precision,
             },
             # fused or looped as the start-up's measurement says, where all ranks are there to agree on it
@@ -206,23 +216,30 @@ def ring_bytes(collective: str, num_bytes: float, size: int) -> float:
 def probe_formats(row: Row, families: Sequence[str], device: torch.device) -> dict[str, dict[str, float]]:
     """Seconds of forward and backward by family and memory format, all ranks' sum. Collective.
 
-    Of short networks (two blocks a stage) on at most 16 samples; the better of two after a warm-up.
+    Of short networks (two blocks a stage) on a rank's samples of this row; the best of five, the formats in turn.
     """
     variant_of = {"plain": "b", "looped": "c", "fused": "d", "shared": "d_shared"}
     found: dict[str, dict[str, float]] = {}
     for kind in families:
-        seconds = []
+        runs = []
         for name, memory_format in FORMATS.items():
             network = network_of(row, variant_of[kind], name, (2, 2, 2)).to(device)
-            x, target = images(min(row.batch // row.world_size, 16))
+            x, target = images(row.batch // row.world_size)
             x, target = x.to(device).to(memory_format=memory_format), target.to(device)
-            run = _forward_backward(network, x, target, row)
-            run()
-            seconds.append(min(_timed(run, device) for _ in range(2)))
-        together = torch.tensor(seconds, dtype=torch.float64, device=device)
+            runs.append(_forward_backward(network, x, target, row))
+            runs[-1]()
+        rounds = [[_timed(run, device) for run in runs] for _ in range(_PROBES)]
+        best = [min(seconds) for seconds in zip(*rounds, strict=True)]
+        together = torch.tensor(best, dtype=torch.float64, device=device)
         dist.all_reduce(together)
         found[kind] = dict(zip(FORMATS, together.tolist(), strict=True))
     return found
+
+
+def faster_format(seconds: Mapping[str, float]) -> str:
+    """Channels last only where that is clearly faster, as the runtime has it; one rule for all variants."""
+    is_faster = seconds["channels_last"] < CLEARLY * seconds["contiguous"]
+    return "channels_last" if is_faster else "contiguous"
 
 
 def _forward_backward(network: nn.Module, x: Tensor, target: Tensor, row: Row) -> Callable[[], None]:

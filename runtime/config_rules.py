@@ -52,7 +52,7 @@ RANGES: dict[str, str] = {
     "mesh.memory_gb": "[0, inf)",
     "checkpoint.every_epochs": "[0, inf)",
     "checkpoint.num_to_keep": "[1, inf)",
-    "mesh.chunks": "[1, inf)",
+    "mesh.chunks": "[0, inf)",
     "launch.port": "[0, 65535]",
     "launch.cpus_per_worker": "(0, inf)",
     "launch.timeout_s": "(0, inf)",

@@ -10,26 +10,24 @@ import copy
 import hashlib
 import json
 import os
-import re
 import statistics
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from anabranch.blocks.batch import BatchLayout, batch_layout
 from anabranch.blocks.branch_sum import BranchSum, Execution, branch_sums
 from anabranch.blocks.network import Network
+from anabranch.runtime.chunks import fastest_chunks
 from anabranch.runtime.durable import write_bytes
+from anabranch.runtime.element_run import alone, key_of, output_shape, run
 from anabranch.runtime.machine import cache_folder, processor
 from anabranch.runtime.parallel_network import ParallelNetwork, set_memory_format
 from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.rank_batch import RankBatch
-from anabranch.runtime.step import autocast
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 _WAYS: list[tuple[Execution, MemoryFormat]] = [
@@ -37,12 +35,16 @@ _WAYS: list[tuple[Execution, MemoryFormat]] = [
 ]
 _REPEATS = 5
 _LONG_S = 0.1  # a block that takes longer is measured on fewer samples
-_CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
+CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
 
 
 @dataclass(frozen=True)
 class HowToRun:
-    """The same on all ranks. execution: by block name. memory_format: of the whole network. Others: as in `[mesh]`."""
+    """The same on all ranks. execution: by block name. memory_format: of the whole network. Others: as in `[mesh]`.
+
+    Looped branches leave their weight gradients to autograd, so that `overlap` hides nothing behind them: only fused
+    ones are computed while the input's gradient travels.
+    """
 
     execution: dict[str, Execution]
     memory_format: MemoryFormat
@@ -101,6 +103,24 @@ def how_to_run(
     image_shape: (C, H, W). rows: a micro-batch. ours: a network of this project (`is_ours`, asked before it is
     parallelized); others may be written for contiguous images, which they then get.
     """
+    how = _ways_to_run(network, image_shape, rows, settings, precision, ours)
+    if how.chunks == 0:
+        wire = replace(
+            network.wire, recorder=None, report=lambda parameter: None, half=how.wire == "bf16", overlap=how.overlap,
+            channels_last=how.memory_format == "channels_last",
+        )  # fmt: skip
+        chunks = fastest_chunks(
+            network, image_shape, len(rows.group_range), how.execution, wire, precision, CLEARLY
+        )
+        how = replace(how, chunks=chunks)
+    return how
+
+
+def _ways_to_run(
+    network: ParallelNetwork, image_shape: tuple[int, ...], rows: RankBatch, settings: Settings, precision: str,
+    ours: bool,
+) -> HowToRun:  # fmt: skip
+    """`how_to_run`, with the chunks as configured."""
     execution, memory_format = settings.execution, settings.memory_format
     names = [name for name, _, _ in network.elements()]
     is_cuda = next(network.parameters()).is_cuda
@@ -137,10 +157,10 @@ def how_to_run(
         if execution != "auto":
             return "looped" if execution == "looped" else "fused"
         fused, looped = seconds(name, ("fused", layout)), seconds(name, ("looped", layout))
-        return "looped" if looped < _CLEARLY * fused else "fused"
+        return "looped" if looped < CLEARLY * fused else "fused"
 
     totals = [sum(seconds(name, (best(name, layout), layout)) for name in names) for layout in formats]
-    chosen = formats[1] if len(formats) > 1 and totals[1] < _CLEARLY * totals[0] else formats[0]
+    chosen = formats[1] if len(formats) > 1 and totals[1] < CLEARLY * totals[0] else formats[0]
     return settle({name: best(name, chosen) for name in names}, chosen)
 
 
@@ -198,9 +218,9 @@ def _measured(
     parameter = next(network.parameters())
     shape = image_shape
     for name, module, rows in network.elements():
-        with _alone(module) as element:
+        with alone(module) as element:
             if num_rows[rows] and shape:
-                key = _key(element, (num_rows[rows], *shape))
+                key = key_of(element, (num_rows[rows], *shape))
                 keys[name] = key
                 if key not in cache.used:
                     # at least two samples: BatchNorm refuses one number a channel
@@ -208,44 +228,8 @@ def _measured(
                         max(num_rows[rows], 2), *shape, dtype=parameter.dtype, device=parameter.device
                     )
                     cache.used[key] = cache.read(key) or _timed(element, x, precision)
-            shape = _output_shape(element, shape, parameter)
+            shape = output_shape(element, shape, parameter)
     return keys
-
-
-@contextmanager
-def _alone(module: nn.Module) -> Iterator[nn.Module]:
-    """The module without exchanges with other ranks."""
-    exchanges = [(one, one.exchange) for _, one in branch_sums(module)]
-    for one, _ in exchanges:
-        one.exchange = None
-    try:
-        yield module
-    finally:
-        for one, exchange in exchanges:
-            one.exchange = exchange
-
-
-def _output_shape(element: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
-    """Of one sample."""
-    element.eval()
-    try:
-        with torch.no_grad(), batch_layout(_layout(1)):
-            y = element(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
-    finally:
-        element.train()
-    return tuple(y.shape[1:]) if isinstance(y, Tensor) else ()
-
-
-def _layout(rows: int) -> BatchLayout:
-    """Any: some modules draw by its key."""
-    return BatchLayout((rows,), rows)
-
-
-def _key(element: nn.Module, x_shape: tuple[int, ...]) -> str:
-    """Equal for elements that do the same work: which branches they hold does not matter, how many does."""
-    text = re.sub(r"held=\[(.*?)\]", lambda found: f"held={len(found[1].split())}", repr(element))
-    sizes = [tuple(p.shape) for p in element.parameters()]
-    return hashlib.sha256(f"{text} {sizes} {x_shape}".encode()).hexdigest()[:24]
 
 
 def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
@@ -259,37 +243,18 @@ def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
                 module.execution = execution
         sides.append(side)
     for side in sides:
-        _run(side, x[:2], precision)  # the first run of a shape sets its kernels up
-    x = x[: max(2, int(_LONG_S / (_run(sides[0], x[:2], precision) / 2)))]
-    fused_alone = all(len(one.held) < 2 for _, one in branch_sums(element))
+        run(side, x[:2], precision)  # the first run of a shape sets its kernels up
+    x = x[: max(2, int(_LONG_S / (run(sides[0], x[:2], precision) / 2)))]
+    fusedalone = all(len(one.held) < 2 for _, one in branch_sums(element))
     samples: list[list[float]] = [[] for _ in _WAYS]
     for _ in range(_REPEATS):
         for index, (side, (execution, layout)) in enumerate(zip(sides, _WAYS, strict=True)):
-            if execution == "looped" and fused_alone:
+            if execution == "looped" and fusedalone:
                 continue
             image = (
                 x.contiguous(memory_format=torch.channels_last)
                 if layout == "channels_last" and x.dim() == 4
                 else x
             )
-            samples[index].append(_run(side, image, precision))
+            samples[index].append(run(side, image, precision))
     return [min(samples[index] or samples[index - 1]) for index in range(len(_WAYS))]
-
-
-def _run(element: nn.Module, x: Tensor, precision: str) -> float:
-    leaf = x.detach().requires_grad_()
-    _wait(x)
-    begun = time.perf_counter()
-    with batch_layout(_layout(len(x))), autocast(precision, x.device):
-        y = element(leaf.clone())  # a leaf may not be changed in place
-    y.backward(torch.ones_like(y))
-    _wait(x)
-    seconds = time.perf_counter() - begun
-    for parameter in element.parameters():
-        parameter.grad = None
-    return seconds
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

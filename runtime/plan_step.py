@@ -31,7 +31,7 @@ class StepSetting:
 
 
 class PlanStep:
-    """A plan's training step, to be called again and again. `network` is consumed."""
+    """A plan's training step, to be called again and again. `network` is consumed. how_to_run: what was chosen."""
 
     def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh, setting: StepSetting) -> None:
         config, device = setting.config, torch.device(mesh.device_mesh.device_type)
@@ -43,9 +43,10 @@ class PlanStep:
             samples=plan.samples, accumulation=config.train.accumulation,
         )  # fmt: skip
         rows = [parallel.rank_batch(deal, num) for deal in deals]
-        how_to_run(
+        self.how_to_run = how_to_run(
             parallel, tuple(setting.x.shape[1:]), rows[0], config.mesh, precision=config.train.precision, ours=ours
-        ).apply(parallel)  # fmt: skip
+        )  # fmt: skip
+        self.how_to_run.apply(parallel)
         self.train = TrainStep(
             parallel, make_optimizer(config.optimizer, parallel.parameters()), setting.loss,
             precision=config.train.precision, clip_norm=config.optimizer.clip_norm, penalty=setting.penalty,

@@ -118,6 +118,7 @@ class Wire:
 class SumInParts:
     """A partial sum that becomes the whole sum part by part, in a buffer of its own (see `blocks.convolution`).
 
+    The buffer has the partial sum's precision; where the wire has another one, copies of its parts travel.
     sizes: rows that each rank wants of it; else all of them.
     """
 
@@ -125,13 +126,15 @@ class SumInParts:
         self.wire, self.sizes = wire, sizes
         self.buffer: Tensor | None = None
         self._sent = 0
-        self._works: list[exchange.Work] = []
+        self._sends: list[
+            tuple[Tensor, Tensor, exchange.Work]
+        ] = []  # part of the buffer, what travels, its sum
 
     def begin(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """Parts of the new buffer."""
         wire = self.wire
         layout = torch.channels_last if wire.channels_last and len(shape) == 4 else torch.contiguous_format
-        self.buffer = torch.empty(shape, dtype=wire.dtype_of(like), device=like.device, memory_format=layout)
+        self.buffer = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
         return list(self.buffer.tensor_split(wire.chunks))
 
     def send(self, part: Tensor) -> None:
@@ -139,7 +142,9 @@ class SumInParts:
             return
         sizes = self.sizes and _cut(self.sizes, self._sent, self._sent + len(part))
         self._sent += len(part)
-        self._works.append(exchange.begin_sum(self.wire.flat(part), self.wire.group, sizes))
+        travelling = part.to(self.wire.dtype_of(part))  # itself where that is its own
+        work = exchange.begin_sum(self.wire.flat(travelling), self.wire.group, sizes)
+        self._sends.append((part, travelling, work))
 
     def whole(self) -> Tensor:
         assert self.buffer is not None, "begun"
@@ -156,10 +161,13 @@ class SumInParts:
             raise RuntimeError("a block changed its partial sum after it was sent: set mesh.chunks to 1")
         recorder, whole = self.wire.recorder, self.whole()
         start = recorder.now() if recorder else None
-        for work in self._works:
+        for part, travelling, work in self._sends:
             work.wait()
+            if travelling is not part:
+                part.copy_(travelling)
         if recorder:
-            recorder.exchanged(self.wire.name_of(self.sizes), whole.nbytes, start)
+            num_bytes = sum(travelling.nbytes for _, travelling, _ in self._sends)
+            recorder.exchanged(self.wire.name_of(self.sizes), num_bytes, start)
         return self.wire.own(whole, self.sizes)
 
 

@@ -28,6 +28,8 @@ def row_alone(rank: int, world_size: int, variants: list[str]) -> list[dict[str,
     for virtual in (0, 1):
         dist.init_process_group("fake", store=FakeStore(), rank=virtual, world_size=2)
         torch.manual_seed(1)
-        found.append(measure_row(virtual, Row(8, 2, fold=18), variants, 2, 1, 1.0, 0.0, False))
+        found.append(
+            measure_row(virtual, Row(8, 2, fold=18, whole_groups=True), variants, 2, 1, 1.0, 0.0, False)
+        )
         dist.destroy_process_group()
     return found

@@ -12,7 +12,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from anabranch.blocks import convolution
+from anabranch.blocks.convolution import WeightGradients
+from anabranch.blocks.stacked import StackedConv2d
 from anabranch.runtime import collectives, exchange, process_group
+from anabranch.runtime.branch_exchange import BranchExchange
 from anabranch.runtime.collectives import (
     copy_to_branches,
     gather_samples,
@@ -204,6 +208,57 @@ def half_precision(rank: int, world_size: int) -> None:
     wire, s = Wire(_world().group, half=True), torch.full((world_size,), 1 + 2**-9)  # rounds to 1
     own = reduce_to_samples(s, torch.zeros(world_size), s, (1,) * world_size, wire)
     assert (own.dtype, own.tolist()) == (torch.float32, [float(world_size)])
+
+
+def half_in_parts(rank: int, world_size: int) -> None:
+    """What a convolution sends as bfloat16 in parts is float32 before and after, as in one piece: so are gradients."""
+    results = []
+    for chunks in (1, 2):
+        wire = Wire(_world().group, half=True, chunks=chunks, channels_last=True)
+        conv = StackedConv2d("sum", 1, 1, 1, 1)
+        with torch.no_grad():
+            conv.weight.fill_(1 + 2**-9)  # as bfloat16: 1
+        h = torch.ones(5, 1, 2, 2, requires_grad=True)
+        total = BranchExchange(wire)(lambda h, conv=conv: conv(h, is_last=True), h)  # type: ignore[misc]
+        assert (total.dtype, total.unique().tolist()) == (torch.float32, [float(world_size)])
+        total.backward(torch.full_like(total, 1 + 2**-9))
+        assert conv.weight.grad is not None
+        assert float(conv.weight.grad) == 20 * (1 + 2**-9), "its gradient never travelled"
+        assert h.grad is not None
+        results.append(h.grad)
+    assert torch.equal(*results)
+
+
+def order_of_exchanges(rank: int, world_size: int) -> None:
+    """A chunk leaves before the next is computed, the input's gradient before the weights' are; waits come last."""
+    log: list[str] = []
+
+    def logged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            log.append(name)
+            result = function(*args, **options)
+            return LoggedWork(result) if name == "send" else result
+
+        return call
+
+    class LoggedWork:
+        def __init__(self, work: exchange.Work) -> None:
+            self.wait = logged("wait", work.wait)
+
+    conv = StackedConv2d("sum", 1, 1, 1, 1)
+    wire = Wire(_world().group, overlap=True, chunks=3)
+    h = torch.ones(6, 1, 2, 2, requires_grad=True)
+    with (
+        mock.patch.object(exchange, "begin_sum", logged("send", exchange.begin_sum)),
+        mock.patch.object(convolution.F, "conv2d", logged("compute", convolution.F.conv2d)),
+        mock.patch.object(WeightGradients, "run", logged("weights", WeightGradients.run)),
+    ):
+        total = BranchExchange(wire)(lambda h: conv(h, is_last=True), h)  # type: ignore[arg-type]
+        assert log == ["compute", "send"] * 3 + ["wait"] * 3, log
+        log.clear()
+        total.sum().backward()
+    assert log == ["send", "weights", "wait"], log
+    assert conv.weight.grad is not None
 
 
 def needs_grad_everywhere(rank: int, world_size: int) -> bool:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from parity_cases import Chain, classifier
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from anabranch.blocks import BranchSum, build
+from anabranch.blocks import BranchSum, build, convolution
 from anabranch.blocks.branch_sum import Hidden
-from anabranch.runtime import execution
+from anabranch.blocks.network import named_blocks
+from anabranch.runtime import exchange, execution
 from anabranch.runtime.config import MeshConfig
 from anabranch.runtime.deal import deal_step
-from anabranch.runtime.execution import how_to_run, is_ours
+from anabranch.runtime.execution import HowToRun, how_to_run, is_ours
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.parallel_network import ParallelNetwork, parallelize
@@ -92,3 +97,46 @@ def chosen(rank: int, size: int, cache: str) -> dict[str, Any]:
             "told": told.to_dict(),
             "channels_last": all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels),
         }
+
+
+class _SlowLink:
+    """Compute that takes 2 ms a sample, and a link that takes seconds a message and a sample while others compute."""
+
+    def __init__(self, message_s: float, sample_s: float) -> None:
+        self.message_s, self.sample_s = message_s, sample_s
+        self.free = 0.0
+        self.begin, self.conv2d = exchange.begin_sum, F.conv2d
+
+    def begin_sum(self, x: Tensor, group: Any, sizes: Any = None) -> Any:
+        work = self.begin(x, group, sizes)
+        self.free = max(self.free, time.perf_counter()) + self.message_s + self.sample_s * len(x)
+        return SimpleNamespace(wait=partial(self._wait, work, self.free))
+
+    def _wait(self, work: exchange.Work, until: float) -> None:
+        work.wait()
+        time.sleep(max(until - time.perf_counter(), 0))
+
+    def compute(self, x: Tensor, *args: Any) -> Tensor:
+        time.sleep(0.002 * len(x))
+        return self.conv2d(x, *args)
+
+
+def chosen_chunks(rank: int, size: int, cache: str) -> dict[str, int]:
+    """Over a link that takes as long as the compute, over one of high latency, and as told."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    found = {}
+    for name, link, told in (("wide", (0.0, 0.002), 0), ("late", (0.02, 0.0), 0), ("told", (0.0, 0.0), 3)):
+        block = dict(named_blocks(build("multi_resnet", depth=8, num_branches=2)))["stage1.block1"]
+        network = Chain(nn.Conv2d(3, 16, 1), [block], classifier(16))
+        parallel, rows = placed(network, {"0": ((0,), (1,))})
+        settings = MeshConfig(chunks=told, execution="fused", memory_format="contiguous")
+        slow = _SlowLink(*link)
+        with (
+            mock.patch.object(exchange, "begin_sum", slow.begin_sum),
+            mock.patch.object(convolution, "F", SimpleNamespace(conv2d=slow.compute)),
+        ):
+            how = how_to_run(parallel, (3, 8, 8), rows, settings, precision="fp32", ours=True)
+        how.apply(parallel)
+        assert HowToRun.from_dict(how.to_dict()).chunks == parallel.wire.chunks == how.chunks
+        found[name] = how.chunks
+    return found

@@ -14,7 +14,7 @@ from rich.console import Console
 import anabranch.runtime
 from anabranch.blocks.errors import ModelError
 from anabranch.cluster.errors import ClusterError, WorkerError
-from anabranch.runtime.cli import Call, main, parse
+from anabranch.runtime.cli import HALF_TOLERANCE, Call, main, parse
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import load_config, shipped_configs
 from anabranch.runtime.interrupts import Interrupted, Terminated
@@ -241,6 +241,13 @@ def test_verbs() -> None:
     loose = parse(["verify", "--tolerance", "0.5"])
     assert loose is not None
     assert loose.arguments["tolerance"] == 0.5
+    for flags in (["--mesh.wire", "bf16"], ["--train.precision", "bf16"]):
+        half = parse(["verify", *flags])
+        assert half is not None
+        assert (half.arguments["steps"], half.arguments["tolerance"]) == (1, HALF_TOLERANCE)
+        exact = parse(["verify", *flags, "--float64"])
+        assert exact is not None
+        assert (exact.arguments["steps"], exact.arguments["tolerance"]) == (3, 1e-9)
 
 
 def commands_that(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:

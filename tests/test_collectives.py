@@ -30,6 +30,9 @@ CHECKS: list[tuple[str, int, tuple[Any, ...]]] = [
     ("reduce_to", 3, ((2, 2, 2), (0, 1, 2))),
     ("reduce_to", 3, ((0, 5, 2), (0, 2))),
     ("half_precision", 3, ()),
+    ("half_in_parts", 2, ()),
+    ("half_in_parts", 3, ()),
+    ("order_of_exchanges", 2, ()),
 ]
 
 

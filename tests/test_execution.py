@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from execution_ranks import chosen
+from execution_ranks import chosen, chosen_chunks
 from ranks import run_ranks
 
 from anabranch.runtime.execution import HowToRun
@@ -30,6 +30,15 @@ def test_the_faster_way_is_chosen_and_kept(tmp_path: Path) -> None:
     damaged.write_text("[1.0, ")
     assert run_ranks(2, chosen, str(tmp_path))[0]["first"] == one["first"], "a torn file is measured again"
     assert damaged.read_text().endswith("]")
+
+
+def test_chunks_that_are_clearly_faster_are_chosen(tmp_path: Path) -> None:
+    ranks = run_ranks(2, chosen_chunks, str(tmp_path))
+    assert ranks[0] == ranks[1]
+    # 8 samples: 16 ms of compute and 16 ms of link, or of compute and 20 ms a message
+    assert ranks[0]["wide"] in (2, 4)
+    assert ranks[0]["late"] == 1
+    assert ranks[0]["told"] == 3
 
 
 def test_json() -> None:

@@ -8,6 +8,7 @@ import pytest
 from parity_cases import Case, S, parity, sabotaged
 from ranks import run_ranks
 
+from anabranch.runtime.cli import HALF_TOLERANCE
 from anabranch.runtime.verify import Report
 
 # network, mesh, blocks (S or counts by branch rank), stem and head (sample or replicated). What is not named:
@@ -122,6 +123,20 @@ ROUNDED = [
         bound=1e-3,
     ),
     Case("basic4", (1, 2), ((3, 1),), "ss", trial={"wire": "bf16", "precision": "fp32"}),
+    Case(
+        "basic4",
+        (1, 2),
+        ((3, 1),),
+        "ss",
+        trial={"wire": "bf16", "precision": "fp32", "chunks": 2, "steps": 1},
+    ),
+    Case(
+        "basic",
+        (1, 2),
+        ((3, 2), (5, 0), S, (2, 3)),
+        "rr",
+        trial={**EVERYTHING, "precision": "bf16", "steps": 1},
+    ),
     Case("basic", (1, 2), ((3, 2),), "ss", trial={**EVERYTHING, "precision": "bf16"}),
     Case(
         "basic",
@@ -136,10 +151,16 @@ ROUNDED = [
     Case("unequal", (2, 2), ((2, 1), S, S), "rr", trial={"precision": "bf16"}),
 ]
 
+# bfloat16: after three steps at a rate of 0.1 the trajectories are apart, which of small gradients shows little; the
+# first step's bound is `verify`'s own.
+BF16 = {"loss": 2e-2, "statistic": 1e-1, "gradient": 4.0, "change": 2.0}
+
 _BATCH = 9
 
+IN_HALF: dict[str, object] = {"wire": "bf16", "precision": "fp32", "steps": 1}
 DEFECTS = {
     "gradient summed twice": Case("basic4", (1, 2), ((2, 2),), "rr"),
+    "gradient summed twice, in bf16": Case("basic4", (1, 2), ((2, 2),), "rr", trial=IN_HALF),
     "no copy_to_branches": Case("basic4", (1, 2), ((2, 2),), "rr"),
     "factor 1": Case("basic4", (1, 2), ((2, 2),), "rr"),
     "gradient of own rows only at a fused edge": Case("basic4", (1, 2), ((2, 2),), "ss"),
@@ -194,8 +215,9 @@ def test_parity(case: Case) -> None:
 def test_parity_in_less_precision(case: Case) -> None:
     report = _report(case)
     if "bf16" in (case.trial["precision"], case.trial.get("wire")):
-        assert report.by_kind["loss"] <= 2e-2, report
-        assert report.by_kind["statistic"] <= 1e-1, report
+        assert all(report.by_kind[kind] <= bound for kind, bound in BF16.items()), report
+        if case.trial.get("steps") == 1:
+            assert report.max_relative_difference <= HALF_TOLERANCE, report
     else:
         assert report.max_relative_difference <= case.bound, report
         assert report.by_kind["loss"] <= 1e-6, report
@@ -213,7 +235,8 @@ def _defective() -> dict[str, Report]:
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_fails_parity(defect: str) -> None:
-    assert _defective()[defect].max_relative_difference > 1e-9
+    tolerance = HALF_TOLERANCE if DEFECTS[defect].trial == IN_HALF else 1e-9
+    assert _defective()[defect].max_relative_difference > tolerance
 
 
 def test_cases_have_names_of_their_own() -> None:

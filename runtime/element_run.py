@@ -1,0 +1,72 @@
+"""Single elements of a rank's part of a network, run forward and backward to be timed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.blocks.batch import BatchLayout, batch_layout
+from anabranch.blocks.branch_sum import branch_sums
+from anabranch.runtime.step import autocast
+
+
+@contextmanager
+def alone(module: nn.Module) -> Iterator[nn.Module]:
+    """The module without exchanges with other ranks."""
+    exchanges = [(one, one.exchange) for _, one in branch_sums(module)]
+    for one, _ in exchanges:
+        one.exchange = None
+    try:
+        yield module
+    finally:
+        for one, exchange in exchanges:
+            one.exchange = exchange
+
+
+def output_shape(element: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
+    """Of one sample."""
+    element.eval()
+    try:
+        with torch.no_grad(), batch_layout(_layout(1)):
+            y = element(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
+    finally:
+        element.train()
+    return tuple(y.shape[1:]) if isinstance(y, Tensor) else ()
+
+
+def _layout(rows: int) -> BatchLayout:
+    """Any: some modules draw by its key."""
+    return BatchLayout((rows,), rows)
+
+
+def key_of(element: nn.Module, x_shape: tuple[int, ...]) -> str:
+    """Equal for elements that do the same work: which branches they hold does not matter, how many does."""
+    text = re.sub(r"held=\[(.*?)\]", lambda found: f"held={len(found[1].split())}", repr(element))
+    sizes = [tuple(p.shape) for p in element.parameters()]
+    return hashlib.sha256(f"{text} {sizes} {x_shape}".encode()).hexdigest()[:24]
+
+
+def run(element: nn.Module, x: Tensor, precision: str) -> float:
+    """Seconds forward and backward, in which the element's exchanges (if any) are made; gradients are dropped."""
+    leaf = x.detach().requires_grad_()
+    _wait(x)
+    begun = time.perf_counter()
+    with batch_layout(_layout(len(x))), autocast(precision, x.device):
+        y = element(leaf.clone())  # a leaf may not be changed in place
+    y.backward(torch.ones_like(y))
+    _wait(x)
+    seconds = time.perf_counter() - begun
+    for parameter in element.parameters():
+        parameter.grad = None
+    return seconds
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
