@@ -140,7 +140,8 @@ def test_a_run_on_an_open_cluster_is_refused(
     monkeypatch.setattr("anabranch.cluster.doctor.hosts", tuple)
     monkeypatch.setenv("RAY_AUTH_MODE", here)
     if not refused:
-        return preflight([], None)
+        preflight([], None)
+        return
     with pytest.raises(ClusterError) as raised:
         preflight([], None)
     _, *lines = str(raised.value).splitlines()
