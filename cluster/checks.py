@@ -207,21 +207,21 @@ def check_disk(folder: str, nodes: Sequence[NodeReport]) -> list[Check]:
     return checks
 
 
-def check_token(nodes: Sequence[NodeReport]) -> list[Check]:
-    """Off loopback Ray asks for a token, unless that was switched off by name."""
+def check_token(nodes: Sequence[NodeReport], here: str = "") -> list[Check]:
+    """Off loopback Ray asks for a token, unless that was switched off by name. here: the driver's RAY_AUTH_MODE."""
     if all(node.address.startswith("127.") for node in nodes):
         return [Check("token", "", True, "loopback only")]
     checks = []
     for node in nodes:
         if node.auth_mode.lower() == "token":
             check = Check("token", node.name, True, "Ray asks for its token")
-        elif node.auth_mode.lower() == "disabled":
+        elif "disabled" in (node.auth_mode.lower(), here.lower()):
             check = Check("token", node.name, True, "switched off by RAY_AUTH_MODE=disabled")
         else:
             found = f"Ray takes commands from anyone who reaches {node.address}"
             remedy = (
                 "`ray get-auth-token --generate`, copy ~/.ray/auth_token to every host, and start Ray again with "
-                "RAY_AUTH_MODE=token (or say RAY_AUTH_MODE=disabled)"
+                "RAY_AUTH_MODE=token (or say RAY_AUTH_MODE=disabled, there or for this command)"
             )
             check = Check("token", node.name, False, found, remedy)
         checks.append(check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from anabranch.cluster.checks import Check
@@ -34,13 +35,16 @@ def examine(
 
 
 def preflight(names: Sequence[str], folder: Path | None) -> None:
-    """The cheap part, before workers start on the hosts of these names: versions, and the folder where it is shared.
+    """The cheap part, before workers start on the hosts of these names: versions, token, the folder where it is shared.
 
-    Raises ClusterError that names every failed check with its remedy.
+    Raises ClusterError that names every failed check; a remedy that hosts share stands once, after the last of them.
     """
     with Ward(tuple(host for host in hosts() if host.name in names)) as ward:
         found = ward.glance(folder)
-    failed = [f"{check.host}: {check.found} – {check.remedy}" for check in found if not check.ok]
+    failed = []
+    for remedy, alike in groupby((check for check in found if not check.ok), key=lambda check: check.remedy):
+        failed += [f"{check.host}: {check.found}" for check in alike]
+        failed[-1] += f" – {remedy}"
     if failed:
         raise ClusterError("\n".join(["the cluster is not ready (`anabranch doctor` has it all):", *failed]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
@@ -71,6 +72,7 @@ class Ward:
         """What `train` checks by itself."""
         driver = self._look(folder, deep=False)
         result = checks.check_answers(self._nodes) + checks.check_versions(driver, self._answering)
+        result += self._check_token()
         return result + (self._share(folder) if folder and len(self._found) > 1 else [])
 
     def examine(self, folder: Path | None, port: int) -> list[Check]:
@@ -82,7 +84,7 @@ class Ward:
         result += checks.check_clocks(self._answering)
         if folder:
             result += self._share(folder) + checks.check_disk(str(folder), self._answering)
-        result += checks.check_token(self._answering)
+        result += self._check_token()
         return result + checks.check_pairs(self._reduce_pairs())
 
     @property
@@ -110,6 +112,9 @@ class Ward:
         if deep:
             self._ask_clocks()
         return dict(own["versions"])
+
+    def _check_token(self) -> list[Check]:
+        return checks.check_token(self._answering, os.environ.get("RAY_AUTH_MODE", ""))
 
     def _ask_clocks(self) -> None:
         for index, probe in enumerate(self._probes):

@@ -27,6 +27,7 @@ from anabranch.runtime.launch import choose_launcher, leads
 from anabranch.runtime.plan_report import print_candidates
 from anabranch.runtime.progress import print_placement, print_status
 from anabranch.runtime.run_lock import RunLock
+from anabranch.runtime.unended_run import go_on
 
 if TYPE_CHECKING:
     from anabranch.runtime.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     Raises Interrupted or Terminated when told to stop, after the checkpoint.
     """
     own_folder = not config.checkpoint.url  # else nothing but rank 0's files are in it
-    with _locked(config) as lock, Driver(config, console, shares_folder=own_folder) as driver:
+    with _locked(config) as lock, Driver(go_on(config), console, shares_folder=own_folder) as driver:
         from anabranch.runtime.run_folder import RunFolder
 
         driver.config, checkpoint = _resumed(driver.config, console)

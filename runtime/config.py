@@ -209,7 +209,8 @@ class LaunchConfig:
     """Address of the Ray cluster, HOST:PORT, or auto (this host's); ray:// and http:// ones are answered with the job
     to submit. Empty: the running one (RAY_ADDRESS), else one on this machine for the run."""
     run_dir: str = ""
-    """Folder for the run's config.toml, plan.toml, metrics.jsonl and checkpoints/; empty: a new one under runs/."""
+    """Folder for the run's config.toml, plan.toml, metrics.jsonl and checkpoints/, in which the same command goes on
+    with a run that did not end; empty: a new one under runs/."""
     backend: Literal["", "gloo", "nccl"] = ""
     """gloo or nccl, which carries tensors between workers; empty: nccl on GPUs, gloo on CPUs."""
     port: int = 0

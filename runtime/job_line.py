@@ -14,9 +14,13 @@ _FLAGS = ("--address", "--launch.address")
 
 
 def job_line(address: str, argv: Sequence[str]) -> str:
-    """The line for a command's arguments. address: HOST:PORT, ray://HOST:PORT, or the dashboard's http(s)://…"""
+    """The line for a command's arguments. address: HOST:PORT, ray://HOST:PORT, the dashboard's http(s)://…, or auto.
+
+    auto stays: Ray then asks the cluster itself where its dashboard is, from any of its hosts.
+    """
     url = urlsplit(address if "://" in address else f"//{address}")
-    dashboard = address if url.scheme in ("http", "https") else f"http://{url.hostname}:{_DASHBOARD_PORT}"
+    known = url.scheme in ("http", "https") or address == "auto"
+    dashboard = address if known else f"http://{url.hostname}:{_DASHBOARD_PORT}"
     args: list[str] = []
     skip = False
     for arg in argv:
@@ -39,9 +43,8 @@ def check_address(address: str, argv: Sequence[str]) -> None:
 
 
 def outlive_note(address: str, argv: Sequence[str]) -> str:
-    """What to say of a run on a cluster that was there before; "" where it outlives this terminal, or is local."""
-    host = urlsplit(f"//{address}").hostname or ""
-    local = not host or address == "auto" or host == "localhost" or host.startswith("127.")
-    if local or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "SLURM_JOB_ID" in os.environ:
+    """What to say of a run on a cluster that was there before; "" where it outlives this terminal, or has its own."""
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    if not address or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "SLURM_JOB_ID" in os.environ:
         return ""
     return f"this run ends with this terminal; one that outlives it: {job_line(address, argv)}"

@@ -23,7 +23,7 @@ from anabranch.cluster.checks import Check, NodeReport
 from anabranch.cluster.doctor import examine, preflight
 from anabranch.cluster.node_probe import NodeProbe
 from anabranch.cluster.ray_session import hosts
-from anabranch.cluster.ward import rounds
+from anabranch.cluster.ward import Ward, rounds
 from anabranch.runtime.cli import parse, run
 
 VERSIONS = {
@@ -110,6 +110,43 @@ def test_a_good_cluster_passes() -> None:
         *checks.check_pairs({("a", "b"): ""}),
     ]
     assert all(check.ok and not check.remedy for check in found)
+
+
+@pytest.mark.parametrize(
+    ("modes", "here", "address", "refused"),
+    [
+        (["token", "Token"], "", "192.0.2.2", []),
+        (["token", ""], "", "192.0.2.2", ["b"]),
+        (["", ""], "token", "192.0.2.2", ["a", "b"]),  # the driver offers one, nobody asks for it
+        (["disabled", ""], "", "192.0.2.2", ["b"]),
+        (["disabled", "disabled"], "", "192.0.2.2", []),
+        (["", ""], "disabled", "192.0.2.2", []),
+        (["", ""], "", "127.0.0.2", []),
+    ],
+)
+def test_a_run_on_an_open_cluster_is_refused(
+    modes: list[str], here: str, address: str, refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its workers start, once for all hosts; where nobody else reaches it, or it was asked for, it runs."""
+    names = {"a": address if address.startswith("127.") else A.address, "b": address}
+    nodes = [replace(A, name=n, address=names[n], auth_mode=m) for n, m in zip(names, modes, strict=True)]
+
+    def look(self: Ward, folder: Path | None, deep: bool) -> dict[str, str]:
+        self._nodes = nodes
+        return VERSIONS
+
+    monkeypatch.setattr(Ward, "_look", look)
+    monkeypatch.setattr("anabranch.cluster.ward._addresses", dict)
+    monkeypatch.setattr("anabranch.cluster.doctor.hosts", tuple)
+    monkeypatch.setenv("RAY_AUTH_MODE", here)
+    if not refused:
+        preflight([], None)
+        return
+    with pytest.raises(ClusterError) as raised:
+        preflight([], None)
+    _, *lines = str(raised.value).splitlines()
+    assert [line.partition(": Ray takes commands from anyone")[0] for line in lines] == refused
+    assert str(raised.value).count("RAY_AUTH_MODE=disabled, there or for this command") == 1
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 5, 8])
@@ -314,9 +351,8 @@ def test_faults_of_a_node_are_named(bad_node: Path) -> None:
 @pytest.mark.optin
 def test_train_refuses_before_workers_start(bad_node: Path) -> None:
     names = [host.name for host in hosts()]
-    with pytest.raises(
-        ClusterError, match=r"no anabranch(.|\n)*Read-only file system – mount it for writing"
-    ):
+    wanted = r"no anabranch(.|\n)*anyone who reaches(.|\n)*Read-only file system – mount it for writing"
+    with pytest.raises(ClusterError, match=wanted):
         preflight(names, bad_node / "read_only")
     found = examine("", bad_node / "full", 0, 0, 1.0)
     assert "the disk is full" in "\n".join(check.found for check in found if not check.ok)

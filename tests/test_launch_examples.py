@@ -122,6 +122,7 @@ def test_their_commands_are_ours(name: str) -> None:
         ("ray://head:10001", ["train", "digits", "--address", "ray://head:10001"], "http://head:8265 "),
         ("https://head:443", ["train", "digits", "--launch.address=https://head:443"], "https://head:443 "),
         ("head:6379", ["--address", "head:6379", "train", "digits"], "http://head:8265 "),
+        ("auto", ["train", "--address", "auto", "digits"], "auto "),
     ],
 )
 def test_line_to_type(address: str, argv: list[str], line: str) -> None:
@@ -146,11 +147,24 @@ def test_addresses_from_outside_are_answered(
 
 
 def test_who_is_told_that_the_run_ends_with_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert "ray job submit --address http://head:8265" in outlive_note("head:6379", ["train"])
-    assert not any(outlive_note(address, []) for address in ("", "auto", "127.0.0.1:6379", "localhost:6379"))
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert not outlive_note("head:6379", ["train"])
+    """Whoever starts one on a cluster that was there before, but for jobs and what Slurm started."""
+    for name in ("SLURM_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    dashboards = {
+        "auto": "auto",
+        "127.0.0.1:6379": "http://127.0.0.1:8265",
+        "localhost:6379": "http://localhost:8265",
+        "head:6379": "http://head:8265",
+    }
+    for address, dashboard in dashboards.items():
+        assert f"ray job submit --address {dashboard} " in outlive_note(address, ["train"])
+    assert not outlive_note("", ["train"]), "a cluster of its own"
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert "ray job submit --address http://head:8265 " in outlive_note("", ["train"])
+    for name in ("SLURM_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "{}")
+            assert not any(outlive_note(address, ["train"]) for address in ("", *dashboards))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,6 +180,7 @@ JOB = """
 ray start --head --node-ip-address 127.0.0.1 --num-cpus 2 --dashboard-port 8265 >/dev/null
 ray job submit --address http://127.0.0.1:8265 --working-dir {folder}/job -- {python} {train} --run-dir {folder}/run
 echo "rc $?"
+ray job list --address auto
 cd {folder}/job
 RAY_AUTH_TOKEN={other} {python} -m anabranch.runtime doctor --address 127.0.0.1:6379 --run-dir {folder}/run
 {python} -m anabranch.runtime doctor --address 127.0.0.1:6379 --run-dir {folder}/run
@@ -223,6 +238,8 @@ def test_really_run(script: str, tmp_path: Path) -> None:
     assert re.search(r"rc 0|Running command on head node", said), said
     assert (tmp_path / "run" / "checkpoints").is_dir()
     if script == JOB:
+        assert "SUCCEEDED" in said, "the dashboard is found by Ray"
+        assert "this run ends with this terminal" not in said, "a job outlives it"
         assert "cannot be used" in said, "with another token"
         assert re.search(r"all \d+ checks passed", said), said
     assert socket.gethostname() in (tmp_path / "run" / "run.json").read_text()

@@ -1,0 +1,145 @@
+"""A run whose driver died: the same command goes on, and no other one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anabranch.runtime.checkpoints import Checkpoints
+from anabranch.runtime.cli import main
+from anabranch.runtime.config import Config
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.run_record import RunRecord
+from anabranch.runtime.unended_run import go_on
+
+# The user's loss: at its sixth call it kills the process, where a file says so.
+LOSS = """
+import os, signal
+from pathlib import Path
+import torch.nn.functional as F
+calls = 0
+def loss(output, target):
+    global calls
+    calls += 1
+    if calls == 6 and Path("KILL").exists():
+        Path("KILL").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return F.cross_entropy(output, target)
+"""
+COMMAND = [
+    "train", "--launcher", "none", "--loss", "dying:loss", "--train.label-smoothing", "0", "--train.max-steps", "8",
+    "--checkpoint.every-epochs", "0.1", "--train.eval-every-epochs", "0", "--model.options.depth", "8",
+    "--mesh.execution", "fused", "--mesh.memory-format", "contiguous", "--run-dir",
+]  # fmt: skip
+
+
+def saved(run: Path) -> list[bytes]:
+    checkpoint = Checkpoints(run).newest()
+    assert checkpoint is not None
+    assert checkpoint.position["step"] == 8
+    return [(checkpoint.path / name).read_bytes() for name in checkpoint.manifest.files]
+
+
+def test_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After SIGKILL of the driver: bit-equal to the run that nothing disturbed; a third time it is refused."""
+    (tmp_path / "dying.py").write_text(LOSS)
+    (tmp_path / "KILL").touch()
+    killed = subprocess.run(
+        [sys.executable, "-m", "anabranch.runtime", *COMMAND, "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    capsys.readouterr()
+    assert main([*COMMAND, "run", "--train.seed", "1"]) == 2
+    assert "its train.seed is 0, here it is 1: make it the same" in capsys.readouterr().err
+    assert main([*COMMAND, "run"]) == 0
+    out = capsys.readouterr().out
+    assert "going on from" in out
+    assert "(step 0)" not in out
+    assert main([*COMMAND, "whole"]) == 0
+    assert saved(tmp_path / "run") == saved(tmp_path / "whole")
+    assert main([*COMMAND, "run"]) == 2
+    assert "holds a run already: go on with it (--resume run)" in capsys.readouterr().err
+
+
+def plant(folder: Path, state: str, checkpoint: bool = True) -> Config:
+    """A folder as a driver leaves it; the configuration of the command that made it."""
+    config = replace(Config(), launch=replace(Config().launch, run_dir=str(folder)))
+    kept = replace(
+        config, train=replace(config.train, bn_batch_size=32), mesh=replace(config.mesh, num_workers=2)
+    )
+    (folder / "config.toml").write_text(kept.to_toml())
+    RunRecord(str(folder), "training")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "state": state, "start": "1"}))
+    if checkpoint:
+        (folder / "checkpoints/step-000002").mkdir(parents=True)
+        (folder / "checkpoints/step-000002/manifest.json").touch()
+    return config
+
+
+@pytest.mark.parametrize(
+    ("state", "checkpoint", "goes_on"),
+    [
+        ("running", True, True),  # its process is gone
+        ("failed", True, True),
+        ("stopped", True, True),
+        ("finished", True, False),
+        ("running", False, False),
+    ],
+)
+def test_what_goes_on(tmp_path: Path, state: str, checkpoint: bool, goes_on: bool) -> None:
+    config = plant(tmp_path, state, checkpoint)
+    found = go_on(config)
+    if not goes_on:
+        assert found == config
+        return
+    assert (found.checkpoint.resume, found.train.bn_batch_size) == ("auto", 32)
+    assert replace(found, checkpoint=config.checkpoint, train=config.train) == config, (
+        "where it runs is this command's"
+    )
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [{"launcher": "env"}, {"run_dir": ""}, {"run_dir": "/not/there"}],
+    ids=["ranks", "no folder", "new"],
+)
+def test_what_stays_as_it_is(tmp_path: Path, launch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = plant(tmp_path, "running")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = replace(config, launch=replace(config.launch, **{"launcher": "ray", **launch}))
+    assert go_on(config) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        ("train", {"epochs": 30}, "train.epochs is 20, here it is 30"),
+        ("train", {"bn_batch_size": 8}, "train.bn_batch_size is 32, here it is 8"),
+        ("model", {"options": {"depth": 8}}, r"model.options is .*'depth': 14.*, here it is {'depth': 8}"),
+        ("optimizer", {"betas": (0.8, 0.9)}, r"optimizer.betas is \[0.9, 0.999\], here it is \[0.8, 0.9\]"),
+    ],
+)
+def test_another_training_is_refused(tmp_path: Path, section: str, change: dict[str, Any], said: str) -> None:
+    config = plant(tmp_path, "running")
+    config = replace(config, **{section: replace(getattr(config, section), **change)})
+    with pytest.raises(
+        ConfigError, match=f"holds a run already that did not end, its {said}: make it the same"
+    ):
+        go_on(config)
