@@ -95,6 +95,17 @@ def test_orders_begin_anew_and_keep_the_step_times(clock: Clock) -> None:
     assert watched.step_s == 4.0
 
 
+def test_while_nobody_looked_nothing_stood_still(clock: Clock) -> None:
+    watched = Stall(HANG_S)
+    statuses = told(3, "training", "training")
+    assert watched.hangs_for(statuses) == 0
+    clock.now += HANG_S - 1.0 + 500.0
+    watched.excuse(500.0)
+    assert watched.hangs_for(statuses) == 0
+    clock.now += 1.0
+    assert watched.hangs_for(statuses) == HANG_S
+
+
 def test_the_step_is_the_furthest_rank_s() -> None:
     assert step_of([{"step": 3}, {"step": 4}, {}]) == 4
     assert step_of([]) == 0
