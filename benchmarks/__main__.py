@@ -367,6 +367,31 @@ def hosts() -> None:
 
 
 @app.command
+def save_stall(
+    *,
+    rounds: Rounds = 12,
+    width: Annotated[
+        int, Parameter(help="Of 12 square layers, a multiple of 1,024; 2,048: 50 M parameters.")
+    ] = 2048,
+) -> None:
+    """What a step pays for a checkpoint begun at it, against the copy to the host's memory alone; 1 and 2 workers."""
+    from anabranch.benchmarks import save_stall as case
+
+    record = case.run(rounds=rounds, width=width)
+    for row in record["rows"]:
+        low, high = row["stall_less_copy_interval_95_s"]
+        parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in row["parts_median_s"].items())
+        print(
+            f"{row['workers']} workers: stall {1e3 * row['stall_median_s']:.0f} ms, copy alone "
+            f"{1e3 * row['copy_median_s']:.0f} ms, {1e3 * row['stall_less_copy_median_s']:.0f} ms more "
+            f"(95 % interval {1e3 * low:.0f} to {1e3 * high:.0f}); the call in ms: {parts}; "
+            f"the step beside the writing {1e3 * row['beside_median_s']:.0f} ms longer, "
+            f"written after {row['written_median_s']:.1f} s"
+        )
+    print(record["path"])
+
+
+@app.command
 def fused(*, rounds: Rounds = 12) -> None:
     """Local branches fused against one after another, all stages, batch 32 and 128: what the choice made costs."""
     from anabranch.benchmarks import step_parts

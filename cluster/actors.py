@@ -87,8 +87,12 @@ class Worker:
             return replace(failure, step=context.status().get("step", -1))
 
     def _end_orphaned(self) -> None:
-        while time.monotonic() - self._asked_at < ORPHANED_S:
+        # Counted, not clocked: a process that was stopped with its controller (Ctrl-Z) is no orphan yet.
+        seconds, before = 0.0, self._asked_at
+        while seconds < ORPHANED_S:
             time.sleep(1.0)
+            seconds = seconds + 1.0 if self._asked_at == before else 0.0
+            before = self._asked_at
         print(
             f"anabranch: nobody has asked for {ORPHANED_S:g} s, the process ends",
             file=sys.stderr,

@@ -23,6 +23,10 @@ class Stall:
         """The ranks have just been ordered on."""
         self._seen = (-1, [], time.monotonic())
 
+    def excuse(self, seconds: float) -> None:
+        """So long nobody looked: that does not count."""
+        self._seen = (*self._seen[:2], self._seen[2] + seconds)
+
     @property
     def step_s(self) -> float:
         """The median step's time, 0 before any."""

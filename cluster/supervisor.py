@@ -40,8 +40,12 @@ MORE_FAILURES_S = 1.0
 CAUSE_S = 5.0
 # A rank that trains and does not answer for so long is lost: stopped, or its host or network is gone.
 LOST_S = 8.0
+# The same before its first step: imports hold the interpreter's lock for seconds, on a busy machine for many.
+LOST_LOADING_S = 60.0
 # Ranks that lost a connection wait so long for word of a death before the controller takes it for a broken network.
 CUT_S = 3.0
+# A controller that has not looked for so long was stopped itself (Ctrl-Z, a machine that slept), its ranks perhaps too.
+STOPPED_S = 5.0
 QUIESCE_S = 5.0
 NEWCOMER_S = 120.0
 
@@ -84,7 +88,7 @@ class Supervisor:
         self._stall = Stall(recovery.hang_s if recovery else 0.0)
         self._growth = Growth(group, mesh, self._tell_not_grown)
         self._fewest = mesh[0] if recovery is None or recovery.min_replicas is None else recovery.min_replicas
-        self._cut_at = time.monotonic()
+        self._cut_at = self._looked_at = time.monotonic()
 
     def supervise(self) -> list[dict[str, Any]]:
         """What the targets returned, by rank. Raises WorkerError and StoppedError."""
@@ -132,6 +136,11 @@ class Supervisor:
 
     def _look(self, wait_s: float) -> None:
         """Once a second: what the ranks tell."""
+        before, self._looked_at = self._looked_at, time.monotonic()
+        if (stopped_s := self._looked_at - before) > STOPPED_S:
+            self.group.excuse(stopped_s)
+            self._stall.excuse(stopped_s)
+            self._cut_at = self._looked_at
         self._statuses = statuses = self.group.statuses(wait_s)
         stop_asked = self.watch(statuses)
         if stop_asked:
@@ -322,7 +331,8 @@ class Supervisor:
 
     def _find_lost(self, statuses: list[dict[str, Any]]) -> None:
         for rank, status in enumerate(statuses):
-            if "step" in status and status["seen_s"] > LOST_S and rank in self.running.values():
+            limit = LOST_S if "step" in status else LOST_LOADING_S
+            if status["seen_s"] > limit and rank in self.running.values():
                 self._give_up(rank, f"no answer for {status['seen_s']:.0f} s")
 
     def _find_cut(self, statuses: list[dict[str, Any]]) -> None:

@@ -356,6 +356,12 @@ class WorkerGroup:
                 member.answered = now
         return [member.status | {"seen_s": now - member.answered} for member in self.members]
 
+    def excuse(self, seconds: float) -> None:
+        """So long nobody asked the ranks: they were not silent."""
+        now = time.monotonic()
+        for member in self.members:
+            member.answered = min(member.answered + seconds, now)
+
     def request_stop(self, reason: str) -> None:
         """Ask every worker to save and return."""
         for member in self.members:

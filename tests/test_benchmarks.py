@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anabranch.benchmarks import plan_case, prediction
+from anabranch.benchmarks import plan_case, prediction, save_stall
 from anabranch.benchmarks.gross_rank import spearman
 from anabranch.benchmarks.plan_case import Case, measure_cases, multi
 from anabranch.benchmarks.record import write_record
@@ -102,6 +102,38 @@ def test_a_wire_needs_two_equal_hosts(tmp_path: Path) -> None:
     cases = [multi(8, 2, 8), multi(8, 2, 8, mbit_per_s=100.0)]
     with pytest.raises(ValueError, match="3 workers are no two equal hosts"):  # before anything is measured
         measure_cases("none", cases, 3, 1, tmp_path, False, lambda *_: pytest.fail("measured"))
+
+
+def test_the_stall_is_the_call_and_what_the_next_step_takes_longer() -> None:
+    samples = {
+        "step_s": [1.0, 2.0, 1.0],
+        "save_s": [0.5, 0.7, 0.5],
+        "step_beside_s": [1.25, 2.25, 1.25],
+        "written_s": [3.0, 3.0, 3.0],
+        "copy_s": [0.25, 0.45, 0.25],
+        "parts_s": {"copy": [0.25, 0.5, 0.25], "agree": [0.1, 0.2, 0.1]},
+    }
+    found = save_stall._figures(samples)
+    assert found["stall_median_s"] == 0.75
+    assert found["stall_less_copy_median_s"] == 0.5
+    assert found["stall_less_copy_interval_95_s"] == pytest.approx([0.5, 0.5])
+    assert (found["call_less_copy_median_s"], found["beside_median_s"]) == (0.25, 0.25)
+    assert found["parts_median_s"] == {"copy": 0.25, "agree": 0.1}
+
+
+@pytest.mark.optin
+def test_what_a_save_costs_a_step(tmp_path: Path) -> None:
+    record = save_stall.run(rounds=2, width=1024, folder=tmp_path)
+    assert [row["workers"] for row in record["rows"]] == [1, 2]
+    for row in record["rows"]:
+        assert row["num_bytes"] == 2 * 4 * (12 * (1024 + 1) * 1024 + (1024 + 1) * 10)
+        assert {len(row[key]) for key in ("step_s", "save_s", "copy_s", "step_beside_s", "written_s")} == {2}
+        for index, call in enumerate(row["save_s"]):
+            parts = {name: samples[index] for name, samples in row["parts_s"].items()}
+            assert sum(parts.values()) == pytest.approx(call)
+            assert min(parts.values()) >= 0
+            assert parts["copy"] > parts["prepare"]
+    assert (tmp_path / "save_stall.json").is_file()
 
 
 def test_half_speed_is_half_the_speed() -> None:

@@ -20,6 +20,7 @@ import pytest
 from anabranch.cluster import (
     ClusterError,
     RayRequest,
+    Recovery,
     StoppedError,
     WorkerContext,
     WorkerError,
@@ -28,11 +29,12 @@ from anabranch.cluster import (
     ray_calls,
     run_on_ray,
 )
-from anabranch.cluster.actors import Worker
+from anabranch.cluster.actors import ORPHANED_S, Worker
 from anabranch.cluster.environment import hold_port, interface_of, thread_share
 from anabranch.cluster.failures import Failure, worker_error
 from anabranch.cluster.placement import Host, devices_of, place, place_more, place_spares
 from anabranch.cluster.ray_session import hosts
+from anabranch.runtime.cli import parse, run
 
 A = Host("a", "1", 8, 8, 4, 4, "H200")
 B = Host("b", "2", 8, 8, 2, 2, "H200")
@@ -215,6 +217,33 @@ def test_later_generations_meet_at_the_port_that_was_asked_for() -> None:
     worker._held.close()
 
 
+def test_only_a_rank_that_runs_and_is_not_asked_is_an_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was stopped for an hour, its controller with it, goes on; a minute without a question later it ends."""
+
+    class Clock:
+        now = slept = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.slept += seconds
+            self.now += 3600.0 if self.slept == 100.0 else seconds
+            if self.slept % 50.0 == 0 and self.slept <= 200.0:
+                worker.status()
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    clock = Clock()
+    monkeypatch.setattr("anabranch.cluster.actors.time", clock)
+    monkeypatch.setattr(os, "_exit", end)
+    worker = Worker({})
+    with pytest.raises(SystemExit):
+        worker._end_orphaned()
+    assert 200 + ORPHANED_S <= clock.slept <= 201 + ORPHANED_S
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Real Ray: two nodes on this machine, with 4 CPUs and 4 and 2 faked GPUs.
 
@@ -392,6 +421,30 @@ def test_refused_before_a_worker_starts(ray_hosts: tuple[Host, ...], tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_the_doctor_names_what_is_wrong_and_nothing_else(ray_hosts: tuple[Host, ...], tmp_path: Path) -> None:
+    """As a user runs it: two hosts that are well, but for GPUs that Ray offers and nobody has, and a port in use."""
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        call = parse(["doctor", "--run-dir", str(tmp_path / "run"), "--launch.port", port, "--quiet"])
+        assert call is not None
+        result, exit_code = run(call)
+    assert exit_code == 1
+    assert result is not None
+    big, small = (host.name for host in ray_hosts)
+    # whether Ray asks for its token depends on what this process did before
+    told = {(each["name"], each["host"]): each for each in result["checks"] if each["name"] != "token"}
+    failed = {key: check["found"] for key, check in told.items() if not check["ok"]}
+    assert failed.keys() == {("GPUs", big), ("GPUs", small), ("port", big)}
+    assert failed["GPUs", big].startswith("Ray offers 4 GPUs, torch sees ")
+    assert failed["port", big] == f"launch.port {port} is in use on {big}"
+    assert all(check["remedy"] for check in told.values() if not check["ok"])
+    everywhere = ("answers", "versions", "interface", "clock", "disk", "run folder")
+    passed = {(name, host) for name in everywhere for host in (big, small)}
+    passed |= {("cluster", ""), ("room", ""), ("route", small), ("all-reduce", "")}
+    assert told.keys() - failed.keys() == passed
+    assert not list(tmp_path.iterdir()), "it leaves nothing"
+
+
 def failing(how: str, context: WorkerContext) -> dict[str, Any]:
     """Rank 1 ends in some way while the others wait for it in a collective."""
     import torch
@@ -431,6 +484,35 @@ def test_the_cause_is_named_once(
     assert str(caught.value).startswith(f"rank 1 on host {ray_hosts[0].name} failed:")
     assert "peer" not in str(caught.value)
     assert isinstance(caught.value.__cause__, cause)
+
+
+def stopped_while_loading(context: WorkerContext) -> dict[str, Any]:
+    """Rank 1 is stopped before it has told of a step; the others quiesce, as all do where a rank is lost."""
+    if context.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while context.generation == 0 and not context.aborted:
+        time.sleep(0.02)
+    context.await_order(committed=None)
+    return {"rank": context.rank, "generation": context.generation}
+
+
+def test_a_rank_stopped_before_its_first_step_is_replaced(
+    ray_hosts: tuple[Host, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anabranch.cluster.supervisor.WATCH_S", 0.2)
+    monkeypatch.setattr("anabranch.cluster.supervisor.LOST_LOADING_S", 1.5)
+    told: list[dict[str, Any]] = []
+    recovery = Recovery(
+        decide=lambda states: {"action": "rewind", "step": 0, "ranks": [0, 1]},
+        retries=lambda failure: False,
+        told=told.append,
+        max_failures=9,  # on a busy machine the other may be silent for as long
+    )
+    found = run_on_ray(stopped_while_loading, RayRequest((2, 1)), no_watch, recovery)
+    assert found == [{"rank": rank, "generation": found[0]["generation"]} for rank in range(2)]
+    assert found[0]["generation"] >= 1
+    assert 1 in {event["rank"] for event in told}
+    assert all(event["replaced"] and event["cause"].startswith("no answer for") for event in told)
 
 
 def until_told(listens: bool, context: WorkerContext) -> dict[str, Any]:

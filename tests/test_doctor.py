@@ -1,4 +1,15 @@
-"""What would stop a run: each check by a table, and faults planted on a real second node."""
+"""What would stop a run: each check by a table, and faults planted on a real second node.
+
+Planted for real, and named by a whole `anabranch doctor` with exit code 1 in less than a minute:
+
+    another version of a package, no anabranch, a GPU that is not there, a missing interface, a port in use, a wrong
+    clock, no token, a cluster too small             test_faults_of_a_node_are_named (opt-in), all at once
+    a folder that is not shared                      the same, where this user may mount
+    a folder that is read-only, a full disk          test_folders_of_a_node_are_named (opt-in; mounts)
+    nothing at the address                           test_address_of_nothing
+    a GPU that is not there, a port in use           test_cluster.py, by default
+    a port that is blocked, an address without a route, a link that is down      test_hosts.py (opt-in; namespaces)
+"""
 
 from __future__ import annotations
 
@@ -20,7 +31,7 @@ import pytest
 
 from anabranch.cluster import ClusterError, checks, connect
 from anabranch.cluster.checks import Check, NodeReport
-from anabranch.cluster.doctor import examine, preflight
+from anabranch.cluster.doctor import preflight
 from anabranch.cluster.node_probe import NodeProbe
 from anabranch.cluster.ray_session import hosts
 from anabranch.cluster.ward import Ward, rounds
@@ -37,6 +48,7 @@ VERSIONS = {
 A = NodeReport("a", "192.0.2.1", 2, 2, VERSIONS | {"gpus": "2"}, "eth0", auth_mode="token", free_bytes=2**40)
 B = replace(A, name="b", address="192.0.2.2")
 GIB = 2**30
+NAMED_S = 60.0  # what would stop a run is to be named in less
 
 FAULTS = [
     ("no answer", checks.check_answers([A, replace(B, error="no answer in 20 s")]), "no answer in 20 s", "ray status"),
@@ -170,7 +182,9 @@ def test_address_that_is_not_reached_and_a_port_in_use() -> None:
 def test_address_of_nothing() -> None:
     call = parse(["doctor", "--address", "localhost:1", "--json", "--quiet"])
     assert call is not None
+    begun = time.monotonic()
     result, exit_code = run(call)
+    assert time.monotonic() - begun < NAMED_S
     assert exit_code == 1
     assert result is not None
     (check,) = result["checks"]
@@ -319,16 +333,38 @@ def bad_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 subprocess.run(["umount", folder / "full"], check=True)
 
 
+def doctored(*flags: str) -> dict[tuple[str, str], str]:
+    """What `anabranch doctor` says of the failed checks, by name and host; it does so in time, with exit code 1."""
+    call = parse(["doctor", *flags, "--json", "--quiet"])
+    assert call is not None
+    begun = time.monotonic()
+    result, exit_code = run(call)
+    seconds = time.monotonic() - begun
+    assert exit_code == 1
+    assert result is not None
+    failed: dict[tuple[str, str], str] = {}
+    for check in result["checks"]:
+        if not check["ok"]:
+            assert check["remedy"], check
+            key = check["name"], check["host"]
+            failed[key] = f"{failed[key]}\n{check['found']}" if key in failed else check["found"]
+    print(f"{seconds:.1f} s: {', '.join(name for name, _ in failed)}")
+    assert seconds < NAMED_S, "or it would be named too late"
+    return failed
+
+
 @pytest.mark.slow
 @pytest.mark.optin  # Ray keeps the first token of a process: a cluster without one must not share it with other tests
 def test_faults_of_a_node_are_named(bad_node: Path) -> None:
     good, bad = sorted(hosts(), key=lambda host: host.gpus)
     with socket.create_server(("", 0)) as taken:
-        found = examine("", bad_node / "not_shared" / "run", taken.getsockname()[1], 9, 1.0)
-    failed = {(check.name, check.host): check.found for check in found if not check.ok}
+        failed = doctored(
+            "--run-dir", str(bad_node / "not_shared" / "run"), "--launch.port", str(taken.getsockname()[1]),
+            "--num-workers", "9", "--launch.cpus-per-worker", "1",
+        )  # fmt: skip
     wanted = {
         ("room", ""): "room for",
-        ("versions", bad.name): "anabranch",
+        ("versions", bad.name): "torch 0.0.1, the driver has",
         ("GPUs", bad.name): "Ray offers 1 GPUs, torch sees 0",
         ("interface", bad.name): "names ib7",
         ("port", bad.name): "is in use",
@@ -337,9 +373,7 @@ def test_faults_of_a_node_are_named(bad_node: Path) -> None:
     }
     for key, text in wanted.items():
         assert text in failed.get(key, ""), (key, failed)
-    texts = [check.found for check in found if check.name == "versions" and not check.ok]
-    assert any("torch 0.0.1, the driver has" in text for text in texts)
-    assert any(text.startswith("no anabranch") for text in texts)
+    assert "no anabranch, the driver has" in failed["versions", bad.name]
     assert any(name == "all-reduce" and bad.name in pair for name, pair in failed), failed
     assert not [key for key in failed if key[1] == good.name and key[0] != "token"]
     if OWN_MOUNTS:
@@ -349,10 +383,14 @@ def test_faults_of_a_node_are_named(bad_node: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not OWN_MOUNTS, reason="needs root for a mount namespace")
 @pytest.mark.optin
-def test_train_refuses_before_workers_start(bad_node: Path) -> None:
+def test_folders_of_a_node_are_named(bad_node: Path) -> None:
+    """And `train` refuses before workers start."""
+    bad = max(hosts(), key=lambda host: host.gpus)
     names = [host.name for host in hosts()]
     wanted = r"no anabranch(.|\n)*anyone who reaches(.|\n)*Read-only file system – mount it for writing"
     with pytest.raises(ClusterError, match=wanted):
         preflight(names, bad_node / "read_only")
-    found = examine("", bad_node / "full", 0, 0, 1.0)
-    assert "the disk is full" in "\n".join(check.found for check in found if not check.ok)
+    failed = doctored("--run-dir", str(bad_node / "read_only"), "--launch.cpus-per-worker", "1")
+    assert "Read-only file system" in failed["run folder", bad.name]
+    failed = doctored("--run-dir", str(bad_node / "full"), "--launch.cpus-per-worker", "1")
+    assert "the disk is full" in "\n".join(failed["disk", host] for host in names if ("disk", host) in failed)

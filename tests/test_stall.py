@@ -1,0 +1,112 @@
+"""How long a run may stand still before that is a hang: tables over a clock that the test moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from anabranch.cluster import stall
+from anabranch.cluster.stall import Stall, step_of
+
+HANG_S = 30.0
+
+
+class Clock:
+    """`time.monotonic` as far as `Stall` asks it."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(stall, "time", clock)
+    return clock
+
+
+def told(step: int, *phases: str, step_time_s: float | None = None) -> list[dict[str, Any]]:
+    """The statuses of ranks in these phases, after a step."""
+    measured = {} if step_time_s is None else {"step_time_s": step_time_s}
+    return [{"step": step, "phase": phase, **measured} for phase in phases]
+
+
+@pytest.mark.parametrize(
+    ("phases", "step_times", "limit"),
+    [
+        (("training", "training"), [1.0] * 5, HANG_S),  # ten steps are less
+        (("training", "training"), [5.0] * 5, 50.0),  # ten median steps
+        (("training", "training"), [1.0, 1.0, 1.0, 500.0, 500.0], HANG_S),  # the median, not the mean
+        (("training", "training"), [9.0] * 30 + [4.0] * 25, 40.0),  # of the last 25
+        (("training", "training"), [], HANG_S),  # none is known
+        (("evaluating", "evaluating"), [1.0] * 5, 300.0),
+        (("saving", "saving"), [5.0] * 5, 500.0),
+        (("training", "saving"), [1.0] * 5, 300.0),  # one is still at it
+        (("loading", "training"), [1.0] * 5, None),  # what is not training has no limit here
+        (("starting", "starting"), [], None),
+        (("waiting for a lost rank", "training"), [1.0] * 5, None),
+    ],
+)
+def test_how_long_is_too_long(
+    clock: Clock, phases: tuple[str, ...], step_times: list[float], limit: float | None
+) -> None:
+    watched = Stall(HANG_S)
+    for step, seconds in enumerate(step_times, 1):
+        assert watched.hangs_for(told(step, *["training"] * len(phases), step_time_s=seconds)) == 0
+        clock.now += 1.0
+    statuses = told(len(step_times) + 1, *phases)
+    assert watched.hangs_for(statuses) == 0, "it has just come here"
+    clock.now += limit - 1.0 if limit else 1e6
+    assert watched.hangs_for(statuses) == 0
+    clock.now += 1.0
+    assert watched.hangs_for(statuses) == (limit or 0)
+
+
+def test_a_step_or_a_phase_begins_anew(clock: Clock) -> None:
+    watched = Stall(HANG_S)
+    for statuses in (
+        told(7, "training", "training"),
+        told(8, "training", "training"),
+        told(8, "training", "evaluating"),
+        told(8, "evaluating", "evaluating"),
+        told(8, "training", "training"),
+    ):
+        assert watched.hangs_for(statuses) == 0
+        clock.now += HANG_S - 1.0
+    clock.now += 1.0
+    assert watched.hangs_for(told(8, "training", "training")) == HANG_S
+
+
+def test_orders_begin_anew_and_keep_the_step_times(clock: Clock) -> None:
+    """After a recovery the same step and phases count from the order; ten of the steps before still do."""
+    watched = Stall(HANG_S)
+    statuses = told(3, "training", "training", step_time_s=4.0)
+    assert watched.hangs_for(statuses) == 0
+    clock.now += 100.0
+    watched.begin()
+    assert watched.hangs_for(statuses) == 0
+    clock.now += 39.0
+    assert watched.hangs_for(statuses) == 0
+    clock.now += 1.0
+    assert watched.hangs_for(statuses) == 40.0
+    assert watched.step_s == 4.0
+
+
+def test_while_nobody_looked_nothing_stood_still(clock: Clock) -> None:
+    watched = Stall(HANG_S)
+    statuses = told(3, "training", "training")
+    assert watched.hangs_for(statuses) == 0
+    clock.now += HANG_S - 1.0 + 500.0
+    watched.excuse(500.0)
+    assert watched.hangs_for(statuses) == 0
+    clock.now += 1.0
+    assert watched.hangs_for(statuses) == HANG_S
+
+
+def test_the_step_is_the_furthest_rank_s() -> None:
+    assert step_of([{"step": 3}, {"step": 4}, {}]) == 4
+    assert step_of([]) == 0
+    assert Stall(HANG_S).step_s == 0.0
