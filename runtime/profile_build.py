@@ -13,16 +13,21 @@ from anabranch.runtime.profile_file import SCHEMA
 from anabranch.runtime.profile_kernels import Running
 from anabranch.runtime.profile_merge import Exchange, Merged, over_ranks, spread, summed
 from anabranch.runtime.profile_steps import WARM_UP, RankSteps
-from anabranch.schedulers import ModelSpec, Plan
+from anabranch.schedulers import Cluster, ModelSpec, Plan
 from anabranch.schedulers.costs import Batch, Costs
 
 _MOST_STEPS, _MOST_STRAGGLERS = 2000, 10
 
 
 def build_profile(
-    ranks: Sequence[RankSteps], plan: Plan, model: ModelSpec, batch: Batch, costs: Costs | None = None
+    ranks: Sequence[RankSteps],
+    plan: Plan,
+    model: ModelSpec,
+    batch: Batch,
+    costs: Costs | None = None,
+    cluster: Cluster | None = None,
 ) -> dict[str, Any]:
-    """Plain data. costs: what a prediction is made from; None: none is."""
+    """Plain data. costs: what a prediction is made from; None: none is. cluster: as of `predicted`."""
     merged = Merged(ranks, plan.branch)
     step_s = np.stack([merged.step_s(rank) for rank in range(len(ranks))])
     mean = float(np.median(step_s.max(0)))
@@ -47,7 +52,7 @@ def build_profile(
         "by_step": {"step_s": [_thinned(row) for row in step_s]},
     }
     profile["suggestion"] = suggestion(profile, plan, model, batch)
-    profile["prediction"] = predicted(profile, plan, model, batch, costs) if costs else None
+    profile["prediction"] = predicted(profile, plan, model, batch, costs, cluster) if costs else None
     return profile
 
 

@@ -172,11 +172,15 @@ def record_seconds(device: torch.device, num: int = 2000) -> float:
 
 
 def _facts(trainer: Trainer) -> dict[str, Any]:
-    context, device = trainer.context, trainer.device
-    cuda = device.type == "cuda"
+    device, cuda = trainer.device, trainer.device.type == "cuda"
+    host, name = trainer.context.host, str(device)
+    if trainer.plan.devices is not None:  # a process may see one GPU only, and number it 0
+        row, column = divmod(trainer.context.rank, trainer.plan.branch)
+        host, _, index = trainer.plan.devices[row][column].rpartition(":")
+        name = f"{device.type}:{index}"
     return {
-        "host": context.host,
-        "device": str(device),
+        "host": host,
+        "device": name,
         "kind": torch.cuda.get_device_name(device) if cuda else "cpu",
         "memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else _resident_bytes(),
         "peak_flops_per_s": _matmul_rate(device, trainer.config.train.precision),

@@ -75,7 +75,8 @@ def ms(seconds: float) -> str:
 
 
 def _straggler(one: Mapping[str, Any]) -> str:
-    branches = f", branches {', '.join(map(str, one['branches']))}" if one["branches"] else ""
+    held = ", ".join(map(str, one["branches"]))
+    branches = f" (it holds {'branch' if len(one['branches']) == 1 else 'branches'} {held})" if held else ""
     where = f"{one['part']} of {one['element']}" if one["element"] else one["part"]
     return (
         f"rank {one['rank']} ({one['host']} {one['device']}) is waited for in {where}{branches}: rank {one['waiting']} "
