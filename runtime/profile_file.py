@@ -2,12 +2,12 @@
 
 All times in seconds, sizes in bytes. {"p50", "p95"}: over steps; {"min", "median", "max"}: over ranks, of p50.
 
-    schema        2; another number is another format
+    schema        3; another number is another format
     mesh          [data, branch]
     steps         measured, regular (they recorded the same; all figures are of them), warm_up, step_s {p50, p95}
     ranks         by rank: host, device (the plan's, where it has devices), kind, memory_bytes, peak_flops_per_s (a
                   large matrix product), clock_error_s, step_s, parts {part: {p50, p95}}, unattributed (share of the
-                  step that no part accounts for)
+                  step that no part accounts for), kernels, gap_s (of all of one traced step, as of elements below)
     elements      stem, blocks, head, in order: name, split, over {figure: {min, median, max}}, ranks by rank: held
                   (branches), forward_s, backward_s {p50, p95} without exchanges, transfer_s, wait_s {p50, p95}, bytes,
                   bytes_per_s (bytes ÷ transfer_s),
@@ -38,7 +38,7 @@ from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import ConfigError
 from anabranch.schedulers.wording import shown
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def write_profile(profile: dict[str, Any], path: Path) -> None:

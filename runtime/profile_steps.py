@@ -24,7 +24,7 @@ from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.profile_clock import ClockOffset, aligned, clock_offset
 from anabranch.runtime.profile_flops import ElementFlops
-from anabranch.runtime.profile_kernels import traced
+from anabranch.runtime.profile_kernels import kernels_of, shortened, traced
 from anabranch.runtime.recorder import Recorder, Span
 from anabranch.runtime.trainer import Trainer
 
@@ -100,8 +100,9 @@ def profile_steps(
     recorder.align()
     recorder.keep()
     events, mine = traced(run, recorder, device)
+    facts["kernels"] = kernels_of(events, *mine[-1])
     skew = clock() - time.perf_counter()  # the recorder's clock is perf_counter
-    return _gathered(kept, mine, events, facts, before, after, skew, device)
+    return _gathered(kept, mine, shortened(events), facts, before, after, skew, device)
 
 
 def check_steps(steps: int, last_step: int) -> None:

@@ -51,6 +51,13 @@ def lines(profile: Mapping[str, Any]) -> list[str]:
             f"{100 * overhead['share'][kind]:.2f} % of the step (against steps without recording, 95 %: "
             f"{low:+.1f} to {high:+.1f} %)"
         )
+    on_gpus = [rank for rank in profile["ranks"] if rank["device"].startswith("cuda")]
+    if on_gpus:
+        idlest = max(on_gpus, key=lambda rank: rank["gap_s"])
+        said.append(
+            f"kernels a step: {_range([rank['kernels'] for rank in on_gpus], 'd')}; the host leaves rank "
+            f"{idlest['rank']}'s GPU idle for {ms(idlest['gap_s'])} ms"
+        )
     worst = max(profile["ranks"], key=lambda rank: abs(rank["unattributed"]))
     said.append(
         f"unattributed: at most {100 * abs(worst['unattributed']):.2f} % of the step (rank {worst['rank']})"

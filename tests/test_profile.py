@@ -36,9 +36,10 @@ from anabranch.runtime.profile_clock import ClockOffset, aligned, clock_offset
 from anabranch.runtime.profile_command import profile_rank
 from anabranch.runtime.profile_file import read_profile, write_profile
 from anabranch.runtime.profile_flops import ElementFlops
-from anabranch.runtime.profile_kernels import MOST_EVENTS
+from anabranch.runtime.profile_kernels import MOST_OPS, Running, kernels_of, shortened
 from anabranch.runtime.profile_merge import Merged
 from anabranch.runtime.profile_steps import RankSteps, profile_steps
+from anabranch.runtime.profile_table import lines as said_lines
 from anabranch.runtime.profile_table import print_profile
 from anabranch.runtime.profile_trace import trace_events, write_trace
 from anabranch.runtime.recorder import Recorder, Span
@@ -356,7 +357,7 @@ def synthetic_ranks(num_steps: int, num_ranks: int, num_blocks: int) -> list[Ran
     """Ranks with an exchange in each block, forward and backward; rank 0 is always last."""
     facts = {
         "host": "a", "device": "cpu", "kind": "cpu", "memory_bytes": 1, "peak_flops_per_s": 1e9, "clock_error_s": 0.0,
-        "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "flops": [], "ops": [],
+        "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "flops": [], "ops": [], "kernels": {"": (0, 0.0)},
         "overhead_s": {kind: [1.0, 1.0] for kind in ("off", "light", "detailed")},
     }  # fmt: skip
     ranks = []
@@ -403,7 +404,7 @@ def synthetic_profile(num_steps: int, num_ranks: int, num_blocks: int) -> dict[s
 def test_a_thousand_steps_of_eight_ranks_stay_small(tmp_path: Path) -> None:
     """With as many kernels in the trace as are kept; steps that differ, as real ones do."""
     random = np.random.default_rng(0)
-    starts = np.sort(random.random(MOST_EVENTS))
+    starts = np.sort(random.random(MOST_OPS))
     events = [[f"aten::op{i % 97}", "op", str(i % 3), start, 1e-5] for i, start in enumerate(starts.tolist())]
     ranks = []
     for rank in synthetic_ranks(num_steps=1000, num_ranks=8, num_blocks=16):
@@ -419,6 +420,71 @@ def test_a_thousand_steps_of_eight_ranks_stay_small(tmp_path: Path) -> None:
     assert set(sizes) == {"profile.json", "trace.json.gz", "report.html"}
     assert sum(sizes.values()) <= 20e6, sizes
     assert read_profile(tmp_path / "profile.json")["steps"]["measured"] == 1000
+
+
+def gpu_events() -> list[list[Any]]:
+    """A kernel of 1 ms in every other ms of the first 0.1 s, a copy after them; the operators that launched them."""
+    kernels = [["gemm", "kernel", "7", 0.002 * i, 0.001] for i in range(50)]
+    ops = [["aten::mm", "op", "1", 0.0005 * i, 0.0004] for i in range(50)]
+    return [*kernels, ["memcpy", "copy", "7", 0.100, 0.002], *ops]
+
+
+def test_kernels_and_gaps_of_a_gpu() -> None:
+    events = gpu_events()
+    number, seconds = Running(events).during(0.0, 0.2)
+    assert (number, seconds) == (51, pytest.approx(0.052))
+    assert Running(events).during(0.0005, 0.0025) == (2, pytest.approx(0.001))  # half of each of two
+    spans = [
+        Span("forward", "block0", "", 0, 0.0, 0.020),
+        Span("forward", "block0", "all_reduce", 1000, 0.010, 0.014),
+        Span("forward", "", "", 0, 0.0, 0.1),
+        Span("sent", "", "data_bucket", 8, 0.1, 0.1),
+        Span("reduction", "", "data_bucket", 8, 0.150, 0.160),
+        Span("reduction", "", "", 0, 0.1, 0.2),
+    ]
+    found = kernels_of(events, spans, 0.0, 0.2)
+    assert found["block0"] == (10 - 2, pytest.approx(0.010 - 0.002))
+    # not in block0: the kernels of loss, reduction and optimizer; the waits for others are no gaps
+    assert found[""] == (51, pytest.approx(0.2 - 0.052 - 0.002 - 0.010))
+
+
+def test_kernels_are_counted_before_operators_are_left_out() -> None:
+    ops = [["aten::mm", "op", "1", 1e-4 * i, 1e-3] for i in range(30_000)]
+    kernels = [["gemm", "kernel", "7", 6e-4 * i, 1e-5] for i in range(5_000)]
+    kept = shortened([*ops, *kernels])
+    assert len(kept) == MOST_OPS + 5_000
+    assert sum(kind == "kernel" for _, kind, *_ in kept) == 5_000
+    assert kernels_of([*ops, *kernels], [], 0.0, 3.5)[""][0] == 5_000
+
+
+def test_the_figures_of_gpus_in_profile_and_trace() -> None:
+    """Ranks with FLOPs, kernels and bytes that are known: what the profile makes of them."""
+    ranks = []
+    for number, rank in enumerate(synthetic_ranks(num_steps=5, num_ranks=2, num_blocks=4)):
+        facts = {
+            **rank.facts,
+            "device": f"cuda:{number}",
+            "peak_flops_per_s": 1e9 * (1 + number),  # the better one of a kind is what both could do
+            "kernels": {"": (700 + number, 0.003), "block1": (12, 0.002)},
+            "flops": [["forward", "block1", 2_000_000], ["backward", "block1", 4_000_000]],
+        }
+        ranks.append(RankSteps(rank.steps, facts, gpu_events()))
+    profile = build_profile(ranks, *synthetic_plan(2, 4), Batch(8, 8))
+    rows = profile["elements"][2]["ranks"]  # after stem and block0
+    assert [(row["kernels"], row["gap_s"]) for row in rows] == [(12, 0.002)] * 2
+    # forward and backward, without their exchanges
+    for row, compute_s in zip(rows, (2 * (0.5 - 0.1) / 4, 2 * (0.5 - 0.3) / 4), strict=True):
+        assert row["flops_per_s"] == pytest.approx(6e6 / compute_s)
+        assert row["utilisation"] == pytest.approx(6e6 / compute_s / 2e9)
+        assert row["bytes_per_s"] == pytest.approx(2 * 1000 / (2 * 0.1 / 4))
+    assert [(rank["kernels"], rank["gap_s"]) for rank in profile["ranks"]] == [(700, 0.003), (701, 0.003)]
+    assert "kernels a step: 700–701; the host leaves rank 0's GPU idle for 3.00 ms" in said_lines(profile)
+    events = list(trace_events(ranks))
+    streams = [e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 1]
+    assert streams == ["step", "GPU stream 7", "CPU 1"]
+    kernels = [e for e in events if e.get("cat") == "kernel" and e["pid"] == 1]
+    assert [(e["ts"], e["dur"]) for e in kernels[:2]] == [(0.0, 1000.0), (2000.0, 1000.0)]
+    assert sum(e.get("cat") == "copy" for e in events) == 2
 
 
 def test_tables(slowed: Profiled) -> None:
@@ -441,9 +507,9 @@ def test_tables(slowed: Profiled) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text('{"schema": 99}')
-    with pytest.raises(ConfigError, match="schema 99, this version reads schema 2"):
+    with pytest.raises(ConfigError, match="schema 99, this version reads schema 3"):
         read_profile(path)
-    path.write_text('{"schema": 2, "ra')
+    path.write_text('{"schema": 3, "ra')
     with pytest.raises(ConfigError, match="not a profile"):
         read_profile(path)
     config = Config.from_dict(SMALL)
