@@ -198,7 +198,7 @@ def _timeline(merged: Merged, step_s: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def _overhead(ranks: Sequence[RankSteps], step_s: float) -> dict[str, Any]:
-    """Shares by count × cost, and the interval of the median ratio over rounds by resampling."""
+    """Shares by count × cost and what telling costs, and the interval of the median ratio by resampling rounds."""
     cost = max(rank.facts["record_s"] for rank in ranks)
     records = {kind: max(rank.facts["records"][kind] for rank in ranks) for kind in ("light", "detailed")}
     measured, random = {}, np.random.default_rng(0)
@@ -207,8 +207,9 @@ def _overhead(ranks: Sequence[RankSteps], step_s: float) -> dict[str, Any]:
         ratio = np.array([rank.facts["overhead_s"][kind] for rank in ranks]).max(0) / off
         again = np.median(random.choice(ratio, (2000, len(ratio))), axis=1)
         measured[kind] = [float(np.percentile(again, q)) for q in (2.5, 50, 97.5)]
-    share = {kind: number * cost / step_s for kind, number in records.items()}
-    return {"record_s": cost, "records": records, "share": share, "measured": measured}
+    told = max(rank.facts["told_s"] for rank in ranks)
+    share = {kind: (number * cost + told) / step_s for kind, number in records.items()}
+    return {"record_s": cost, "told_s": told, "records": records, "share": share, "measured": measured}
 
 
 def _thinned(row: np.ndarray[Any, Any]) -> list[float]:

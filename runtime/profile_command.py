@@ -13,7 +13,8 @@ from anabranch.runtime.measure import with_speeds
 from anabranch.runtime.profile_advice import known_to
 from anabranch.runtime.profile_build import build_profile
 from anabranch.runtime.profile_file import write_profile
-from anabranch.runtime.profile_steps import StopProfile, profile_steps
+from anabranch.runtime.profile_loop import StopProfile
+from anabranch.runtime.profile_steps import profile_steps
 from anabranch.runtime.profile_table import print_profile
 from anabranch.runtime.profile_trace import write_trace
 from anabranch.runtime.trainer import Trainer

@@ -23,7 +23,8 @@ All times in seconds, sizes in bytes. {"p50", "p95"}: over steps; {"min", "media
     suggestion    null, or: text, moves [{block, branch, source, target}], predicted_s, now_s, change
     prediction    null, or: source, total_s, elements {name: [forward_s, backward_s]}, timeline as below
     timeline      one step, that of median length: step_s, spans [rank, part, element, op, start, seconds, wait]
-    overhead      record_s, records {light, detailed}, share {light, detailed} (records × their cost ÷ step),
+    overhead      record_s, records {light, detailed}, told_s (a step's times of all ranks: put together, read, looked
+                  at, written), share {light, detailed} (records × their cost + told_s, ÷ step),
                   measured {light, detailed}: [low, middle, high] of the ratio to steps that record nothing, 95 %
     by_step       step_s [rank][step]: at most 2000 steps
 """

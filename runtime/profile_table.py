@@ -47,7 +47,8 @@ def lines(profile: Mapping[str, Any]) -> list[str]:
     for kind, what in (("light", "always on"), ("detailed", "this profile")):
         low, _, high = (100 * (ratio - 1) for ratio in overhead["measured"][kind])
         said.append(
-            f"recording, {what}: {overhead['records'][kind]} records x {1e6 * overhead['record_s']:.1f} µs = "
+            f"recording, {what}: {overhead['records'][kind]} records x {1e6 * overhead['record_s']:.1f} µs + "
+            f"{1e6 * overhead['told_s']:.0f} µs to tell = "
             f"{100 * overhead['share'][kind]:.2f} % of the step (against steps without recording, 95 %: "
             f"{low:+.1f} to {high:+.1f} %)"
         )

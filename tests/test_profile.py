@@ -217,8 +217,12 @@ def test_recording_costs_less_than_allowed(slowed: Profiled) -> None:
     assert 0 < overhead["records"]["light"] < overhead["records"]["detailed"]
     assert overhead["share"]["light"] <= 0.01
     assert overhead["share"]["detailed"] <= 0.10
+    one = overhead["records"]["light"] * overhead["record_s"] + overhead["told_s"]
+    assert overhead["share"]["light"] == pytest.approx(one / slowed[3]["steps"]["step_s"]["p50"])
+    assert overhead["told_s"] > 1e-5  # the times of all ranks, in a line of JSON
     for low, middle, high in overhead["measured"].values():
         assert low <= middle <= high
+    assert overhead["measured"]["detailed"][0] <= 1.10
 
 
 def test_one_clock_for_all_ranks(slowed: Profiled) -> None:
@@ -357,7 +361,8 @@ def synthetic_ranks(num_steps: int, num_ranks: int, num_blocks: int) -> list[Ran
     """Ranks with an exchange in each block, forward and backward; rank 0 is always last."""
     facts = {
         "host": "a", "device": "cpu", "kind": "cpu", "memory_bytes": 1, "peak_flops_per_s": 1e9, "clock_error_s": 0.0,
-        "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "flops": [], "ops": [], "kernels": {"": (0, 0.0)},
+        "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "told_s": 1e-5, "flops": [], "ops": [],
+        "kernels": {"": (0, 0.0)},
         "overhead_s": {kind: [1.0, 1.0] for kind in ("off", "light", "detailed")},
     }  # fmt: skip
     ranks = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from anabranch.runtime.profile_steps import record_seconds
+from anabranch.runtime.profile_loop import record_seconds
 from anabranch.runtime.recorder import PARTS, Recorder, by_part, marked
 
 
