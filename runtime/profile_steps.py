@@ -79,7 +79,8 @@ def profile_steps(
         run()
     kept = recorder.kept()
     after = clock_offset(group, clock)
-    facts = {**_facts(trainer), "clock_error_s": max(before.error_s, after.error_s)}
+    clock_error_s = max(before.error_s, after.error_s) + recorder.clock_error_s
+    facts = {**_facts(trainer), "clock_error_s": clock_error_s}
     facts["records"] = {"detailed": recorder.num_records}
     facts["overhead_s"] = overhead_seconds(run, recorder, rounds)
     recorder.detailed = False

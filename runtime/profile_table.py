@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 _MOST_ROWS = 40
+_MOST_CLOCK_ERROR_S = 1e-3  # else it is told
 _SHORT = {"exchange": "exch.", "reduction": "reduce", "optimizer": "optim."}
 
 
@@ -58,6 +59,12 @@ def lines(profile: Mapping[str, Any]) -> list[str]:
         said.append(
             f"kernels a step: {_range([rank['kernels'] for rank in on_gpus], 'd')}; the host leaves rank "
             f"{idlest['rank']}'s GPU idle for {ms(idlest['gap_s'])} ms"
+        )
+    late = max(profile["ranks"], key=lambda rank: rank["clock_error_s"])
+    if late["clock_error_s"] > _MOST_CLOCK_ERROR_S:
+        said.append(
+            f"the clock of rank {late['rank']} is known to {ms(late['clock_error_s'])} ms only: what is transfer and "
+            "what is wait is as uncertain (a busy machine: profile again)"
         )
     worst = max(profile["ranks"], key=lambda rank: abs(rank["unattributed"]))
     said.append(

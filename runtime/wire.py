@@ -43,14 +43,15 @@ class Wire:
         meanwhile: is called while the sum travels. sizes: rows that each rank wants of it; else all of them.
         """
         total = torch.empty_like(x, dtype=self.dtype_of(x), memory_format=self.format_of(x)).copy_(x)
-        begun = self.recorder.now() if self.recorder else None
+        op, recorder = self.name_of(sizes), self.recorder
+        begun = recorder.started(op) if recorder and meanwhile is None else None
         work = exchange.begin_sum(self.flat(total), self.group, sizes)
         if meanwhile is not None:
             meanwhile()
-            begun = self.recorder.now() if self.recorder else None  # what is exposed begins here
+            begun = recorder.started(op) if recorder else None  # what is exposed begins here
         work.wait()
-        if self.recorder:
-            self.recorder.exchanged(self.name_of(sizes), total.nbytes, begun)
+        if recorder:
+            recorder.exchanged(op, total.nbytes, begun)
         return self.own(total, sizes).to(x.dtype)
 
     @contextmanager
@@ -96,7 +97,7 @@ class Wire:
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """All ranks' rows in order: rank i gives sizes[i]."""
-        start = self.recorder.now() if self.recorder else None
+        start = self.recorder.started("all_gather") if self.recorder else None
         rows = exchange.all_gather(
             self.flat(x.contiguous(memory_format=self.format_of(x))), sizes, self.group
         )
@@ -155,7 +156,7 @@ class SumInParts:
         elif s.data_ptr() != self.buffer.data_ptr():
             raise RuntimeError("a block changed its partial sum after it was sent: set mesh.chunks to 1")
         recorder, whole = self.wire.recorder, self.whole()
-        start = recorder.now() if recorder else None
+        start = recorder.started(self.wire.name_of(self.sizes)) if recorder else None
         for work in self._works:
             work.wait()
         if recorder:

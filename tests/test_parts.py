@@ -23,7 +23,8 @@ class Sleeper(Callback):
         self.told: list[Mapping[str, Any]] = []
 
     def on_gradients(self, step: int, network: object) -> None:
-        time.sleep(0.010 if step % 3 == 0 else 0.0)
+        if step % 3 == 0:
+            time.sleep(0.010)
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         self.told.append(metrics["times_s"] | {"of": metrics["step"] - 2})  # times are of the step before

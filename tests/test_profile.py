@@ -483,6 +483,9 @@ def test_the_figures_of_gpus_in_profile_and_trace() -> None:
         assert row["utilisation"] == pytest.approx(6e6 / compute_s / 2e9)
         assert row["bytes_per_s"] == pytest.approx(2 * 1000 / (2 * 0.1 / 4))
     assert [(rank["kernels"], rank["gap_s"]) for rank in profile["ranks"]] == [(700, 0.003), (701, 0.003)]
+    assert not any("clock" in line for line in said_lines(profile))
+    profile["ranks"][1]["clock_error_s"] = 0.0021
+    assert any("clock of rank 1 is known to 2.10 ms only" in line for line in said_lines(profile))
     assert "kernels a step: 700–701; the host leaves rank 0's GPU idle for 3.00 ms" in said_lines(profile)
     events = list(trace_events(ranks))
     streams = [e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 1]
