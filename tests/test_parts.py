@@ -28,9 +28,8 @@ class Sleeper(Callback):
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         self.told.append(metrics["times_s"] | {"of": metrics["step"] - 2})  # times are of the step before
-        time.sleep(
-            0.030 if metrics["step"] % 3 == 0 else 0.0
-        )  # steps are counted from 0: it falls into this one
+        if metrics["step"] % 3 == 0:  # steps are counted from 0: it falls into the one of that number
+            time.sleep(0.030)
 
 
 def test_callbacks_are_idle_time_and_what_nothing_measures_is_unattributed(
@@ -39,7 +38,8 @@ def test_callbacks_are_idle_time_and_what_nothing_measures_is_unattributed(
     """By the number of the step: 0, 3, … callbacks sleep; 1, 4, … the trainer does, outside of all parts."""
 
     def slow(schedule: Any, lr: float, step: int, *more: int) -> float:
-        time.sleep(0.010 if step % 3 == 1 else 0.0)
+        if step % 3 == 1:
+            time.sleep(0.010)
         return learning_rate(schedule, lr, step, *more)
 
     monkeypatch.setattr(trainer, "learning_rate", slow)
@@ -49,7 +49,9 @@ def test_callbacks_are_idle_time_and_what_nothing_measures_is_unattributed(
     Trainer(network, load_data("digits"), config, callbacks=[sleeper]).fit()
 
     def middle(part: str, turn: int) -> float:
-        return median(told[part][0] for told in sleeper.told if told["of"] >= 2 and told["of"] % 3 == turn)
+        return median(
+            float(told[part][0]) for told in sleeper.told if told["of"] >= 2 and told["of"] % 3 == turn
+        )
 
     assert middle("idle", 0) >= 0.040
     assert max(middle("idle", 1), middle("idle", 2)) < 0.010

@@ -436,9 +436,8 @@ def gpu_events() -> list[list[Any]]:
 
 def test_kernels_and_gaps_of_a_gpu() -> None:
     events = gpu_events()
-    number, seconds = Running(events).during(0.0, 0.2)
-    assert (number, seconds) == (51, pytest.approx(0.052))
-    assert Running(events).during(0.0005, 0.0025) == (2, pytest.approx(0.001))  # half of each of two
+    assert Running(events).during(0.0, 0.2) == pytest.approx((51, 0.052))
+    assert Running(events).during(0.0005, 0.0025) == pytest.approx((2, 0.001))  # half of each of two
     spans = [
         Span("forward", "block0", "", 0, 0.0, 0.020),
         Span("forward", "block0", "all_reduce", 1000, 0.010, 0.014),
@@ -448,9 +447,9 @@ def test_kernels_and_gaps_of_a_gpu() -> None:
         Span("reduction", "", "", 0, 0.1, 0.2),
     ]
     found = kernels_of(events, spans, 0.0, 0.2)
-    assert found["block0"] == (10 - 2, pytest.approx(0.010 - 0.002))
+    assert found["block0"] == pytest.approx((10 - 2, 0.010 - 0.002))
     # not in block0: the kernels of loss, reduction and optimizer; the waits for others are no gaps
-    assert found[""] == (51, pytest.approx(0.2 - 0.052 - 0.002 - 0.010))
+    assert found[""] == pytest.approx((51, 0.2 - 0.052 - 0.002 - 0.010))
 
 
 def test_kernels_are_counted_before_operators_are_left_out() -> None:
