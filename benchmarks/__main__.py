@@ -434,6 +434,21 @@ def recompute(*, rounds: Rounds = 8) -> None:
     )
 
 
+@app.command
+def profile_overhead(*, rounds: Rounds = 100) -> None:
+    """Steps with what is always recorded, and detailed as in a profile, against steps with nothing recorded."""
+    from anabranch.benchmarks import profile_overhead as case
+
+    record = case.run(rounds=rounds)
+    for kind, row in record["kinds"].items():
+        low, high = row["ratio_interval_95"]
+        print(
+            f"{kind}: {row['records']} records, by count x cost {100 * row['share']:.2f} % of the step (asked "
+            f"{100 * row['asked']:.0f}); measured {row['ratio_median']:.4f} ({low:.4f} to {high:.4f})"
+        )
+    print(record["path"])
+
+
 def _print_ratios(record: dict[str, Any]) -> None:
     for row in record["cases"]:
         low, high = row["ratio_interval_95"]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from anabranch.runtime.parallel_network import ParallelNetwork
 
 
+_encoded = json.JSONEncoder(check_circular=False).encode  # a tenth quicker: a line a step
+
+
 class Callback:
     """Told of a run's events in the training loop: be quick. Metrics are plain numbers and text.
 
@@ -95,7 +98,7 @@ class MetricsFile(Callback):
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         plain = values if kind == "step" else redacted(dict(values))  # a step's are numbers, and many
-        self._file.write(json.dumps({"kind": kind, **plain}) + "\n")
+        self._file.write(_encoded({"kind": kind, **plain}) + "\n")
 
 
 def whole_lines(path: Path) -> list[str]:

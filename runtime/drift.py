@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 _SKIP, _WINDOW = 5, 25  # steps: left out at the start (allocators, caches), and compared
+_EVERY = 5  # steps between two looks: each is a sixth of what recording costs
 _SLOWER, _CAUSE = 1.25, 0.5  # told where steps take so much longer; a cause explains so much of it
 
 
@@ -19,23 +20,24 @@ class DriftWatch:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self._seen = 0
-        self._first: list[dict[str, list[float]]] = []
-        self._last: deque[dict[str, list[float]]] = deque(maxlen=_WINDOW)
+        self._first: list[Mapping[str, Sequence[float]]] = []
+        self._last: deque[Mapping[str, Sequence[float]]] = deque(maxlen=_WINDOW)
+        self._before = 0.0  # seconds of the first steps
         self._told = False
 
     def observe(self, times_s: Mapping[str, Sequence[float]]) -> str:
-        """After a step: its seconds by part and rank (recorder.by_part). What to tell, mostly nothing."""
+        """After a step: its seconds by part and rank (recorder.by_part), kept. What to tell, mostly nothing."""
         self._seen += 1
         if self._seen <= _SKIP:
             return ""
-        step = {part: list(seconds) for part, seconds in times_s.items()}
         if len(self._first) < _WINDOW:
-            self._first.append(step)
+            self._first.append(times_s)
+            self._before = median(max(one["step"]) for one in self._first)
             return ""
-        self._last.append(step)
-        if len(self._last) < _WINDOW:
+        self._last.append(times_s)
+        if len(self._last) < _WINDOW or self._seen % _EVERY:
             return ""
-        before, now = (median(max(one["step"]) for one in steps) for steps in (self._first, self._last))
+        before, now = self._before, median(max(one["step"]) for one in self._last)
         if now <= _SLOWER * before:
             self._told = False
             return ""

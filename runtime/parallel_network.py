@@ -196,7 +196,7 @@ class ParallelNetwork(nn.Module):
         group = self.mesh.world_group if over == "world" else self.mesh.data_group
 
         def all_reduce(x: Tensor) -> Tensor:
-            start = self.recorder.now()
+            start = self.recorder.started(f"{over}_sum")
             exchange.all_reduce(x, group).wait()
             self.recorder.exchanged(f"{over}_sum", x.nbytes, start)
             return x

@@ -55,24 +55,44 @@ def suggestion(
     return {"text": text, "moves": best[3], "predicted_s": best[0], "now_s": now, "change": change}
 
 
-def predicted(
-    profile: Mapping[str, Any], plan: Plan, model: ModelSpec, batch: Batch, costs: Costs, source: str = ""
-) -> dict[str, Any]:
-    """A step of the plan by other costs than the profile's own, to compare. Raises PlanError where they do not fit."""
-    kinds = {cost.kind for cost in costs.models}
-    devices = tuple(
-        Device(rank["host"], index, rank["kind"] if rank["kind"] in kinds else next(iter(kinds)))
-        for index, rank in enumerate(profile["ranks"])
+def known_to(costs: Costs, cluster: Cluster) -> Cluster:
+    """The cluster by the costs' kinds of devices; where they know one only, all are of that one.
+
+    Raises PlanError where a device is of none of several kinds.
+    """
+    kinds = [cost.kind for cost in costs.models]
+    devices = tuple(replace(d, kind=kinds[0] if len(kinds) == 1 else d.kind) for d in cluster.devices)
+    for device in devices:
+        costs.of(device.kind)
+    return replace(
+        cluster, devices=devices, local=cluster.local or _LATENCY, across=cluster.across or _LATENCY
     )
-    names = tuple(map(str, devices))
-    rows = tuple(names[d * plan.branch : (d + 1) * plan.branch] for d in range(plan.data))
-    found = predict(replace(plan, devices=rows), model, Cluster(devices, _LATENCY, _LATENCY), costs, batch)
+
+
+def predicted(
+    profile: Mapping[str, Any],
+    plan: Plan,
+    model: ModelSpec,
+    batch: Batch,
+    costs: Costs,
+    cluster: Cluster | None = None,
+) -> dict[str, Any]:
+    """A step of the plan by other costs than the profile's own, to compare. Raises PlanError where they do not fit.
+
+    cluster: with the plan's devices, their kinds and speeds; None: the kinds are what the ranks call theirs.
+    """
+    if cluster is None or plan.devices is None:
+        devices = tuple(Device(rank["host"], i, rank["kind"]) for i, rank in enumerate(profile["ranks"]))
+        names, cluster = tuple(map(str, devices)), Cluster(devices)
+        rows = tuple(names[d * plan.branch : (d + 1) * plan.branch] for d in range(plan.data))
+        plan = replace(plan, devices=rows)
+    found = predict(plan, model, known_to(costs, cluster), costs, batch)
     elements = {name: [0.0, 0.0] for name in ("stem", *model.by_name, "head")}
     for phase in found.phases:
         if phase.element and phase.phase in ("forward", "backward"):
             elements[phase.element][phase.phase == "backward"] += max(phase.compute_s)
     return {
-        "source": source or found.label,
+        "source": found.label,
         "total_s": found.total_s,
         "elements": elements,
         "memory_bytes": list(found.memory_bytes),

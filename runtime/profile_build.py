@@ -10,23 +10,26 @@ import numpy as np
 
 from anabranch.runtime.profile_advice import predicted, suggestion
 from anabranch.runtime.profile_file import SCHEMA
-from anabranch.runtime.profile_kernels import Running
 from anabranch.runtime.profile_merge import Exchange, Merged, over_ranks, spread, summed
 from anabranch.runtime.profile_steps import WARM_UP, RankSteps
-from anabranch.schedulers import ModelSpec, Plan
+from anabranch.schedulers import Cluster, ModelSpec, Plan
 from anabranch.schedulers.costs import Batch, Costs
 
 _MOST_STEPS, _MOST_STRAGGLERS = 2000, 10
 
 
 def build_profile(
-    ranks: Sequence[RankSteps], plan: Plan, model: ModelSpec, batch: Batch, costs: Costs | None = None
+    ranks: Sequence[RankSteps],
+    plan: Plan,
+    model: ModelSpec,
+    batch: Batch,
+    costs: Costs | None = None,
+    cluster: Cluster | None = None,
 ) -> dict[str, Any]:
-    """Plain data. costs: what a prediction is made from; None: none is."""
+    """Plain data. costs: what a prediction is made from; None: none is. cluster: as of `predicted`."""
     merged = Merged(ranks, plan.branch)
     step_s = np.stack([merged.step_s(rank) for rank in range(len(ranks))])
     mean = float(np.median(step_s.max(0)))
-    running = [Running(of_rank.events) for of_rank in ranks]
     profile: dict[str, Any] = {
         "schema": SCHEMA,
         "mesh": [plan.data, plan.branch],
@@ -37,9 +40,7 @@ def build_profile(
             "step_s": spread(step_s.max(0)),
         },
         "ranks": [_rank(merged, rank, of_rank) for rank, of_rank in enumerate(ranks)],
-        "elements": [
-            _element(name, merged, ranks, running, plan, model) for name in ("stem", *model.by_name, "head")
-        ],
+        "elements": [_element(name, merged, ranks, plan, model) for name in ("stem", *model.by_name, "head")],
         "exchanges": _exchanges(merged),
         "stragglers": _stragglers(merged, ranks, plan, model, mean),
         "timeline": _timeline(merged, step_s),
@@ -47,7 +48,7 @@ def build_profile(
         "by_step": {"step_s": [_thinned(row) for row in step_s]},
     }
     profile["suggestion"] = suggestion(profile, plan, model, batch)
-    profile["prediction"] = predicted(profile, plan, model, batch, costs) if costs else None
+    profile["prediction"] = predicted(profile, plan, model, batch, costs, cluster) if costs else None
     return profile
 
 
@@ -61,6 +62,7 @@ def _rank(merged: Merged, rank: int, of_rank: RankSteps) -> dict[str, Any]:
         "step_s": spread(step_s),
         "parts": {part: spread(seconds) for part, seconds in parts.items()},
         "unattributed": rest,
+        **dict(zip(("kernels", "gap_s"), of_rank.facts["kernels"][""], strict=True)),
     }
 
 
@@ -68,7 +70,6 @@ def _element(
     name: str,
     merged: Merged,
     ranks: Sequence[RankSteps],
-    running: Sequence[Running],
     plan: Plan,
     model: ModelSpec,
 ) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def _element(
         counted = [flops.get((part, name), 0) for part in ("forward", "backward")]
         seconds = float(np.median(forward + backward))
         rate = sum(counted) / seconds if seconds > 0 else 0.0
-        kernels, gap = _kernels(of_rank, running[rank], name)
+        kernels, gap = of_rank.facts["kernels"].get(name, (0, 0.0))
         num_bytes = sum(e.num_bytes for e in mine if rank in e.ranks)
         transfer = summed(mine, rank, lambda e: e.transfer, num_steps)
         moving = float(np.median(transfer))
@@ -115,18 +116,6 @@ def _element(
         "over": {key: over_ranks([row[key]["p50"] for row in rows]) for key in timed},
         "ranks": rows,
     }
-
-
-def _kernels(of_rank: RankSteps, running: Running, name: str) -> tuple[int, float]:
-    number, gap = 0, 0.0
-    for span in of_rank.traced:
-        if span.element == name:
-            found, seconds = running.during(span.start, span.end)
-            if span.op:  # what an exchange takes is no gap, and its own operators no work of the element
-                number, gap = number - found, gap - (span.end - span.start - seconds)
-            else:
-                number, gap = number + found, gap + span.end - span.start - seconds
-    return max(number, 0), max(gap, 0.0)
 
 
 def _exchanges(merged: Merged) -> list[dict[str, Any]]:
@@ -209,7 +198,7 @@ def _timeline(merged: Merged, step_s: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def _overhead(ranks: Sequence[RankSteps], step_s: float) -> dict[str, Any]:
-    """Shares by count × cost, and the interval of the median ratio over rounds by resampling."""
+    """Shares by count × cost and what telling costs, and the interval of the median ratio by resampling rounds."""
     cost = max(rank.facts["record_s"] for rank in ranks)
     records = {kind: max(rank.facts["records"][kind] for rank in ranks) for kind in ("light", "detailed")}
     measured, random = {}, np.random.default_rng(0)
@@ -218,8 +207,9 @@ def _overhead(ranks: Sequence[RankSteps], step_s: float) -> dict[str, Any]:
         ratio = np.array([rank.facts["overhead_s"][kind] for rank in ranks]).max(0) / off
         again = np.median(random.choice(ratio, (2000, len(ratio))), axis=1)
         measured[kind] = [float(np.percentile(again, q)) for q in (2.5, 50, 97.5)]
-    share = {kind: number * cost / step_s for kind, number in records.items()}
-    return {"record_s": cost, "records": records, "share": share, "measured": measured}
+    told = max(rank.facts["told_s"] for rank in ranks)
+    share = {kind: (number * cost + told) / step_s for kind, number in records.items()}
+    return {"record_s": cost, "told_s": told, "records": records, "share": share, "measured": measured}
 
 
 def _thinned(row: np.ndarray[Any, Any]) -> list[float]:

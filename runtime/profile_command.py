@@ -9,13 +9,16 @@ from rich.console import Console
 
 from anabranch.cluster import WorkerContext
 from anabranch.runtime.config import Config
+from anabranch.runtime.measure import with_speeds
+from anabranch.runtime.profile_advice import known_to
 from anabranch.runtime.profile_build import build_profile
 from anabranch.runtime.profile_file import write_profile
-from anabranch.runtime.profile_steps import StopProfile, profile_steps
+from anabranch.runtime.profile_loop import StopProfile
+from anabranch.runtime.profile_steps import profile_steps
 from anabranch.runtime.profile_table import print_profile
 from anabranch.runtime.profile_trace import write_trace
 from anabranch.runtime.trainer import Trainer
-from anabranch.schedulers import ModelSpec
+from anabranch.schedulers import Cluster, ModelSpec
 from anabranch.schedulers.cost_file import read_costs
 from anabranch.schedulers.costs import Batch
 
@@ -28,11 +31,19 @@ def profile_rank(
     costs: str,
     run_dir: Path,
     context: WorkerContext,
+    cluster: Cluster,
 ) -> dict[str, Any]:
     """Profiles on this rank; rank 0 writes profile.json and trace.json.gz and returns {"profile", "run_dir"}.
 
+    costs: the file of a prediction to compare with, "" for none; cluster: with the plan's devices. Raises PlanError,
+    before any step, where the costs are not of these devices or this network.
     {"stopped": why} where a rank is told to stop: a profile of fewer steps than asked for is none.
     """
+    known = None
+    if costs and context.rank == 0:
+        known = read_costs(costs)
+        cluster = known_to(known, with_speeds(cluster, cluster.names, known))
+        known.check(model, frozenset(device.kind for device in cluster.devices), costs)
     try:
         ranks = profile_steps(trainer, steps)
     except StopProfile:
@@ -43,8 +54,7 @@ def profile_rank(
     context.publish(phase="adding up")
     train = config.train
     batch = Batch(train.batch_size, train.bn_batch_size, train.accumulation)
-    known = read_costs(costs) if costs else None
-    profile = build_profile(ranks, trainer.plan, model, batch, known)
+    profile = build_profile(ranks, trainer.plan, model, batch, known, cluster)
     write_profile(profile, run_dir / "profile.json")
     write_trace(ranks, run_dir / "trace.json.gz")
     context.publish(phase="done")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from anabranch.runtime.recorder import Recorder, Span
 
-MOST_EVENTS = 20_000  # kept of a rank's step: the longest; the trace stays small enough to open
+MOST_OPS = 20_000  # kept of a rank's step: the longest; the trace stays small enough to open
 _CLOCK = "anabranch.clock"
 _KINDS = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "copy", "cpu_op": "op"}
 
@@ -23,7 +23,7 @@ _KINDS = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "copy", "cpu_o
 def traced(
     step: Callable[[], object], recorder: Recorder, device: torch.device
 ) -> tuple[list[list[Any]], list[tuple[list[Span], float, float]]]:
-    """([name, kind, thread, start, seconds] of a step's events, the recorder's steps).
+    """([name, kind, thread, start, seconds] of all of a step's events, the recorder's steps).
 
     kind: kernel, copy (both on a GPU) or op (what the CPU ran). The recorder must keep.
     """
@@ -51,14 +51,46 @@ def traced(
         for e in found
         if e.get("ph") == "X" and e.get("cat") in _KINDS
     ]
-    longest = sorted(events, key=lambda event: -event[4])[:MOST_EVENTS]
-    return sorted(longest, key=lambda event: (event[3], -event[4])), kept
+    return sorted(events, key=lambda event: (event[3], -event[4])), kept
+
+
+def shortened(events: Sequence[list[Any]]) -> list[list[Any]]:
+    """Events for the trace: all that a GPU ran, which are short and many, and the longest of the CPU's operators."""
+    longest = sorted((event for event in events if event[1] == "op"), key=lambda event: -event[4])[:MOST_OPS]
+    return sorted(
+        [*(event for event in events if event[1] != "op"), *longest], key=lambda event: (event[3], -event[4])
+    )
+
+
+def kernels_of(
+    events: Sequence[list[Any]], spans: Sequence[Span], start: float, end: float
+) -> dict[str, tuple[int, float]]:
+    """{element: (kernels, seconds between them)} of the step from start to end; "": of all of it, losses, the
+    reduction and the optimizer too. Exchanges count for the whole step, and what they take is nowhere a gap.
+
+    events: all of the step, of `traced`. spans: the step's, of the same clock.
+    """
+    running = Running(events)
+    number, seconds = running.during(start, end)
+    found = {"": (number, end - start - seconds)}
+    for span in spans:
+        if span.part == "sent" or not (span.element or span.op):
+            continue
+        number, seconds = running.during(span.start, span.end)
+        gap = span.end - span.start - seconds
+        if span.op:
+            found[""] = found[""][0], found[""][1] - gap
+            number, gap = -number, -gap  # its own operators are no work of the element
+        if span.element:
+            before = found.get(span.element, (0, 0.0))
+            found[span.element] = before[0] + number, before[1] + gap
+    return {element: (max(number, 0), max(gap, 0.0)) for element, (number, gap) in found.items()}
 
 
 class Running:
     """When kernels (else operators) of a step's events ran."""
 
-    def __init__(self, events: list[list[Any]]) -> None:
+    def __init__(self, events: Sequence[list[Any]]) -> None:
         on_device = [event for event in events if event[1] != "op"] or events
         times = np.array([(start, start + seconds) for *_, start, seconds in on_device]).reshape(-1, 2)
         self._start, self._end = times[np.argsort(times[:, 0], kind="stable")].T

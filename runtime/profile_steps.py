@@ -6,9 +6,7 @@ warm-up │ clocks │ N detailed steps │ clocks │ off, light and detailed i
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,22 +17,18 @@ import torch.distributed as dist
 
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.exchange import all_gather
-from anabranch.runtime.lr_schedule import learning_rate
 from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.profile_clock import ClockOffset, aligned, clock_offset
 from anabranch.runtime.profile_flops import ElementFlops
-from anabranch.runtime.profile_kernels import traced
-from anabranch.runtime.recorder import Recorder, Span
+from anabranch.runtime.profile_kernels import kernels_of, shortened, traced
+from anabranch.runtime.profile_loop import StepLoop, overhead_seconds, record_seconds
+from anabranch.runtime.recorder import Span
 from anabranch.runtime.trainer import Trainer
 
 WARM_UP = 3
 _OVERHEAD_ROUNDS = 12  # at least; else as many as steps are profiled
 Signature = tuple[str, str, str, int]  # part, element, op, bytes: as Span
-
-
-class StopProfile(Exception):
-    """A rank was told to stop: every rank leaves after the same step."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ def profile_steps(
     on_network(trainer.network)
     recorder, device = trainer.network.recorder, trainer.device
     rounds = max(steps, _OVERHEAD_ROUNDS)
-    run = _Loop(trainer, WARM_UP + steps + 3 * rounds + 4)
+    run = StepLoop(trainer, WARM_UP + steps + 3 * rounds + 4)
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     for _ in range(WARM_UP):
         run()
@@ -85,13 +79,14 @@ def profile_steps(
         run()
     kept = recorder.kept()
     after = clock_offset(group, clock)
-    facts = {**_facts(trainer), "clock_error_s": max(before.error_s, after.error_s)}
+    clock_error_s = max(before.error_s, after.error_s) + recorder.clock_error_s
+    facts = {**_facts(trainer), "clock_error_s": clock_error_s}
     facts["records"] = {"detailed": recorder.num_records}
-    facts["overhead_s"] = _overhead(run, recorder, rounds)
+    facts["overhead_s"] = overhead_seconds(run, recorder, rounds)
     recorder.detailed = False
     run()
     facts["records"]["light"] = recorder.num_records
-    facts["record_s"] = record_seconds(device)
+    facts["record_s"], facts["told_s"] = record_seconds(device), run.tell_seconds()
     recorder.detailed = True
     with ElementFlops(recorder) as counted:
         run()
@@ -100,8 +95,9 @@ def profile_steps(
     recorder.align()
     recorder.keep()
     events, mine = traced(run, recorder, device)
+    facts["kernels"] = kernels_of(events, *mine[-1])
     skew = clock() - time.perf_counter()  # the recorder's clock is perf_counter
-    return _gathered(kept, mine, events, facts, before, after, skew, device)
+    return _gathered(kept, mine, shortened(events), facts, before, after, skew, device)
 
 
 def check_steps(steps: int, last_step: int) -> None:
@@ -113,70 +109,16 @@ def check_steps(steps: int, last_step: int) -> None:
         )
 
 
-class _Loop:
-    """The trainer's steps, endless, without evaluation and checkpoints."""
-
-    def __init__(self, trainer: Trainer, total: int) -> None:
-        self.trainer, self.total, self.done = trainer, total, 0
-        self._steps = itertools.chain.from_iterable(
-            trainer.feed.steps(0, trainer.last_step) for _ in itertools.count()
-        )
-        self._ended = time.perf_counter()
-
-    def __call__(self) -> float:
-        """Seconds of one step. Raises StopProfile, on all ranks after the same step, where one is told to stop."""
-        trainer, begun = self.trainer, time.perf_counter()
-        recorder, config = trainer.network.recorder, trainer.config
-        with recorder.span("idle"):
-            took = {"step_time_s": begun - self._ended} if self.done else {}
-            trainer.context.publish(phase="profiling", step=self.done, num_steps=self.total, **took)
-        self._ended = begun
-        with recorder.span("data"):
-            step, _, batches = next(self._steps)
-        outcome = trainer.step.gradients(batches, stop=trainer.context.stop_requested is not None)
-        lr = learning_rate(
-            config.lr_schedule, config.optimizer.lr, step, trainer.steps_per_epoch, trainer.num_steps
-        )
-        trainer.step.apply(lr)
-        if outcome.stop:
-            raise StopProfile
-        self.done += 1
-        if trainer.device.type == "cuda" and recorder._kept is None:  # timed from outside
-            torch.cuda.synchronize(trainer.device)
-        return time.perf_counter() - begun
-
-
-def _overhead(run: _Loop, recorder: Recorder, rounds: int) -> dict[str, list[float]]:
-    """Seconds of steps with nothing recorded, with what is always on, and detailed, in turn."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    modes = {"off": (False, False), "light": (True, False), "detailed": (True, True)}
-    for turn in range(rounds):
-        names = list(modes)
-        for name in names[turn % 3 :] + names[: turn % 3]:
-            recorder.enabled, recorder.detailed = modes[name]
-            seconds[name].append(run())
-    recorder.enabled = True
-    return dict(seconds)
-
-
-def record_seconds(device: torch.device, num: int = 2000) -> float:
-    """What one record costs: the quickest of five measurements' means."""
-    recorder, best = Recorder(device), float("inf")
-    for _ in range(5):
-        begun = time.perf_counter()
-        for _ in range(num):
-            recorder.exchanged("", 0, recorder.now())
-        best = min(best, (time.perf_counter() - begun) / num)
-        recorder.end_step()
-    return best
-
-
 def _facts(trainer: Trainer) -> dict[str, Any]:
-    context, device = trainer.context, trainer.device
-    cuda = device.type == "cuda"
+    device, cuda = trainer.device, trainer.device.type == "cuda"
+    host, name = trainer.context.host, str(device)
+    if trainer.plan.devices is not None:  # a process may see one GPU only, and number it 0
+        row, column = divmod(trainer.context.rank, trainer.plan.branch)
+        host, _, index = trainer.plan.devices[row][column].rpartition(":")
+        name = f"{device.type}:{index}"
     return {
-        "host": context.host,
-        "device": str(device),
+        "host": host,
+        "device": name,
         "kind": torch.cuda.get_device_name(device) if cuda else "cpu",
         "memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else _resident_bytes(),
         "peak_flops_per_s": _matmul_rate(device, trainer.config.train.precision),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 _MOST_ROWS = 40
+_MOST_CLOCK_ERROR_S = 1e-3  # else it is told
 _SHORT = {"exchange": "exch.", "reduction": "reduce", "optimizer": "optim."}
 
 
@@ -47,9 +48,23 @@ def lines(profile: Mapping[str, Any]) -> list[str]:
     for kind, what in (("light", "always on"), ("detailed", "this profile")):
         low, _, high = (100 * (ratio - 1) for ratio in overhead["measured"][kind])
         said.append(
-            f"recording, {what}: {overhead['records'][kind]} records x {1e6 * overhead['record_s']:.1f} µs = "
+            f"recording, {what}: {overhead['records'][kind]} records x {1e6 * overhead['record_s']:.1f} µs + "
+            f"{1e6 * overhead['told_s']:.0f} µs to tell = "
             f"{100 * overhead['share'][kind]:.2f} % of the step (against steps without recording, 95 %: "
             f"{low:+.1f} to {high:+.1f} %)"
+        )
+    on_gpus = [rank for rank in profile["ranks"] if rank["device"].startswith("cuda")]
+    if on_gpus:
+        idlest = max(on_gpus, key=lambda rank: rank["gap_s"])
+        said.append(
+            f"kernels a step: {_range([rank['kernels'] for rank in on_gpus], 'd')}; the host leaves rank "
+            f"{idlest['rank']}'s GPU idle for {ms(idlest['gap_s'])} ms"
+        )
+    late = max(profile["ranks"], key=lambda rank: rank["clock_error_s"])
+    if late["clock_error_s"] > _MOST_CLOCK_ERROR_S:
+        said.append(
+            f"the clock of rank {late['rank']} is known to {ms(late['clock_error_s'])} ms only: what is transfer and "
+            "what is wait is as uncertain (a busy machine: profile again)"
         )
     worst = max(profile["ranks"], key=lambda rank: abs(rank["unattributed"]))
     said.append(
@@ -75,7 +90,8 @@ def ms(seconds: float) -> str:
 
 
 def _straggler(one: Mapping[str, Any]) -> str:
-    branches = f", branches {', '.join(map(str, one['branches']))}" if one["branches"] else ""
+    held = ", ".join(map(str, one["branches"]))
+    branches = f" (it holds {'branch' if len(one['branches']) == 1 else 'branches'} {held})" if held else ""
     where = f"{one['part']} of {one['element']}" if one["element"] else one["part"]
     return (
         f"rank {one['rank']} ({one['host']} {one['device']}) is waited for in {where}{branches}: rank {one['waiting']} "

@@ -2,7 +2,7 @@
 
     with recorder.span("forward"):          the parts of a step, one after another
         …
-            start = recorder.now()
+            start = recorder.started("all_reduce")
             all_reduce(…)
             recorder.exchanged("all_reduce", num_bytes, start)      inside a part: exposed branch communication
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 PARTS = ("data", "forward", "backward", "exchange", "reduction", "optimizer", "idle", "step")
 """Of `Recorder.times`: forward and backward without their exchanges; exchange: with the branch group, exposed;
-reduction: waiting for gradients after the backward; idle: between steps (evaluation, checkpoints, callbacks);
+reduction: waiting for gradients after the backward, and for the vote; idle: what is no training (evaluation,
+checkpoints, callbacks, telling of the step);
 step: from one step's end to the next one's, everything included."""
 
 Moment = Any  # seconds of time.perf_counter, or a CUDA event
@@ -64,8 +65,13 @@ class Recorder:
         self._ended: tuple[Moment, Moment] | None = None  # of the step before: its start and end
         self._start: Moment = self.now()
         self._since: Moment = self._start  # when the element that runs began
-        self._base = time.perf_counter(), self._start
-        self._nvtx: int | None = None  # of the element that runs
+        self._base = time.perf_counter(), self._start  # the device's clock on the host's: where, and how fast
+        self._host_per_device = 1.0
+        self.clock_error_s = (
+            0.0  # of kept moments: half of what looking at both clocks took, the longer of two
+        )
+        self._nvtx: int | None = None  # range of the element that runs
+        self._nvtx_exchange: int | None = None
         self._kept: list[tuple[list[_Interval], Moment, Moment]] | None = None
 
     @property
@@ -75,10 +81,19 @@ class Recorder:
     def align(self) -> None:
         """Ties the device's clock to time.perf_counter anew: between steps, it waits for the device."""
         if self._cuda:
+            host, event, self.clock_error_s = self._tied()
+            self._base, self._host_per_device, self._start = (host, event), 1.0, event
+
+    def _tied(self) -> tuple[float, Moment, float]:
+        """A moment on the host's clock and on the device's, and the error: of five looks the quickest."""
+        found = []
+        for _ in range(5):
             torch.cuda.synchronize(self._device)
-            self._start = self._stamp()
-            self._start.synchronize()
-            self._base = time.perf_counter(), self._start
+            begun, event = time.perf_counter(), self._stamp()
+            event.synchronize()
+            ended = time.perf_counter()
+            found.append(((begun + ended) / 2, event, (ended - begun) / 2))
+        return min(found, key=lambda look: look[2])
 
     def now(self) -> Moment:
         """This moment on the device's clock."""
@@ -105,13 +120,26 @@ class Recorder:
         """A context that is one interval of a part."""
         return _Part(self, part)
 
+    def started(self, op: str) -> Moment:
+        """This moment, in which an exchange begins or, of gradients, the wait for it."""
+        if self._cuda and self.detailed:
+            self._nvtx_exchange = torch.cuda.nvtx.range_start(f"{self._part} {op}")
+        return self.now()
+
+    def _close_exchange(self) -> None:
+        if self._nvtx_exchange is not None:
+            torch.cuda.nvtx.range_end(self._nvtx_exchange)
+            self._nvtx_exchange = None
+
     def exchanged(self, op: str, num_bytes: int, start: Moment) -> None:
-        """An exchange with the branch group, from `start` to now, inside the part that runs."""
+        """An exchange with the branch group, `started` at start, until now, inside the part that runs."""
+        self._close_exchange()
         if self.enabled:
             self._running.append((self._part, self._element, op, num_bytes, start, self.now()))
 
     def reduced(self, op: str, num_bytes: int, sent: Moment, start: Moment) -> None:
         """A bucket of gradients, given at `sent` and waited for from `start` to now; only where `detailed`."""
+        self._close_exchange()
         self._running.append(("sent", "", op, num_bytes, sent, sent))
         self._running.append(("reduction", "", op, num_bytes, start, self.now()))
 
@@ -169,11 +197,19 @@ class Recorder:
         """The steps since `keep`: spans, start and end, in seconds of time.perf_counter. Waits for the device."""
         steps, self._kept = self._kept or [], None
         if self._cuda:
-            torch.cuda.synchronize(self._device)
+            self._end_tie()
         return [
             ([self._span(interval) for interval in spans], self._at(start), self._at(end))
             for spans, start, end in steps
         ]
+
+    def _end_tie(self) -> None:
+        """The clocks drift apart: with where they are at the end, moments between lie on a line."""
+        host, event, error = self._tied()
+        since = self._between(self._base[1], event)
+        if since > 0:
+            self._host_per_device = (host - self._base[0]) / since
+        self.clock_error_s = max(self.clock_error_s, error)
 
     def _span(self, interval: _Interval) -> Span:
         part, element, op, num_bytes, start, end = interval
@@ -181,7 +217,7 @@ class Recorder:
 
     def _at(self, moment: Moment) -> float:
         base, begun = self._base
-        return base + self._between(begun, moment) if self._cuda else float(moment)
+        return base + self._host_per_device * self._between(begun, moment) if self._cuda else float(moment)
 
     def _between(self, start: Moment, end: Moment) -> float:
         return float(start.elapsed_time(end) / 1e3 if self._cuda else end - start)
@@ -189,9 +225,12 @@ class Recorder:
 
 def by_part(times: Sequence[Sequence[float]]) -> dict[str, list[float]]:
     """[rank][part] seconds as {part: [rank]}, to the microsecond, with what no part accounts for."""
-    found = {part: [round(row[index], 6) for row in times] for index, part in enumerate(PARTS)}
-    rest = [round(step - sum(row), 6) for *row, step in times]
-    return {**found, "unattributed": rest}
+    # round(x, 6) takes ten times as long, and this is every step's
+    micros = [[round(1e6 * seconds) for seconds in row] for row in times]
+    columns = zip(*micros, strict=True)
+    found = {part: [n / 1e6 for n in column] for part, column in zip(PARTS, columns, strict=True)}
+    found["unattributed"] = [(2 * row[-1] - sum(row)) / 1e6 for row in micros]  # the last one is the step
+    return found
 
 
 class _Part:

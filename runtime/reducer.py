@@ -187,7 +187,7 @@ class GradientReducer:
                 works.append((f"{over}_bucket", statistics.buffer.nbytes, sent, work))
         for bucket in self._buckets:
             assert bucket.work is not None
-            start = recorder.now() if recorder.detailed else None
+            start = recorder.started(f"{bucket.over}_bucket") if recorder.detailed else None
             bucket.work.wait()
             if recorder.detailed:
                 recorder.reduced(f"{bucket.over}_bucket", bucket.buffer.nbytes, bucket.sent, start)
@@ -195,7 +195,7 @@ class GradientReducer:
             for index, (parameter, view) in enumerate(zip(bucket.parameters, bucket.views, strict=True)):
                 parameter.grad = None if index in unused else view
         for op, num_bytes, sent, work in works:
-            start = recorder.now() if recorder.detailed else None
+            start = recorder.started(op) if recorder.detailed else None
             work.wait()
             if recorder.detailed:
                 recorder.reduced(op, num_bytes, sent, start)

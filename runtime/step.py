@@ -74,6 +74,8 @@ class TrainStep:
         self.precision, self.clip_norm = precision, clip_norm
         self.recorder = network.recorder
         self.reducer = GradientReducer(network, num_extra=_STOP + 1 + network.mesh.world_size * _WIDTH)
+        rank, extra = network.mesh.rank, self.reducer.extra
+        self._row = extra[_STOP + 1 + rank * _WIDTH : _STOP + 1 + (rank + 1) * _WIDTH]
         self._clipped = False
         self.output_share = 1.0 if network.output_rows == "own" else 1.0 / network.mesh.branch
 
@@ -99,19 +101,22 @@ class TrainStep:
                 extra[_HITS] += num_correct(output, target) * self.output_share
         with recorder.span("reduction"):
             extra[_STOP] = float(stop)
-            # each rank fills its own row: the sum over the ranks is the table of all ranks
-            table = extra[_STOP + 1 :].view(self.network.mesh.world_size, _WIDTH)
-            memory = peak_memory_bytes(batches[0].x.device)
-            table[self.network.mesh.rank] = torch.tensor([*recorder.times(), memory / _MIB])
+            if recorder.enabled:
+                self.tell_times(batches[0].x.device)
             self.reducer.finish()
-            loss, hits, stops = extra[: _STOP + 1].tolist()
-            rows = table.tolist()
+            loss, hits, stops, *told = extra.tolist()
+            rows = [told[first : first + _WIDTH] for first in range(0, len(told), _WIDTH)]
             times, memory_bytes = [row[:-1] for row in rows], [round(row[-1] * _MIB) for row in rows]
             result = StepResult(loss, hits, stops > 0, times, memory_bytes)
         if self.regularizer is not None:  # of no sample: whole on every rank, added to what is whole
             with recorder.span("backward"):
                 self.regularizer.add_gradients()
         return result
+
+    def tell_times(self, device: torch.device) -> None:
+        """Fills this rank's row of what is reduced: the sum over the ranks is the table of all ranks."""
+        values = [*self.recorder.times(), peak_memory_bytes(device) / _MIB]
+        self._row.copy_(torch.tensor(values, dtype=self._row.dtype))
 
     def clip(self) -> None:
         """Scales gradients whose norm is to be clipped: the last exchange of a step (`apply` does it if need be)."""

@@ -321,14 +321,16 @@ class Trainer:
                 step, ids, micro_batches = prepared
                 begun = time.perf_counter()
                 outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
-                for callback in self._callbacks:
-                    callback.on_gradients(step, self.network)
+                with recorder.span("idle"):
+                    for callback in self._callbacks:
+                        callback.on_gradients(step, self.network)
                 self.step.clip()
                 lr = self._plateau.scale * learning_rate(
                     config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps
                 )
                 self._kept = _Prepared(step, outcome, lr, len(ids), begun)
-                self._vote()
+                with recorder.span("reduction"):  # it waits for the slowest rank, as the gradients do
+                    self._vote()
                 self._commit(self._kept)
                 with recorder.span("idle"):
                     self._tend(p)
@@ -356,6 +358,10 @@ class Trainer:
         self.step.apply(kept.lr)
         self._kept, p.done, p.stopped = None, kept.step + 1, kept.outcome.stop
         self._applying = False
+        with self.network.recorder.span("idle"):
+            self._tell_step(p, kept)
+
+    def _tell_step(self, p: Position, kept: _Prepared) -> None:
         self._times.append(time.perf_counter() - kept.begun)
         p.first_step_at = p.first_step_at or time.time()
         p.elapsed_s = time.perf_counter() - self._started
@@ -371,15 +377,14 @@ class Trainer:
             "times_s": times,
             "memory_bytes": kept.outcome.memory_bytes,
         }
-        with self.network.recorder.span("idle"):
-            self.context.publish(phase="training", **metrics)
-            self._resumed()
-            self._tell("on_step", metrics)
-            warning = self._drift.observe(times)
-            if warning:
-                self.context.publish(warning=warning)
-                self._tell("on_warning", warning)
-            p.slower = p.slower or bool(warning)  # the times are the same on all ranks, hence so is this
+        self.context.publish(phase="training", **metrics)
+        self._resumed()
+        self._tell("on_step", metrics)
+        warning = self._drift.observe(times)
+        if warning:
+            self.context.publish(warning=warning)
+            self._tell("on_warning", warning)
+        p.slower = p.slower or bool(warning)  # the times are the same on all ranks, hence so is this
 
     def _resumed(self) -> None:
         """Tells when the first step after a recovery is done."""

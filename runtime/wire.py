@@ -43,14 +43,15 @@ class Wire:
         meanwhile: is called while the sum travels. sizes: rows that each rank wants of it; else all of them.
         """
         total = torch.empty_like(x, dtype=self.dtype_of(x), memory_format=self.format_of(x)).copy_(x)
-        begun = self.recorder.now() if self.recorder else None
+        op, recorder = self.name_of(sizes), self.recorder
+        begun = recorder.started(op) if recorder and meanwhile is None else None
         work = exchange.begin_sum(self.flat(total), self.group, sizes)
         if meanwhile is not None:
             meanwhile()
-            begun = self.recorder.now() if self.recorder else None  # what is exposed begins here
+            begun = recorder.started(op) if recorder else None  # what is exposed begins here
         work.wait()
-        if self.recorder:
-            self.recorder.exchanged(self.name_of(sizes), total.nbytes, begun)
+        if recorder:
+            recorder.exchanged(op, total.nbytes, begun)
         return self.own(total, sizes).to(x.dtype)
 
     @contextmanager
@@ -96,7 +97,7 @@ class Wire:
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """All ranks' rows in order: rank i gives sizes[i]."""
-        start = self.recorder.now() if self.recorder else None
+        start = self.recorder.started("all_gather") if self.recorder else None
         rows = exchange.all_gather(
             self.flat(x.contiguous(memory_format=self.format_of(x))), sizes, self.group
         )
@@ -126,9 +127,8 @@ class SumInParts:
         self.wire, self.sizes = wire, sizes
         self.buffer: Tensor | None = None
         self._sent = 0
-        self._sends: list[
-            tuple[Tensor, Tensor, exchange.Work]
-        ] = []  # part of the buffer, what travels, its sum
+        # part of the buffer, what travels, its sum
+        self._sends: list[tuple[Tensor, Tensor, exchange.Work]] = []
 
     def begin(self, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """Parts of the new buffer."""
@@ -160,7 +160,7 @@ class SumInParts:
         elif s.data_ptr() != self.buffer.data_ptr():
             raise RuntimeError("a block changed its partial sum after it was sent: set mesh.chunks to 1")
         recorder, whole = self.wire.recorder, self.whole()
-        start = recorder.now() if recorder else None
+        start = recorder.started(self.wire.name_of(self.sizes)) if recorder else None
         for part, travelling, work in self._sends:
             work.wait()
             if travelling is not part:

@@ -114,7 +114,7 @@ def _automatic(
     dtype = next(network.parameters()).dtype
     setting = StepSetting(_images(x, data, dtype), target, config, make_loss(config), make_penalty(config))
     devices = [name for row in plan.devices or () for name in row]
-    cluster = job.cluster or Cluster(tuple(_device_of(name, context) for name in devices))
+    cluster = _cluster(job, plan, context)
     if limit := int(config.mesh.memory_gb * 1e9):
         cluster = replace(cluster, devices=tuple(replace(d, memory_bytes=limit) for d in cluster.devices))
     _, partial = auto_partial(config)
@@ -127,6 +127,12 @@ def _automatic(
         network, setting, cluster, devices, mesh=shape, partial=partial, budget_s=config.mesh.plan_budget_s,
         costs_file=config.mesh.costs, remeasure=config.mesh.remeasure, audit=config.mesh.audit, on_stage=on_stage,
     )  # fmt: skip
+
+
+def _cluster(job: Job, plan: Plan, context: WorkerContext) -> Cluster:
+    """The devices that the job's ranks run on."""
+    devices = [name for row in plan.devices or () for name in row]
+    return job.cluster or Cluster(tuple(_device_of(name, context) for name in devices))
 
 
 def _device_of(name: str, context: WorkerContext) -> Device:
@@ -145,7 +151,8 @@ def profile_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
         model = spec_of(network)
         trainer = Trainer(network, data, config, plan=plan, context=context, loss=make_loss(config))
         run_dir = _run_dir(job, config, plan, context)
-        return profile_rank(trainer, model, config, job.steps, config.mesh.costs, run_dir, context)
+        cluster = _cluster(job, plan, context)
+        return profile_rank(trainer, model, config, job.steps, config.mesh.costs, run_dir, context, cluster)
 
 
 def eval_worker(job: Job, context: WorkerContext) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from anabranch.blocks.branch_sum import branch_sums
@@ -15,7 +16,7 @@ from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.profile_steps import profile_steps
 from anabranch.runtime.trainer import Trainer
 from anabranch.schedulers import BranchPlacement, ModelSpec, Plan
-from anabranch.schedulers.plan import SAMPLE
+from anabranch.schedulers.plan import SAMPLE, Devices
 
 SLOW_S = 0.020
 SMALL: dict[str, Any] = {
@@ -33,15 +34,21 @@ def plan_for(model: ModelSpec, data: int, branch: int) -> Plan:
 
 
 def profile_on_rank(
-    rank: int, world_size: int, mesh: tuple[int, int], steps: int, slow: str = "", late_s: float = 0.0
-) -> Any:
-    """This rank's profile; with `slow` the last rank sleeps in that block's branches. late_s: its clock's error."""
+    rank: int, world_size: int, mesh: tuple[int, int], steps: int, slow: str = "", late_s: float = 0.0,
+    devices: Devices | None = None,
+) -> Any:  # fmt: skip
+    """This rank's profile; with `slow` the last rank sleeps in that block's branches. late_s: its clock's error.
+
+    devices: of the plan.
+    """
     config = Config.from_dict(SMALL)
     context = WorkerContext(rank, world_size, rank, "here", "cpu", 1, "", "gloo")
     data = make_data(config)
     network = prepare(make_network(config, data))
     model = spec_of(network)
-    trainer = Trainer(network, data, config, plan=plan_for(model, *mesh), context=context)
+    trainer = Trainer(
+        network, data, config, plan=replace(plan_for(model, *mesh), devices=devices), context=context
+    )
     last = rank == world_size - 1
 
     def sleeps(parallel: ParallelNetwork) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,25 +24,30 @@ from torch.utils.flop_counter import FlopCounterMode
 from anabranch.benchmarks.two_hosts import two_hosts, why_not
 from anabranch.blocks import build
 from anabranch.cluster import WorkerContext
+from anabranch.runtime import profile_command
 from anabranch.runtime.assemble import make_data, make_network
 from anabranch.runtime.cli import parse
 from anabranch.runtime.config import Config
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.measure import SPEEDS
 from anabranch.runtime.profile_advice import predicted, profile_costs
 from anabranch.runtime.profile_build import build_profile
 from anabranch.runtime.profile_clock import ClockOffset, aligned, clock_offset
+from anabranch.runtime.profile_command import profile_rank
 from anabranch.runtime.profile_file import read_profile, write_profile
 from anabranch.runtime.profile_flops import ElementFlops
-from anabranch.runtime.profile_kernels import MOST_EVENTS
+from anabranch.runtime.profile_kernels import MOST_OPS, Running, kernels_of, shortened
 from anabranch.runtime.profile_merge import Merged
 from anabranch.runtime.profile_steps import RankSteps, profile_steps
+from anabranch.runtime.profile_table import lines as said_lines
 from anabranch.runtime.profile_table import print_profile
 from anabranch.runtime.profile_trace import trace_events, write_trace
 from anabranch.runtime.recorder import Recorder, Span
 from anabranch.runtime.report import write_report
 from anabranch.runtime.trainer import Trainer
-from anabranch.schedulers import BlockSpec, BranchPlacement, Cluster, Device, ModelSpec, Plan
+from anabranch.schedulers import BlockSpec, BranchPlacement, Cluster, Device, ModelSpec, Plan, PlanError
 from anabranch.schedulers.cluster import Link
+from anabranch.schedulers.cost_file import write_costs
 from anabranch.schedulers.costs import Batch
 from anabranch.schedulers.predict import predict
 
@@ -52,8 +58,11 @@ Profiled = tuple[list[RankSteps], Plan, ModelSpec, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def slowed() -> Profiled:
-    """Two branch ranks; the last sleeps 20 ms in one block's branches, and its clock is 5 s ahead."""
-    ranks, plan, model = run_ranks(2, profile_on_rank, (1, 2), 24, SLOW, 5.0)[0]
+    """Two branch ranks; the last sleeps 20 ms in one block's branches, and its clock is 5 s ahead.
+
+    The processes call themselves `here`; where they are is the plan's word.
+    """
+    ranks, plan, model = run_ranks(2, profile_on_rank, (1, 2), 24, SLOW, 5.0, (("a:3", "a:1"),))[0]
     return ranks, plan, model, build_profile(ranks, plan, model, BATCH)
 
 
@@ -83,6 +92,16 @@ def test_a_slow_rank_is_named_with_its_block_and_its_delay_is_the_others_wait(sl
     assert wait_s[1] <= 0.002
 
 
+def test_ranks_are_called_as_in_the_plan(slowed: Profiled) -> None:
+    """On Ray each process sees one GPU and numbers it 0."""
+    ranks, *_, profile = slowed
+    assert [(rank["host"], rank["device"]) for rank in profile["ranks"]] == [("a", "cpu:3"), ("a", "cpu:1")]
+    worst = profile["stragglers"][0]
+    assert (worst["host"], worst["device"]) == ("a", "cpu:1")
+    named = [e["args"]["name"] for e in trace_events(ranks) if e["name"] == "process_name"]
+    assert named == ["rank 0 (a cpu:3)", "rank 1 (a cpu:1)"]
+
+
 def test_moving_branches_off_the_slow_rank_is_suggested(slowed: Profiled) -> None:
     *_, profile = slowed
     suggestion = profile["suggestion"]
@@ -90,6 +109,89 @@ def test_moving_branches_off_the_slow_rank_is_suggested(slowed: Profiled) -> Non
     assert SLOW in {move["block"] for move in suggestion["moves"]}
     assert suggestion["predicted_s"] < suggestion["now_s"]
     assert "from rank 1 to rank 0: predicted −" in suggestion["text"]
+
+
+def two_ranks() -> tuple[list[RankSteps], Plan, ModelSpec]:
+    """Synthetic: rank 0 takes twice as long as rank 1 in each of four blocks, for as many branches."""
+    plan, model = synthetic_plan(2, 4, branches=4)
+    return synthetic_ranks(5, 2, 4), replace(plan, devices=(("a:3", "a:1"),)), model
+
+
+def two_devices(*speeds: float, kinds: tuple[str, str] = ("A", "B")) -> Cluster:
+    """Those of `two_ranks`, in order of the ranks, each of a kind of its own."""
+    both = zip((3, 1), kinds, speeds or (1.0, 1.0), strict=True)
+    devices = tuple(Device("a", index, kind, speed=speed) for index, kind, speed in both)
+    return Cluster(devices, Link(0, 1e12), Link(0, 1e12))
+
+
+def test_the_suggested_moves_are_predicted_to_take_what_is_printed() -> None:
+    """The moves made by hand, and the plan then asked of the simulator; so with the plan as it stands."""
+    ranks, plan, model = two_ranks()
+    profile = build_profile(ranks, plan, model, BATCH)
+    suggestion = profile["suggestion"]
+    costs = profile_costs(profile, plan, two_devices(), model, BATCH)
+    blocks = dict(plan.blocks)
+    for move in suggestion["moves"]:
+        held = [set(of_rank) for of_rank in blocks[move["block"]].branches or ()]
+        held[move["source"]].remove(move["branch"])
+        held[move["target"]].add(move["branch"])
+        blocks[move["block"]] = BranchPlacement("branch", tuple(tuple(sorted(each)) for each in held))
+    before, after = (
+        predict(replace(plan, blocks=b), model, two_devices(), costs, BATCH).total_s
+        for b in (plan.blocks, blocks)
+    )
+    assert suggestion["now_s"] == pytest.approx(before)
+    assert suggestion["predicted_s"] == pytest.approx(after)
+    assert suggestion["text"].endswith(f"predicted −{100 * (1 - after / before):.0f} %")
+
+
+def test_a_prediction_is_of_the_devices_kinds_and_speeds() -> None:
+    ranks, plan, model = two_ranks()
+    costs = profile_costs(build_profile(ranks, plan, model, BATCH), plan, two_devices(), model, BATCH)
+    for cluster, expected in (
+        (two_devices(), 0.1),
+        (two_devices(1.0, 0.25), 0.2),  # rank 1's 0.05 s, four times as long
+        (two_devices(kinds=("B", "B")), 0.05),
+    ):
+        found = build_profile(ranks, plan, model, BATCH, costs, cluster)["prediction"]
+        assert found["elements"]["block1"][0] == pytest.approx(expected)
+    profile = build_profile(ranks, plan, model, BATCH)
+    with pytest.raises(PlanError, match='the costs are for A, B, a device is "C": measure on the devices'):
+        predicted(profile, plan, model, BATCH, costs, two_devices(kinds=("A", "C")))
+    alone = replace(costs, models=costs.models[1:])  # no other kind can be meant
+    found = predicted(profile, plan, model, BATCH, alone, two_devices(kinds=("torch's word", "Ray's")))
+    assert found["elements"]["block1"][0] == pytest.approx(0.05)
+
+
+def test_a_cost_file_is_read_with_its_kinds_and_speeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, plan, model = two_ranks()
+    costs = profile_costs(build_profile(ranks, plan, model, BATCH), plan, two_devices(), model, BATCH)
+    file = tmp_path / "costs.json"
+    speeds = [replace(each, key={SPEEDS: "1 0.25"}) for each in costs.models]  # as measured, by rank
+    write_costs(replace(costs, models=tuple(speeds)), file)
+    called = list[int]()
+
+    def steps(trainer: Trainer, num: int) -> list[RankSteps]:
+        called.append(num)
+        return ranks
+
+    monkeypatch.setattr(profile_command, "profile_steps", steps)
+
+    def found(cluster: Cluster) -> dict[str, Any]:
+        context = WorkerContext(0, 2, 0, "here", "cpu", 1, "", "gloo")
+        trainer: Any = SimpleNamespace(plan=plan)
+        told = profile_rank(
+            trainer, model, Config.from_dict(SMALL), 24, str(file), tmp_path, context, cluster
+        )
+        return dict(told["profile"]["prediction"])
+
+    assert found(two_devices())["elements"]["block1"][0] == pytest.approx(0.2)
+    assert called == [24]
+    with pytest.raises(PlanError, match='a device is "C"'):
+        found(two_devices(kinds=("A", "C")))
+    assert called == [24]  # told before anything is measured
 
 
 def test_the_parts_of_a_step_add_up_on_every_rank(slowed: Profiled) -> None:
@@ -115,8 +217,12 @@ def test_recording_costs_less_than_allowed(slowed: Profiled) -> None:
     assert 0 < overhead["records"]["light"] < overhead["records"]["detailed"]
     assert overhead["share"]["light"] <= 0.01
     assert overhead["share"]["detailed"] <= 0.10
+    one = overhead["records"]["light"] * overhead["record_s"] + overhead["told_s"]
+    assert overhead["share"]["light"] == pytest.approx(one / slowed[3]["steps"]["step_s"]["p50"])
+    assert overhead["told_s"] > 1e-5  # the times of all ranks, in a line of JSON
     for low, middle, high in overhead["measured"].values():
         assert low <= middle <= high
+    assert overhead["measured"]["detailed"][0] <= 1.10
 
 
 def test_one_clock_for_all_ranks(slowed: Profiled) -> None:
@@ -255,7 +361,8 @@ def synthetic_ranks(num_steps: int, num_ranks: int, num_blocks: int) -> list[Ran
     """Ranks with an exchange in each block, forward and backward; rank 0 is always last."""
     facts = {
         "host": "a", "device": "cpu", "kind": "cpu", "memory_bytes": 1, "peak_flops_per_s": 1e9, "clock_error_s": 0.0,
-        "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "flops": [], "ops": [],
+        "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "told_s": 1e-5, "flops": [], "ops": [],
+        "kernels": {"": (0, 0.0)},
         "overhead_s": {kind: [1.0, 1.0] for kind in ("off", "light", "detailed")},
     }  # fmt: skip
     ranks = []
@@ -287,9 +394,10 @@ def test_wait_and_transfer_of_known_spans() -> None:
     assert profile["ranks"][1]["unattributed"] == pytest.approx(0.0, abs=1e-9)
 
 
-def synthetic_plan(num_ranks: int, num_blocks: int) -> tuple[Plan, ModelSpec]:
-    model = ModelSpec(tuple(BlockSpec(f"block{b}", num_ranks) for b in range(num_blocks)))
-    blocks = {block.name: BranchPlacement.even(num_ranks, num_ranks) for block in model.blocks}
+def synthetic_plan(num_ranks: int, num_blocks: int, branches: int = 0) -> tuple[Plan, ModelSpec]:
+    branches = branches or num_ranks
+    model = ModelSpec(tuple(BlockSpec(f"block{b}", branches) for b in range(num_blocks)))
+    blocks = {block.name: BranchPlacement.even(branches, num_ranks) for block in model.blocks}
     return Plan(1, num_ranks, blocks, "replicated", "replicated"), model
 
 
@@ -301,7 +409,7 @@ def synthetic_profile(num_steps: int, num_ranks: int, num_blocks: int) -> dict[s
 def test_a_thousand_steps_of_eight_ranks_stay_small(tmp_path: Path) -> None:
     """With as many kernels in the trace as are kept; steps that differ, as real ones do."""
     random = np.random.default_rng(0)
-    starts = np.sort(random.random(MOST_EVENTS))
+    starts = np.sort(random.random(MOST_OPS))
     events = [[f"aten::op{i % 97}", "op", str(i % 3), start, 1e-5] for i, start in enumerate(starts.tolist())]
     ranks = []
     for rank in synthetic_ranks(num_steps=1000, num_ranks=8, num_blocks=16):
@@ -319,13 +427,80 @@ def test_a_thousand_steps_of_eight_ranks_stay_small(tmp_path: Path) -> None:
     assert read_profile(tmp_path / "profile.json")["steps"]["measured"] == 1000
 
 
+def gpu_events() -> list[list[Any]]:
+    """A kernel of 1 ms in every other ms of the first 0.1 s, a copy after them; the operators that launched them."""
+    kernels = [["gemm", "kernel", "7", 0.002 * i, 0.001] for i in range(50)]
+    ops = [["aten::mm", "op", "1", 0.0005 * i, 0.0004] for i in range(50)]
+    return [*kernels, ["memcpy", "copy", "7", 0.100, 0.002], *ops]
+
+
+def test_kernels_and_gaps_of_a_gpu() -> None:
+    events = gpu_events()
+    assert Running(events).during(0.0, 0.2) == pytest.approx((51, 0.052))
+    assert Running(events).during(0.0005, 0.0025) == pytest.approx((2, 0.001))  # half of each of two
+    spans = [
+        Span("forward", "block0", "", 0, 0.0, 0.020),
+        Span("forward", "block0", "all_reduce", 1000, 0.010, 0.014),
+        Span("forward", "", "", 0, 0.0, 0.1),
+        Span("sent", "", "data_bucket", 8, 0.1, 0.1),
+        Span("reduction", "", "data_bucket", 8, 0.150, 0.160),
+        Span("reduction", "", "", 0, 0.1, 0.2),
+    ]
+    found = kernels_of(events, spans, 0.0, 0.2)
+    assert found["block0"] == pytest.approx((10 - 2, 0.010 - 0.002))
+    # not in block0: the kernels of loss, reduction and optimizer; the waits for others are no gaps
+    assert found[""] == pytest.approx((51, 0.2 - 0.052 - 0.002 - 0.010))
+
+
+def test_kernels_are_counted_before_operators_are_left_out() -> None:
+    ops = [["aten::mm", "op", "1", 1e-4 * i, 1e-3] for i in range(30_000)]
+    kernels = [["gemm", "kernel", "7", 6e-4 * i, 1e-5] for i in range(5_000)]
+    kept = shortened([*ops, *kernels])
+    assert len(kept) == MOST_OPS + 5_000
+    assert sum(kind == "kernel" for _, kind, *_ in kept) == 5_000
+    assert kernels_of([*ops, *kernels], [], 0.0, 3.5)[""][0] == 5_000
+
+
+def test_the_figures_of_gpus_in_profile_and_trace() -> None:
+    """Ranks with FLOPs, kernels and bytes that are known: what the profile makes of them."""
+    ranks = []
+    for number, rank in enumerate(synthetic_ranks(num_steps=5, num_ranks=2, num_blocks=4)):
+        facts = {
+            **rank.facts,
+            "device": f"cuda:{number}",
+            "peak_flops_per_s": 1e9 * (1 + number),  # the better one of a kind is what both could do
+            "kernels": {"": (700 + number, 0.003), "block1": (12, 0.002)},
+            "flops": [["forward", "block1", 2_000_000], ["backward", "block1", 4_000_000]],
+        }
+        ranks.append(RankSteps(rank.steps, facts, gpu_events()))
+    profile = build_profile(ranks, *synthetic_plan(2, 4), Batch(8, 8))
+    rows = profile["elements"][2]["ranks"]  # after stem and block0
+    assert [(row["kernels"], row["gap_s"]) for row in rows] == [(12, 0.002)] * 2
+    # forward and backward, without their exchanges
+    for row, compute_s in zip(rows, (2 * (0.5 - 0.1) / 4, 2 * (0.5 - 0.3) / 4), strict=True):
+        assert row["flops_per_s"] == pytest.approx(6e6 / compute_s)
+        assert row["utilisation"] == pytest.approx(6e6 / compute_s / 2e9)
+        assert row["bytes_per_s"] == pytest.approx(2 * 1000 / (2 * 0.1 / 4))
+    assert [(rank["kernels"], rank["gap_s"]) for rank in profile["ranks"]] == [(700, 0.003), (701, 0.003)]
+    assert not any("clock" in line for line in said_lines(profile))
+    profile["ranks"][1]["clock_error_s"] = 0.0021
+    assert any("clock of rank 1 is known to 2.10 ms only" in line for line in said_lines(profile))
+    assert "kernels a step: 700–701; the host leaves rank 0's GPU idle for 3.00 ms" in said_lines(profile)
+    events = list(trace_events(ranks))
+    streams = [e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 1]
+    assert streams == ["step", "GPU stream 7", "CPU 1"]
+    kernels = [e for e in events if e.get("cat") == "kernel" and e["pid"] == 1]
+    assert [(e["ts"], e["dur"]) for e in kernels[:2]] == [(0.0, 1000.0), (2000.0, 1000.0)]
+    assert sum(e.get("cat") == "copy" for e in events) == 2
+
+
 def test_tables(slowed: Profiled) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     print_profile(console, slowed[3])
     lines = console.export_text()
     text = " ".join(lines.split())  # titles are as wide as their tables
     for words in (
-        "rank 1 (here cpu) is waited for in forward of stage2.block1",
+        "rank 1 (a cpu:1) is waited for in forward of stage2.block1 (it holds branches 2, 3): rank 0 waits",
         "unattributed: at most",
         "step (95 %)",
         "ms a step of the slowest rank, middle of the steps (95 % of them)",
@@ -339,9 +514,9 @@ def test_tables(slowed: Profiled) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text('{"schema": 99}')
-    with pytest.raises(ConfigError, match="schema 99, this version reads schema 2"):
+    with pytest.raises(ConfigError, match="schema 99, this version reads schema 3"):
         read_profile(path)
-    path.write_text('{"schema": 2, "ra')
+    path.write_text('{"schema": 3, "ra')
     with pytest.raises(ConfigError, match="not a profile"):
         read_profile(path)
     config = Config.from_dict(SMALL)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from anabranch.runtime.profile_steps import record_seconds
+from anabranch.runtime.profile_loop import record_seconds
 from anabranch.runtime.recorder import PARTS, Recorder, by_part, marked
 
 
@@ -124,9 +124,12 @@ def test_a_record_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Gpu:
-    """What torch.cuda is to the recorder: a stream that runs `behind_s` after the host gives it work."""
+    """What torch.cuda is to the recorder: a stream that runs `behind_s` after the host gives it work.
 
-    behind_s = 0.05
+    per_host: how fast its clock goes, by the host's.
+    """
+
+    behind_s, per_host = 0.05, 1.0
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu, self.waits, self.ranges, self.open = self, list[str](), list[str](), list[int]()
@@ -146,7 +149,7 @@ class Gpu:
                 assert max(self.at, end.at) <= CLOCK.now, (
                     "the device has not come so far: an error on a real one"
                 )
-                return 1e3 * (end.at - self.at)
+                return 1e3 * gpu.per_host * (end.at - self.at)
 
         def synchronize(device: object) -> None:
             self.waits.append("device")
@@ -186,9 +189,44 @@ def test_on_a_gpu_events_are_read_late_and_nothing_waits_in_a_step(monkeypatch: 
         recorder.end_step()
     before = len(gpu.waits)
     (first, _, _), (second, start, end) = recorder.kept()
-    assert gpu.waits[before:] == ["device"]
+    assert {*gpu.waits[before:]} == {"device", "event"}  # once all steps are done
     assert [span.element for span in first] == ["stem", "stage1.block1", ""]
     assert [span.end - span.start for span in second] == pytest.approx([0.001, 0.001, 0.002], abs=1e-5)
     assert start <= second[0].start <= second[-1].end <= end <= CLOCK.now + 1e-5
     assert gpu.ranges == ["forward stem", "forward stage1.block1"] * 2
+    assert gpu.open == []
+
+
+def test_the_clock_of_a_gpu_is_tied_before_and_after_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes a thousandth faster than the host's: after 10 s that would be 10 ms."""
+    gpu = Gpu(monkeypatch)
+    gpu.behind_s, gpu.per_host = 1e-4, 1.001
+    recorder = Recorder(torch.device("cuda"))
+    recorder.align()
+    recorder.end_step()
+    recorder.keep()
+    started = CLOCK.now
+    for _ in range(2):
+        spend(5.0)
+        one_step(recorder)
+    _, (_, _, end) = recorder.kept()
+    assert end - started == pytest.approx(10.018, abs=1e-3)
+    assert 0 < recorder.clock_error_s < 1e-3
+
+
+def test_exchanges_are_nvtx_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the part that runs, that of a bucket's wait too; closed where they end, and none unless detailed."""
+    gpu = Gpu(monkeypatch)
+    recorder = Recorder(torch.device("cuda"))
+    recorder.exchanged("all_reduce", 8, recorder.started("all_reduce"))
+    assert gpu.ranges == []
+    recorder.detailed = True
+    with recorder.span("forward"):
+        start = recorder.started("all_reduce")
+        assert len(gpu.open) == 1
+        recorder.exchanged("all_reduce", 8, start)
+    with recorder.span("reduction"):
+        sent = recorder.now()
+        recorder.reduced("world_bucket", 100, sent, recorder.started("world_bucket"))
+    assert gpu.ranges == ["forward all_reduce", "reduction world_bucket"]
     assert gpu.open == []
