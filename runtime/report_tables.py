@@ -55,7 +55,7 @@ def placement(run: RunData) -> str:
         cells = [f'<th scope="row">{escape(name)}</th><td>{escape(split)}</td>']
         for branches in held:
             text = ", ".join(map(str, branches)) or "–"
-            share = round(60 * len(branches) / most) if branches else 0
+            share = round(50 * len(branches) / most) if branches else 0
             kind = f'class="heat" style="--share:{share}%"' if share else 'class="none"'
             cells.append(f"<td {kind}>{text}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
