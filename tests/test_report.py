@@ -22,6 +22,8 @@ from anabranch.runtime.report import write_report
 from anabranch.runtime.report_data import read_run
 from anabranch.runtime.report_page import page
 from anabranch.runtime.trackers import Tracker, tracker
+from anabranch.schedulers import BranchPlacement, Plan, format_plan
+from anabranch.schedulers.plan import SAMPLE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSERS_OWN = (
@@ -203,6 +205,47 @@ def test_every_chart_has_its_numbers(run: Path) -> None:
                   "rank 7, predicted"):  # fmt: skip
         assert words in text
     assert "rank 0 (a cpu) is waited for in" in text
+
+
+def test_a_run_without_a_profile_has_a_map_of_its_plan(tmp_path: Path) -> None:
+    """By rule: counts, lists and samples; in two replicas."""
+    path = metrics(tmp_path / "run", 5)
+    placed = {f"stage1.block{i}": BranchPlacement.from_counts((2, 1)) for i in (1, 2)}
+    placed |= {"stage2.block1": BranchPlacement("branch", ((0, 2), (1,))), "stage3.block1": SAMPLE}
+    plan = Plan(2, 2, placed, "replicated", "sample", (("a:0", "a:1"), ("b:0", "b:1")))
+    (path / "plan.toml").write_text(format_plan(plan))
+    found = read_run(path)
+    assert found.placements == {
+        "ranks": ["rank 0 · a:0", "rank 1 · a:1", "rank 2 · b:0", "rank 3 · b:1"],
+        "rows": [
+            ["stem", "replicated", [(), (), (), ()]],
+            ["stage1.*", "branch", [(0, 1), (2,), (0, 1), (2,)]],
+            ["stage2.block1", "branch", [(0, 2), (1,), (0, 2), (1,)]],
+            ["stage3.block1", "sample", [None] * 4],
+            ["head", "sample", [(), (), (), ()]],
+        ],
+    }
+    text = re.sub(r"<[^>]+>", " ", page([found]))
+    assert "Placement: branches by block and rank" in text
+    assert re.search(r"stage1\.\* +branch +0, 1 +2 +0, 1 +2 ", text)
+    assert re.search(r"stage3\.block1 +sample +all +all +all +all ", text)
+
+
+def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
+    """A profile without metrics, metrics without a line, metrics without a profile."""
+    curves, profile = "no metrics: there are no curves", "no profile: `anabranch profile "
+    (tmp_path / "profile.json").write_bytes((run / "profile.json").read_bytes())
+    assert write_report([tmp_path])["notes"] == [curves]
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert write_report([tmp_path])["notes"] == [curves]
+    (tmp_path / "profile.json").unlink()
+    notes = write_report([tmp_path])["notes"]
+    assert notes[0] == curves
+    assert notes[1].startswith(profile)
+    assert curves in (tmp_path / "report.html").read_text()
+    assert [note[: len(profile)] for note in write_report([metrics(tmp_path / "run", 5)])["notes"]] == [
+        profile
+    ]
 
 
 def test_a_plan_that_was_predicted_and_timed_is_compared_with_the_run(tmp_path: Path) -> None:
