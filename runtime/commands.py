@@ -136,12 +136,18 @@ def verify(
 
 
 def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | None:
-    """Profiles a run's first steps: step_s, stragglers, suggestion, unattributed, overhead, files, run_dir.
+    """Profiles a run's first steps: step_s, stragglers, suggestion, unattributed, overhead, files, run_dir (see
+    `profile_folder`); the report is that of launch.run_dir, with the curves of a run that trained there.
 
     Raises Interrupted or Terminated when told to stop, with nothing written.
     """
     if steps < 1:
         raise ConfigError(f"--steps is {steps}: profile at least 1")
+    from anabranch.runtime.profile_file import profile_folder
+
+    run = Path(config.launch.run_dir) if config.launch.run_dir else None
+    if run is not None and profile_folder(run) != run:
+        config = replace(config, launch=replace(config.launch, run_dir=str(profile_folder(run))))
     with _locked(config) as lock, Driver(config, console, shares_folder=True) as driver:
         from anabranch.runtime.profile_command import print_result
         from anabranch.runtime.profile_steps import check_steps
@@ -167,7 +173,7 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
             "or with fewer --steps",
             driver.config.launch.run_dir,
         )
-    return print_result(console, result)
+    return print_result(console, result, run)
 
 
 def report(runs: list[Path], output: Path | None, png: bool, console: Console) -> dict[str, Any]:

@@ -61,17 +61,21 @@ def profile_rank(
     return {"profile": profile, "run_dir": str(run_dir)}
 
 
-def print_result(console: Console, result: dict[str, Any]) -> dict[str, Any]:
-    """Tables and files for people; the plain data of `--json`."""
+def print_result(console: Console, result: dict[str, Any], run: Path | None) -> dict[str, Any]:
+    """Tables and files for people; the plain data of `--json`. run: whose report it is; None: the profile's own."""
     from anabranch.runtime.report import write_report
 
     profile, folder = result["profile"], Path(result["run_dir"])
     print_profile(console, profile)
-    report = write_report([folder], folder / "report.html")
-    files = {"profile": "profile.json", "trace": "trace.json.gz", "report": "report.html"}
-    for what, name in files.items():
+    report = write_report([run or folder])
+    files = {
+        "profile": str(folder / "profile.json"),
+        "trace": str(folder / "trace.json.gz"),
+        "report": report["output"],
+    }
+    for what, path in files.items():
         hint = " (ui.perfetto.dev opens it)" if what == "trace" else ""
-        console.print(f"{what}: {folder / name}{hint}", highlight=False, soft_wrap=True)
+        console.print(f"{what}: {path}{hint}", highlight=False, soft_wrap=True)
     return {
         "step_s": profile["steps"]["step_s"],
         "stragglers": profile["stragglers"],
@@ -79,6 +83,6 @@ def print_result(console: Console, result: dict[str, Any]) -> dict[str, Any]:
         "unattributed": [rank["unattributed"] for rank in profile["ranks"]],
         "overhead": profile["overhead"],
         "run_dir": str(folder),
-        **{what: str(folder / name) for what, name in files.items()},
+        **files,
         "notes": report["notes"],
     }

@@ -42,6 +42,13 @@ from anabranch.schedulers.wording import shown
 SCHEMA = 3
 
 
+def profile_folder(run: Path) -> Path:
+    """Where `anabranch profile --run-dir RUN` writes: RUN/profile where RUN has trained, whose config.toml, plan.toml
+    and run.json stay its own; else RUN.
+    """
+    return run / "profile" if (run / "metrics.jsonl").is_file() else run
+
+
 def write_profile(profile: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
     write_bytes(path, (json.dumps(_rounded(profile), separators=(",", ":")) + "\n").encode())

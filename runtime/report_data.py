@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.profile_file import read_profile
+from anabranch.runtime.profile_file import profile_folder, read_profile
+from anabranch.schedulers import BranchPlacement
+from anabranch.schedulers.model_spec import EDGES
+from anabranch.schedulers.plan_file import BlockRule
+from anabranch.schedulers.plan_reader import parse_plan
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,9 @@ def read_run(path: Path) -> RunData:
     """Raises ConfigError where the folder has neither metrics nor a profile, or a file that is not ours."""
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder: give a run's, which `anabranch train` prints at its end")
-    metrics, profile_path = path / "metrics.jsonl", path / "profile.json"
+    metrics, profile_path = path / "metrics.jsonl", profile_folder(path) / "profile.json"
+    if not profile_path.is_file():
+        profile_path = path / "profile.json"
     if not metrics.is_file() and not profile_path.is_file():
         raise ConfigError(
             f"{path} has neither metrics.jsonl nor profile.json: give the folder of a run that trained "
@@ -43,7 +51,10 @@ def read_run(path: Path) -> RunData:
         notes.append("no metrics: there are no curves")
     profile = read_profile(profile_path) if profile_path.is_file() else None
     if profile is None:
-        notes.append("no profile: `anabranch profile` measures blocks and ranks")
+        again = f"`anabranch profile {path / 'config.toml'} --run-dir {path}`"
+        notes.append(f"no profile: {again} measures blocks and ranks")
+    elif profile_path.parent != path:
+        notes += _differences(path, profile_path.parent)
     audit_path = path / "audit.json"
     try:
         audit = json.loads(audit_path.read_text(encoding="utf-8")) if audit_path.is_file() else None
@@ -73,13 +84,47 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return found
 
 
+def _differences(run: Path, profiled: Path) -> list[str]:
+    """What the profile was not of: what makes its steps others than the run's."""
+    notes = []
+    if (run / "plan.toml").read_text(encoding="utf-8") != (profiled / "plan.toml").read_text(
+        encoding="utf-8"
+    ):
+        notes.append("the profile is of another plan than the run's: see profile/plan.toml")
+    own, theirs = (
+        tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")) for folder in (run, profiled)
+    )
+    other = [f"[{name}]" for name in ("model", "data", "train") if own.get(name) != theirs.get(name)]
+    if other:
+        notes.append(f"the profile has another {', '.join(other)} than the run: see profile/config.toml")
+    return notes
+
+
 def _placements(path: Path, profile: dict[str, Any] | None) -> dict[str, Any]:
-    """{"ranks": names, "rows": [name, split, [branches of each rank]]} of the profile, else {"text": the plan}."""
+    """{"ranks": names, "rows": [name, split, [branches of each rank]]} of the profile, else of the plan's rules (a name
+    is then its glob, and None all branches); empty where there is neither.
+    """
     if profile is not None:
         names = [f"rank {r['rank']} · {r['host']} {r['device']}" for r in profile["ranks"]]
-        rows = []
+        rows: list[list[Any]] = []
         for element in profile["elements"]:
             held = [list(row["held"]) for row in element["ranks"]]
             rows.append([element["name"], element["split"], held])
         return {"ranks": names, "rows": rows}
-    return {"text": path.read_text(encoding="utf-8")} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    plan = parse_plan(path.read_text(encoding="utf-8"), str(path))
+    devices = [name for row in plan.devices or () for name in row]
+    names = [f"rank {r} · {device}" for r, device in enumerate(devices)]
+    names = names or [f"rank {r}" for r in range(plan.data * plan.branch)]
+    rows = [[rule.match, rule.split, _held(rule, plan.branch) * plan.data] for rule in plan.rules]
+    return {"ranks": names, "rows": rows}
+
+
+def _held(rule: BlockRule, num_ranks: int) -> list[Sequence[int] | None]:
+    """By branch rank. A run's plan has no "even": it is resolved."""
+    if rule.match in EDGES:
+        return [()] * num_ranks
+    if rule.counts is not None:
+        return [*(BranchPlacement.from_counts(rule.counts).branches or ())]
+    return [*rule.branches] if isinstance(rule.branches, tuple) else [None] * num_ranks

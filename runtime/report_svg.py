@@ -113,14 +113,18 @@ def _plot(name: str, names: str, body: str, height: int) -> str:
 
 
 def _axis(marks: Sequence[tuple[float, float]], below: int, unit: str, *, grid: bool = True) -> str:
-    """(value, share of the width) as text below `below` pixels, with a line over the rows."""
+    """(value, share of the width) as text below `below` pixels, with a line over the rows.
+
+    Every other text has the class `odd`: where there is no room for all, the page hides it.
+    """
     found = ""
-    for value, share in marks:
+    for index, (value, share) in enumerate(marks):
+        kind = "tick odd" if index % 2 else "tick"
         anchor = "start" if share < 0.03 else "end" if share > 0.94 else "middle"
         at = f"{100 * share:.2f}%"
         if grid:
             found += f'<line class="grid" x1="{at}" x2="{at}" y1="0" y2="{below}"/>'
-        found += f'<text class="tick" x="{at}" y="{below + 17}" text-anchor="{anchor}">{number(value)}{unit}</text>'
+        found += f'<text class="{kind}" x="{at}" y="{below + 17}" text-anchor="{anchor}">{number(value)}{unit}</text>'
     return found
 
 

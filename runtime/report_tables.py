@@ -43,19 +43,17 @@ def key(names: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def placement(run: RunData) -> str:
-    """The map of branches, by block and rank; the plan's text where no profile has it."""
+    """The map of branches, by block and rank; by the plan's rules where no profile has the blocks."""
     placed = run.placements
-    if "text" in placed:
-        return f'<h3>Plan</h3><pre tabindex="0">{escape(placed["text"])}</pre>'
     if not placed:
         return ""
     rows = []
     for name, split, held in placed["rows"]:
-        most = max((len(h) for h in held), default=0) or 1
+        most = max((len(h) for h in held if h), default=0) or 1
         cells = [f'<th scope="row">{escape(name)}</th><td>{escape(split)}</td>']
         for branches in held:
-            text = ", ".join(map(str, branches)) or "–"
-            share = round(60 * len(branches) / most) if branches else 0
+            text = "all" if branches is None else ", ".join(map(str, branches)) or "–"
+            share = 50 if branches is None else round(50 * len(branches) / most)
             kind = f'class="heat" style="--share:{share}%"' if share else 'class="none"'
             cells.append(f"<td {kind}>{text}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,8 +40,7 @@ from anabranch.runtime.profile_flops import ElementFlops
 from anabranch.runtime.profile_kernels import MOST_OPS, Running, kernels_of, shortened
 from anabranch.runtime.profile_merge import Merged
 from anabranch.runtime.profile_steps import RankSteps, profile_steps
-from anabranch.runtime.profile_table import lines as said_lines
-from anabranch.runtime.profile_table import print_profile
+from anabranch.runtime.profile_table import lines, print_profile
 from anabranch.runtime.profile_trace import trace_events, write_trace
 from anabranch.runtime.recorder import Recorder, Span
 from anabranch.runtime.report import write_report
@@ -357,8 +357,14 @@ def _shifted(rank: int, world_size: int) -> tuple[float, float]:
     return found.offset_s, found.error_s
 
 
-def synthetic_ranks(num_steps: int, num_ranks: int, num_blocks: int) -> list[RankSteps]:
-    """Ranks with an exchange in each block, forward and backward; rank 0 is always last."""
+def synthetic_ranks(
+    num_steps: int, num_ranks: int, num_blocks: int, arrivals: Sequence[float] = ()
+) -> list[RankSteps]:
+    """Ranks with an exchange in each block, forward and backward, which all leave at 0.4 s ÷ num_blocks.
+
+    arrivals: when each rank enters it, in the same unit; default: rank 0 at 0.3, the others at 0.1.
+    """
+    arrivals = arrivals or (0.3, *[0.1] * (num_ranks - 1))
     facts = {
         "host": "a", "device": "cpu", "kind": "cpu", "memory_bytes": 1, "peak_flops_per_s": 1e9, "clock_error_s": 0.0,
         "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "told_s": 1e-5, "flops": [], "ops": [],
@@ -372,7 +378,7 @@ def synthetic_ranks(num_steps: int, num_ranks: int, num_blocks: int) -> list[Ran
         for part, at in (("forward", 0.0), ("backward", 0.5)):
             for block in range(num_blocks):
                 begun = at + 0.5 / num_blocks * block
-                late, end = begun + (0.3 if rank == 0 else 0.1) / num_blocks, begun + 0.4 / num_blocks
+                late, end = begun + arrivals[rank] / num_blocks, begun + 0.4 / num_blocks
                 names += [(part, f"block{block}", "all_reduce", 1000), (part, f"block{block}", "", 0)]
                 rows += [(late, end), (begun, begun + 0.5 / num_blocks)]
             names.append((part, "", "", 0))
@@ -392,6 +398,59 @@ def test_wait_and_transfer_of_known_spans() -> None:
     assert {one["rank"] for one in profile["stragglers"]} == {0}
     assert profile["ranks"][1]["parts"]["exchange"]["p50"] == pytest.approx(8 * 0.3 / 4)
     assert profile["ranks"][1]["unattributed"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_middles_over_steps_and_spreads_over_ranks_are_those_numbers() -> None:
+    """Three ranks of 1.1, 1.65, 2.2 s forward in the middle step of 21, which take 1, 2, …, 21 s, in no order."""
+    arrivals, lengths = (0.3, 0.2, 0.1), [8 * i % 21 + 1 for i in range(21)]
+    ranks = [
+        RankSteps(
+            [(names, k * table) for (names, table), k in zip(rank.steps, lengths, strict=True)], rank.facts
+        )
+        for rank in synthetic_ranks(21, 3, 2, arrivals)
+    ]
+    for rank, k in ((rank, k) for rank in ranks for k in range(21)):
+        rank.steps[k][1][...] -= rank.steps[k][1][-1, 0]  # a step begins at 0
+    profile = build_profile(ranks, *synthetic_plan(3, 2), Batch(9, 9))
+    assert profile["steps"]["step_s"] == pytest.approx({"p50": 11.0, "p95": 20.0})
+    for rank in profile["ranks"]:
+        assert rank["step_s"] == pytest.approx({"p50": 11.0, "p95": 20.0})
+        assert rank["unattributed"] == pytest.approx(0.0, abs=1e-9)
+    block = profile["elements"][2]
+    assert block["name"] == "block1"
+    for row, a in zip(block["ranks"], arrivals, strict=True):
+        forward, wait, transfer = (a + 0.1) / 2, 2 * (0.3 - a) / 2, 2 * 0.1 / 2
+        for name, seconds in (
+            ("forward_s", forward), ("backward_s", forward), ("wait_s", wait), ("transfer_s", transfer),
+        ):  # fmt: skip
+            assert row[name] == pytest.approx({"p50": 11 * seconds, "p95": 20 * seconds}, abs=1e-9), name
+    assert block["over"] == {
+        "forward_s": pytest.approx({"min": 1.1, "median": 1.65, "max": 2.2}),
+        "backward_s": pytest.approx({"min": 1.1, "median": 1.65, "max": 2.2}),
+        "transfer_s": pytest.approx({"min": 1.1, "median": 1.1, "max": 1.1}),
+        "wait_s": pytest.approx({"min": 0.0, "median": 1.1, "max": 2.2}, abs=1e-9),
+    }
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_profile(console, profile)
+    printed = [line.split() for line in console.export_text().splitlines()]
+    least_to_most = ["1100–1650–2200", "1100–1650–2200", "1100", "0.00–1100–2200"]
+    of_steps = ["2200", "(4000)", "2200", "(4000)", "1100", "(2000)", "2200", "(4000)"]
+    assert ["block1", *least_to_most] in printed
+    assert ["block1", *of_steps] in printed
+
+
+def test_a_slow_link_is_transfer_and_nobody_waits() -> None:
+    """Ranks that enter together and leave late."""
+    ranks = synthetic_ranks(5, 2, 4, (0.1, 0.1))
+    profile = build_profile(ranks, *synthetic_plan(2, 4), Batch(8, 8))
+    for row in profile["elements"][1]["ranks"]:
+        assert row["transfer_s"]["p50"] == pytest.approx(2 * 0.3 / 4)
+        assert row["wait_s"]["p95"] == pytest.approx(0.0, abs=1e-9)
+    for exchange in profile["exchanges"]:
+        assert exchange["bytes_per_s"] == pytest.approx(1000 / (0.3 / 4))
+        assert exchange["wait_s"] == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert all(one["share"] < 1e-9 for one in profile["stragglers"])
+    assert "no rank is waited for more than 1 % of the step" in lines(profile)
 
 
 def synthetic_plan(num_ranks: int, num_blocks: int, branches: int = 0) -> tuple[Plan, ModelSpec]:
@@ -482,10 +541,10 @@ def test_the_figures_of_gpus_in_profile_and_trace() -> None:
         assert row["utilisation"] == pytest.approx(6e6 / compute_s / 2e9)
         assert row["bytes_per_s"] == pytest.approx(2 * 1000 / (2 * 0.1 / 4))
     assert [(rank["kernels"], rank["gap_s"]) for rank in profile["ranks"]] == [(700, 0.003), (701, 0.003)]
-    assert not any("clock" in line for line in said_lines(profile))
+    assert not any("clock" in line for line in lines(profile))
     profile["ranks"][1]["clock_error_s"] = 0.0021
-    assert any("clock of rank 1 is known to 2.10 ms only" in line for line in said_lines(profile))
-    assert "kernels a step: 700–701; the host leaves rank 0's GPU idle for 3.00 ms" in said_lines(profile)
+    assert any("clock of rank 1 is known to 2.10 ms only" in line for line in lines(profile))
+    assert "kernels a step: 700–701; the host leaves rank 0's GPU idle for 3.00 ms" in lines(profile)
     events = list(trace_events(ranks))
     streams = [e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 1]
     assert streams == ["step", "GPU stream 7", "CPU 1"]
@@ -497,8 +556,8 @@ def test_the_figures_of_gpus_in_profile_and_trace() -> None:
 def test_tables(slowed: Profiled) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     print_profile(console, slowed[3])
-    lines = console.export_text()
-    text = " ".join(lines.split())  # titles are as wide as their tables
+    printed = console.export_text()
+    text = " ".join(printed.split())  # titles are as wide as their tables
     for words in (
         "rank 1 (a cpu:1) is waited for in forward of stage2.block1 (it holds branches 2, 3): rank 0 waits",
         "unattributed: at most",
@@ -508,7 +567,7 @@ def test_tables(slowed: Profiled) -> None:
         "suggestion: ",
     ):
         assert words in text
-    assert "…" not in lines  # nothing cut off at 80 columns
+    assert "…" not in printed  # nothing cut off at 80 columns
 
 
 def test_bad_input(tmp_path: Path) -> None:

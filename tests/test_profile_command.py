@@ -1,7 +1,8 @@
-"""`anabranch profile` as a command: what it refuses before anything starts, and that it can be stopped."""
+"""`anabranch profile` as a command: what it refuses before anything starts, what it leaves, that it can be stopped."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from test_report import metrics
 
 from anabranch.runtime.cli import main
+from anabranch.runtime.profile_file import read_profile
 from anabranch.runtime.run_record import run_status
 
 ALONE = ["profile", "--launcher", "none"]
@@ -24,6 +27,60 @@ def test_more_steps_than_the_run_has(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().err
     assert "--steps is 9, the run has 8 steps: ask for 1 to 8, or give the run more" in said
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("trained", [True, pytest.param(False, marks=pytest.mark.optin)])
+def test_a_profile_is_written_told_and_printed(
+    tmp_path: Path, trained: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an empty folder; in that of a run, whose own files stay, with its curves in the report."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # others may compute beside it
+    folder, own = (
+        tmp_path,
+        {"plan.toml": "[mesh]\ndata = 2\nbranch = 1\n", "config.toml": '[model]\nname = "other"\n'},
+    )
+    notes = ["no metrics: there are no curves"]
+    if trained:
+        folder, notes = metrics(tmp_path, 5) / "profile", [
+            "the profile is of another plan than the run's: see profile/plan.toml",
+            "the profile has another [model], [data], [train] than the run: see profile/config.toml",
+        ]  # fmt: skip
+        for name, text in own.items():
+            (tmp_path / name).write_text(text)
+    command = [*ALONE, "--steps", "3", "--train.batch-size", "8", "--run-dir", str(tmp_path)]
+    options = ["--model.options.depth", "8", "--model.options.num-branches", "2"]
+    assert main([*command, *options, "--json"]) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()  # and nothing else
+    told, printed = json.loads(line), captured.err.splitlines()
+    assert {*told} == {
+        "step_s", "stragglers", "suggestion", "unattributed", "overhead", "run_dir", "profile", "trace", "report",
+        "notes",
+    }  # fmt: skip
+    files = {
+        "run_dir": folder, "profile": folder / "profile.json", "trace": folder / "trace.json.gz",
+        "report": tmp_path / "report.html",
+    }  # fmt: skip
+    assert {what: told[what] for what in files} == {what: str(path) for what, path in files.items()}
+    profile = read_profile(folder / "profile.json")
+    assert profile["steps"]["measured"] == 3
+    assert told["step_s"] == pytest.approx(profile["steps"]["step_s"], rel=1e-5)
+    assert 0 < told["step_s"]["p50"] <= told["step_s"]["p95"]
+    assert json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
+    text = (tmp_path / "report.html").read_text()
+    assert "95 % of 3 steps" in text
+    assert ("Loss, in numbers" in text) == trained
+    assert told["notes"] == notes
+    blocks = [element["name"] for element in profile["elements"]]
+    assert [blocks[0], blocks[-1]] == ["stem", "head"]
+    for name in blocks:  # in the three tables and the page
+        assert sum(line.startswith(f"{name} ") for line in printed) >= 3
+        assert name in text
+    assert f"profile: {folder / 'profile.json'}" in printed
+    if trained:
+        assert {name: (tmp_path / name).read_text() for name in own} == own
+        assert 'name = "multi_resnet"' in (folder / "config.toml").read_text()
+        assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 import time
+from html import unescape
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -22,6 +22,8 @@ from anabranch.runtime.report import write_report
 from anabranch.runtime.report_data import read_run
 from anabranch.runtime.report_page import page
 from anabranch.runtime.trackers import Tracker, tracker
+from anabranch.schedulers import BranchPlacement, Plan, format_plan
+from anabranch.schedulers.plan import SAMPLE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSERS_OWN = (
@@ -29,25 +31,49 @@ BROWSERS_OWN = (
     ".googleapis.com",
     ".gvt1.com",
 )  # what it asks for at its start, whatever the page
-PROBE = """<script>
-const charts = [...document.querySelectorAll('svg[role=img]')];
+NO_BROWSER = "no Chromium found: install chromium to test the report in a browser"
+WIDTHS = [320, 390, 1280]
+# What each frame finds out about itself. Keyboard: Tab goes through what has a tabIndex of 0 in the order of the
+# document (no key is pressed): so what is in `order` is reached, and what scrolls or opens must be. `ring`: it shows.
+PROBE = r"""<script>
+const all = (what, from = document) => [...from.querySelectorAll(what)];
+for (const e of all('details')) e.open = true;
+const charts = all('svg[role=img]');
 const named = charts.every(s => s.getAttribute('aria-label'));
-const reach = [...document.querySelectorAll('.scroll, summary, pre')].every(
-  e => { if (e.closest('details') && e.matches('.scroll')) e.closest('details').open = true;
-         e.focus(); return document.activeElement === e; });
+const order = all('*').filter(e => e.tabIndex >= 0 && e.getClientRects().length);
+const needs = all('*').filter(e => e.matches('a[href], summary, pre') || e.scrollWidth > e.clientWidth + 1 &&
+  ['auto', 'scroll'].includes(getComputedStyle(e).overflowX));
+const missed = needs.filter(e => !order.includes(e)).map(e => e.outerHTML.slice(0, 80));
+const ring = order.every(e => { e.focus({focusVisible: true});
+  const { outlineStyle, outlineWidth } = getComputedStyle(e);
+  return document.activeElement === e && outlineStyle === 'solid' && parseFloat(outlineWidth) >= 2; });
+document.activeElement.blur();
 const box = e => e.getBoundingClientRect();
-const apart = charts.every(s => { const ticks = [...s.querySelectorAll('.tick')].map(box);
-  return ticks.every((a, i) => ticks.every((b, j) => i >= j || a.right <= b.left || b.right <= a.left
-                                                     || a.bottom <= b.top + 1 || b.bottom <= a.top + 1)); });
-const inside = [...document.querySelectorAll('.plot')].every(plot => [...plot.querySelectorAll('text, .names span')]
-  .every(e => box(e).left >= box(plot).left && box(e).right <= box(plot).right
-              && box(e).bottom <= box(plot).bottom + 1));
-const letters = [...document.querySelectorAll('svg text, .names span')].map(
-  t => parseFloat(getComputedStyle(t).fontSize));
-document.title = JSON.stringify({width: document.documentElement.scrollWidth, window: innerWidth, named, reach,
+const apart = charts.filter(s => { const ticks = all('.tick', s).map(box).filter(b => b.width);
+  return ticks.some((a, i) => ticks.some((b, j) => i < j && a.right > b.left && b.right > a.left
+                                                   && a.bottom > b.top + 1 && b.bottom > a.top + 1)); })
+  .map(s => s.getAttribute('aria-label'));
+const cut = all('.plot').flatMap(plot => all('text, .names span', plot).filter(e => box(e).width && (
+  box(e).left < box(plot).left || box(e).right > box(plot).right || box(e).bottom > box(plot).bottom + 1)))
+  .map(e => [e.textContent, box(e).right, box(e.closest('.plot')).right]);
+const letters = all('svg text, .names span').map(t => parseFloat(getComputedStyle(t).fontSize));
+const rgba = text => { const [r, g, b, a = 1] = text.match(/[\d.]+/g).map(Number);
+  return text.startsWith('rgb') ? [r / 255, g / 255, b / 255, a] : [r, g, b, a]; };  // else color(srgb r g b)
+const luminance = c => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) =>
+  sum + share * (c[i] <= 0.04045 ? c[i] / 12.92 : ((c[i] + 0.055) / 1.055) ** 2.4), 0);
+const behind = e => { for (; e; e = e.parentElement) {
+  const c = rgba(getComputedStyle(e).backgroundColor); if (c[3]) return c; } return [1, 1, 1, 1]; };
+const contrasts = all('body *').filter(e => !e.matches('script, title') && [...e.childNodes].some(
+  n => n.nodeType === 3 && n.data.trim())).map(e => {
+  const style = getComputedStyle(e), ink = rgba(e.closest('svg') ? style.fill : style.color);
+  const [low, high] = [luminance(ink), luminance(behind(e))].sort((a, b) => a - b);
+  return [(high + 0.05) / (low + 0.05), `${e.tagName} ${e.className} ${e.textContent.slice(0, 30)}`]; });
+contrasts.sort((a, b) => a[0] - b[0]);
+parent.postMessage(JSON.stringify({scroll: document.documentElement.scrollWidth, width: innerWidth, named, missed, ring,
+  positive: all('[tabindex]').filter(e => e.tabIndex > 0).length, tabs: order.length,
   dark: matchMedia('(prefers-color-scheme: dark)').matches, ground: getComputedStyle(document.body).backgroundColor,
-  apart, inside, charts: charts.length, tables: document.querySelectorAll('table').length,
-  least: Math.min(...letters)});
+  apart, cut, charts: charts.length, tables: all('table').length, texts: contrasts.length, faintest: contrasts[0],
+  least: Math.min(...letters)}), '*');
 </script>"""
 
 
@@ -90,60 +116,76 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def browse(
-    page: Path, folder: Path, width: int, *flags: str
-) -> tuple[dict[str, Any], list[str], list[str], float]:
-    """(what the probe found, console messages, hosts asked for, seconds) of a headless Chromium."""
+def browse(page: Path, folder: Path, *flags: str) -> tuple[str, str, list[str], float]:
+    """(the page as it stands at its end, standard error, hosts asked for, seconds) of a headless Chromium."""
     assert CHROMIUM is not None
-    probed, log = folder / f"probed{width}.html", folder / f"net{width}.json"
-    text = page.read_text().replace("</body>", f"{PROBE}</body>")
-    probed.write_text(text.replace("img-src data:", "img-src data:; script-src 'unsafe-inline'"))
+    log = folder / f"net-{page.stem}.json"
     begun = time.perf_counter()
     found = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
-         f"--window-size={width},900",
+         "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1400,900",
          f"--user-data-dir={folder / 'user'}",
-         f"--log-net-log={log}", "--enable-logging=stderr", "--dump-dom", *flags, probed.as_uri()],
+         f"--log-net-log={log}", "--enable-logging=stderr", "--dump-dom", *flags, page.as_uri()],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     seconds = time.perf_counter() - begun
-    title = re.search(r"<title>(\{.*?\})</title>", found.stdout)
-    assert title is not None, found.stdout[:500]
-    console = [line for line in found.stderr.splitlines() if "CONSOLE" in line]
-    text = log.read_text()
-    started = re.findall(r'"params":\{[^{}]*"url":"([^"]+)"', text)
+    started = re.findall(r'"params":\{[^{}]*"url":"([^"]+)"', log.read_text())
     hosts = {str(urlsplit(url).hostname) for url in started if url.startswith("http")}
-    urls = [host for host in hosts if not host.endswith(BROWSERS_OWN)]
-    return json.loads(title[1]), console, urls, seconds
+    return found.stdout, found.stderr, [host for host in hosts if not host.endswith(BROWSERS_OWN)], seconds
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium found: install chromium to test the report in a browser"
-)
-@pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser(run: Path, tmp_path: Path, width: int) -> None:
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(run: Path, tmp_path: Path, dark: bool) -> None:
+    """In frames as wide as a small phone, a phone and a desktop: a headless window itself is never below 500."""
     write_report([run], tmp_path / "report.html")
-    dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if width == 390 else []
-    found, console, urls, seconds = browse(tmp_path / "report.html", tmp_path, width, *dark)
-    assert console == []
-    assert urls == []
-    assert found["width"] <= found["window"], "the page itself does not scroll sideways"
-    assert found["named"]
-    assert found["reach"]
-    assert found["apart"], "labels do not overlap"
-    assert found["inside"], "no label is cut off"
-    assert found["least"] >= 11
-    assert found["dark"] == (width == 390)
-    assert found["ground"] == ("rgb(20, 23, 26)" if width == 390 else "rgb(255, 255, 255)")
-    assert found["charts"] >= 5
-    assert found["tables"] >= found["charts"]
+    text = (tmp_path / "report.html").read_text().replace("</body>", f"{PROBE}</body>")
+    (tmp_path / "probed.html").write_text(
+        text.replace("img-src data:", "img-src data:; script-src 'unsafe-inline'")
+    )
+    frames = "".join(
+        f'<iframe src="probed.html" style="width:{w}px;height:900px;border:0"></iframe>' for w in WIDTHS
+    )
+    (tmp_path / "frames.html").write_text(
+        '<!DOCTYPE html><meta name="color-scheme" content="light dark"><pre></pre><script>onmessage = e => '
+        f"document.querySelector('pre').textContent += e.data + '\\n'</script>{frames}"
+    )
+    flags = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else []
+    dom, console, hosts, _ = browse(tmp_path / "frames.html", tmp_path, *flags)
+    assert [line for line in console.splitlines() if "CONSOLE" in line] == []
+    assert hosts == []
+    told = [
+        json.loads(line) for line in unescape(dom.partition("<pre>")[2].partition("</pre>")[0]).splitlines()
+    ]
+    assert sorted(found["width"] for found in told) == WIDTHS, "each frame told, at the width that it has"
+    for found in told:
+        assert found["scroll"] <= found["width"], "the page itself does not scroll sideways"
+        assert found["named"]
+        assert found["missed"] == [], "what scrolls or opens is reached by Tab"
+        assert found["positive"] == 0, "Tab goes in the order of the document"
+        assert found["tabs"] >= found["tables"]
+        assert found["ring"], "what has the focus shows it"
+        assert found["apart"] == [], "labels do not overlap"
+        assert found["cut"] == [], "no label is cut off"
+        assert found["least"] >= 11
+        assert found["texts"] >= 100
+        assert found["faintest"][0] >= 4.5, f"WCAG's contrast of text: {found['faintest']}"
+        assert found["dark"] == dark
+        assert found["ground"] == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
+        assert found["charts"] >= 5
+        assert found["tables"] >= found["charts"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+def test_a_long_runs_report_opens_in_two_seconds(run: Path, tmp_path: Path) -> None:
+    write_report([run], tmp_path / "report.html")
     (tmp_path / "empty.html").write_text("<title>x</title><body></body>")
-    for _ in range(3):  # something else on the machine delays a browser too: then once more
-        *_, empty = browse(tmp_path / "empty.html", tmp_path, width)
+    for _ in range(4):  # something else on the machine delays a browser too: then once more
+        *_, empty = browse(tmp_path / "empty.html", tmp_path)
+        dom, *_, seconds = browse(tmp_path / "report.html", tmp_path)
         if seconds - empty <= 2.0:
             break
-        *_, seconds = browse(tmp_path / "report.html", tmp_path, width)
+    assert "Every interval of the step" in dom
     assert seconds - empty <= 2.0
 
 
@@ -163,6 +205,47 @@ def test_every_chart_has_its_numbers(run: Path) -> None:
                   "rank 7, predicted"):  # fmt: skip
         assert words in text
     assert "rank 0 (a cpu) is waited for in" in text
+
+
+def test_a_run_without_a_profile_has_a_map_of_its_plan(tmp_path: Path) -> None:
+    """By rule: counts, lists and samples; in two replicas."""
+    path = metrics(tmp_path / "run", 5)
+    placed = {f"stage1.block{i}": BranchPlacement.from_counts((2, 1)) for i in (1, 2)}
+    placed |= {"stage2.block1": BranchPlacement("branch", ((0, 2), (1,))), "stage3.block1": SAMPLE}
+    plan = Plan(2, 2, placed, "replicated", "sample", (("a:0", "a:1"), ("b:0", "b:1")))
+    (path / "plan.toml").write_text(format_plan(plan))
+    found = read_run(path)
+    assert found.placements == {
+        "ranks": ["rank 0 · a:0", "rank 1 · a:1", "rank 2 · b:0", "rank 3 · b:1"],
+        "rows": [
+            ["stem", "replicated", [(), (), (), ()]],
+            ["stage1.*", "branch", [(0, 1), (2,), (0, 1), (2,)]],
+            ["stage2.block1", "branch", [(0, 2), (1,), (0, 2), (1,)]],
+            ["stage3.block1", "sample", [None] * 4],
+            ["head", "sample", [(), (), (), ()]],
+        ],
+    }
+    text = re.sub(r"<[^>]+>", " ", page([found]))
+    assert "Placement: branches by block and rank" in text
+    assert re.search(r"stage1\.\* +branch +0, 1 +2 +0, 1 +2 ", text)
+    assert re.search(r"stage3\.block1 +sample +all +all +all +all ", text)
+
+
+def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
+    """A profile without metrics, metrics without a line, metrics without a profile."""
+    curves, profile = "no metrics: there are no curves", "no profile: `anabranch profile "
+    (tmp_path / "profile.json").write_bytes((run / "profile.json").read_bytes())
+    assert write_report([tmp_path])["notes"] == [curves]
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert write_report([tmp_path])["notes"] == [curves]
+    (tmp_path / "profile.json").unlink()
+    notes = write_report([tmp_path])["notes"]
+    assert notes[0] == curves
+    assert notes[1].startswith(profile)
+    assert curves in (tmp_path / "report.html").read_text()
+    assert [note[: len(profile)] for note in write_report([metrics(tmp_path / "run", 5)])["notes"]] == [
+        profile
+    ]
 
 
 def test_a_plan_that_was_predicted_and_timed_is_compared_with_the_run(tmp_path: Path) -> None:
