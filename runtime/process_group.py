@@ -56,9 +56,11 @@ def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[
     try:
         yield
     finally:
-        exchange.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            exchange.close()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def share_memory(group: dist.ProcessGroup, timeout_s: float = 600.0) -> None:

@@ -196,19 +196,22 @@ class Trainer:
         config, context = self.config, self.context
         context.publish(phase="building", num_steps=self.last_step, num_epochs=config.train.epochs)
         while True:
-            generation = Generation(context, config.launch.timeout_s)
+            generation, formed = Generation(context, config.launch.timeout_s), False
             try:
                 with generation.groups():
                     self._join()
                     generation.formed(self.mesh)
+                    formed = True
                     return self._train()
             except Exception as error:
-                if (
-                    not context.recovers
-                    or self._applying
-                    or not (context.aborted or failed_in_collective(error))
-                ):
+                if not context.recovers or self._applying:
                     raise
+                if not (context.aborted or failed_in_collective(error)):
+                    if formed or not context.generation or not isinstance(error, RuntimeError | OSError):
+                        raise
+                    # Whatever stops the groups from being formed again, others may have left them meanwhile.
+                    name = type(error).__name__
+                    context.publish(warning=f"rank {context.rank} could not join again: {name}: {error}")
             context.publish(phase="waiting for a lost rank")
             self._obey(context.await_order(**self._state()))
 

@@ -1,0 +1,102 @@
+"""A rank that cannot join the groups that are formed again waits for another order, and says why."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from anabranch.blocks import build
+from anabranch.cluster import WorkerContext
+from anabranch.runtime import Config, Trainer
+from anabranch.runtime.callbacks import Callback
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.launch import alone
+
+CONFIG = {
+    "train": {"batch_size": 8, "epochs": 1},
+    "mesh": {"execution": "fused"},
+    "checkpoint": {"every_epochs": 0},
+}
+NUM_STEPS = 4
+
+
+class LosesAPeer(Callback):
+    """Before the third step."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.has_lost = False
+
+    def on_gradients(self, step: int, network: Any) -> None:
+        if step == 2 and not self.has_lost:
+            self.has_lost = True
+            raise ConnectionError("connection closed by peer")
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        self.steps.append(metrics["step"])
+
+
+class FailsToJoin(Trainer):
+    """Once, in the first generation that is formed again."""
+
+    error: Exception
+
+    def _join(self) -> None:
+        if self.context.generation == 1:
+            raise self.error
+        super()._join()
+
+
+def controller(context: WorkerContext) -> None:
+    """Lets the one rank go on where it stands, whenever it waits."""
+    for generation in range(2):
+        while context.status()["waits"] != generation:
+            time.sleep(0.01)
+        state = context.quiesce(generation, 30.0)
+        assert state is not None, "it waits"
+        order = {
+            "action": "discard",
+            "step": state["committed"],
+            "sources": {},
+            "leader": 0,
+            "of_plan": [0],
+            "was": 1,
+        }
+        context.give_order({**order, "place": {"generation": generation + 1}})
+
+
+def trainer(error: Exception) -> tuple[FailsToJoin, LosesAPeer]:
+    torch.manual_seed(0)
+    context = replace(alone(environ={"OMP_NUM_THREADS": "1"}), recovers=True)
+    images = [(torch.zeros(1, 8, 8, dtype=torch.uint8), index % 2) for index in range(8 * NUM_STEPS)]
+    network = build("multi_resnet", in_channels=1, num_classes=2, depth=8, num_branches=2)
+    losing = LosesAPeer()
+    made = FailsToJoin(
+        network, (images, images[:8]), Config.from_dict(CONFIG), context=context, callbacks=[losing]
+    )
+    made.error = error
+    return made, losing
+
+
+def test_it_waits_and_goes_on_with_the_next_order() -> None:
+    made, losing = trainer(RuntimeError("an odd end of a store"))
+    threading.Thread(target=controller, args=(made.context,), daemon=True).start()
+    result = made.fit()
+    assert (result["steps"], made.context.generation) == (NUM_STEPS, 2)
+    assert losing.steps == [1, 2, 3, 4]
+    assert (
+        made.context.status()["warning"] == "rank 0 could not join again: RuntimeError: an odd end of a store"
+    )
+
+
+def test_wrong_input_is_not_tried_again() -> None:
+    made, _ = trainer(ConfigError("another network"))
+    threading.Thread(target=controller, args=(made.context,), daemon=True).start()
+    with pytest.raises(ConfigError, match="another network"):
+        made.fit()
