@@ -124,7 +124,8 @@ def test_a_memory_format_is_left_only_for_a_clearly_faster_one(
     assert faster_format({"contiguous": contiguous, "channels_last": channels_last}) == chosen
 
 
-def test_on_one_gpu_all_rows_have_one_bn_group() -> None:
+def test_on_one_gpu_all_rows_have_one_bn_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "fake")
     row = Row(8, 2, whole_groups=True)
     assert {row.bn_batch_size, replace(row, mesh=(1, 1)).bn_batch_size} == {8}
     assert setting_of(row, "contiguous").config.train.bn_batch_size == 8
