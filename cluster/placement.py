@@ -64,8 +64,9 @@ def place(
 ) -> tuple[Seat, ...]:
     """A seat for every rank of a data × branch mesh, in rank order (branch innermost).
 
-    With `devices` [data][branch] exactly those; else each branch group on the host with the fewest free places that
-    holds it, or where none does on as few hosts as possible. Raises ClusterError when the cluster cannot hold that.
+    With `devices` [data][branch] exactly those; else each branch group on a host that holds it, the one with the
+    fewest ranks of this run, then with the fewest free places; where none does, on as few hosts as possible. So a
+    lost host takes few replicas along. Raises ClusterError when the cluster cannot hold that.
     """
     if cpus_per_worker > 1 and cpus_per_worker != int(cpus_per_worker):
         raise ClusterError(
@@ -190,11 +191,12 @@ def _packed(
     hosts: tuple[Host, ...], mesh: tuple[int, int], use_gpu: bool, cpus_per_worker: float
 ) -> list[Host]:
     data, branch = mesh
-    free = {host: _free(host, use_gpu, cpus_per_worker) for host in hosts}
+    room = {host: _free(host, use_gpu, cpus_per_worker) for host in hosts}
+    free = dict(room)
     chosen: list[Host] = []
     for _ in range(data):
         fitting = [host for host in hosts if free[host] >= branch]
-        group = [min(fitting, key=lambda host: free[host])] * branch if fitting else []
+        group = [min(fitting, key=lambda h: (room[h] - free[h], free[h]))] * branch if fitting else []
         while len(group) < branch:  # spread: the hosts with most room first
             roomy = max(hosts, key=lambda host: free[host] - group.count(host))
             group += [roomy] * min(free[roomy] - group.count(roomy), branch - len(group))

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ _OBJECT_STORE_BYTES = (
 )  # we send functions and results, no tensors; Ray would take 30 % of the memory
 _ANSWER_S = 5.0
 _REACH_S = 1.0
+_KIND, _KIND_LABEL = "accelerator_type:", "ray.io/accelerator-type"
 # Ray notices late what a run gave back.
 _SETTLE_S = 3.0
 _given_back_at = float("-inf")
@@ -127,7 +128,6 @@ def look() -> tuple[Host, ...]:
     found = []
     for node in nodes:
         has, left = node["Resources"], free.get(node["NodeID"], {})
-        kinds = [key.removeprefix("accelerator_type:") for key in has if key.startswith("accelerator_type:")]
         found.append(
             Host(
                 name(node),
@@ -136,12 +136,22 @@ def look() -> tuple[Host, ...]:
                 left.get("CPU", 0.0),
                 int(has.get("GPU", 0)),
                 int(left.get("GPU", 0)),
-                kinds[0] if kinds else "gpu",
+                gpu_kind(node),
                 node["NodeManagerAddress"],
                 node["NodeManagerPort"],
             )
         )
     return tuple(sorted(found, key=lambda host: (-host.gpus, -host.cpus, host.name)))
+
+
+def gpu_kind(node: Mapping[str, Any]) -> str:
+    """The kind of GPUs that a node's entry in `ray.nodes()` tells: by label, else by resource; "gpu": by neither.
+
+    KubeRay and `ray start --labels` set the label `ray.io/accelerator-type`; `accelerator_type:…` Ray sets for GPUs
+    that it knows.
+    """
+    found = [key.removeprefix(_KIND) for key in node["Resources"] if key.startswith(_KIND)]
+    return str(node.get("Labels", {}).get(_KIND_LABEL) or (found[0] if found else "gpu"))
 
 
 def living(found: tuple[Host, ...]) -> tuple[Host, ...]:

@@ -106,7 +106,8 @@ def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
         plan = partial.resolve(spec, cluster, mesh=mesh)
     else:
         if mesh is None and config.mesh.num_workers:
-            cluster = _first(cluster, config.mesh.num_workers)
+            num = config.mesh.num_workers
+            cluster = _first(cluster, (num, 1) if named == "data" else (1, num))
         plan = schedule(named, spec, cluster, mesh=mesh)
     wanted = config.mesh.num_workers
     if wanted and plan.world_size != wanted:
@@ -132,8 +133,8 @@ def provisional_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
     """Data parallelism over the workers that an automatic plan is for."""
     _, partial = auto_partial(config)
     axes = (partial.mesh if partial else None) or mesh_axes(config.mesh.shape)
-    num = math.prod(axes) if axes else config.mesh.num_workers or len(cluster.devices)
-    return schedule("data", spec, _first(cluster, num), mesh=(num, 1))
+    axes = axes or (1, config.mesh.num_workers or len(cluster.devices))
+    return schedule("data", spec, _first(cluster, axes), mesh=(math.prod(axes), 1))
 
 
 def settle(config: Config, plan: Plan) -> Config:
@@ -163,9 +164,10 @@ def local_cluster(num_devices: int, host: str) -> Cluster:
     return Cluster(tuple(Device(host, index, kind) for index in range(num_devices)))
 
 
-def _first(cluster: Cluster, num_devices: int) -> Cluster:
-    """The devices a scheduler may use when the user said how many; too few are told by the cluster's own check."""
-    cluster.place(1, num_devices)
-    devices = [name for row in cluster.place(1, num_devices) for name in row]
-    by_name = {str(device): device for device in cluster.devices}
-    return replace(cluster, devices=tuple(by_name[name] for name in devices))
+def _first(cluster: Cluster, mesh: tuple[int, int]) -> Cluster:
+    """The devices a scheduler may use when the user said how many; too few are told by the cluster's own check.
+
+    mesh: (data, branch) where it is known, so that replicas are on several hosts; else one branch group, on few.
+    """
+    devices = [name for row in cluster.place(*mesh) for name in row]
+    return replace(cluster, devices=tuple(cluster.by_name[name] for name in devices))

@@ -33,7 +33,7 @@ from anabranch.cluster.actors import ORPHANED_S, Worker
 from anabranch.cluster.environment import hold_port, interface_of, thread_share
 from anabranch.cluster.failures import Failure, worker_error
 from anabranch.cluster.placement import Host, devices_of, place, place_more, place_spares
-from anabranch.cluster.ray_session import hosts
+from anabranch.cluster.ray_session import gpu_kind, hosts
 from anabranch.runtime.cli import parse, run
 
 A = Host("a", "1", 8, 8, 4, 4, "H200")
@@ -54,6 +54,9 @@ def seated(*args: Any, **kwargs: Any) -> list[str]:
         ((1, 2), True, 1, "bb"),  # the smallest host that holds the branch group
         ((2, 2), True, 1, "bbaa"),
         ((3, 2), True, 1, "bbaaaa"),
+        ((4, 1), True, 1, "baba"),  # replicas spread, though b has room for two at once
+        ((3, 2), False, 1, "ccaabb"),
+        ((5, 2), False, 1, "ccaabbccaa"),
         ((2, 3), True, 1, "aaabba"),  # the second group fits no host
         ((1, 4), False, 1, "cccc"),
         ((1, 8), False, 0.5, "cccccccc"),
@@ -80,6 +83,22 @@ def test_room_for_more_branch_groups(idle: str, most: int, branch: int, use_gpu:
     node = {"a": "1", "b": "2", "z": "9"}
     found = place_more((A, B), [node[name] for name in idle], branch, most, use_gpu, 1.0)
     assert [host.name for host in found] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("resources", "labels", "kind"),
+    [
+        ({"GPU": 4.0, "accelerator_type:H100": 1.0}, {}, "H100"),
+        ({"GPU": 4.0}, {"ray.io/accelerator-type": "H200", "ray.io/node-id": "1"}, "H200"),
+        ({"accelerator_type:H100": 1.0}, {"ray.io/accelerator-type": "H100-SXM"}, "H100-SXM"),  # said by name
+        ({"GPU": 4.0}, {"ray.io/accelerator-type": ""}, "gpu"),
+        ({"CPU": 4.0}, {"region": "north"}, "gpu"),
+    ],
+)
+def test_kind_of_a_nodes_gpus(resources: dict[str, float], labels: dict[str, str], kind: str) -> None:
+    assert gpu_kind({"Resources": resources, "Labels": labels}) == kind
+    if not labels:
+        assert gpu_kind({"Resources": resources}) == kind, "a Ray without labels"
 
 
 def test_planned_devices_are_taken_exactly() -> None:
