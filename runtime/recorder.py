@@ -7,7 +7,8 @@
             recorder.exchanged("all_reduce", num_bytes, start)      inside a part: exposed branch communication
 
 Every part is measured by itself, so that what nobody measured shows: `times` ends with the step's whole length.
-On CUDA a moment is an event in the device's stream, read one step later: nothing waits for it.
+On CUDA a moment is an event in the device's stream, read one step later, when the device is long past it: recording
+adds no wait to a step (what waits there by itself: `runtime/README.md`, "How a step runs").
 """
 
 from __future__ import annotations
