@@ -42,9 +42,14 @@ class WorkerContext:
     _aborted: int = field(default=-2, init=False, repr=False)
 
     def publish(self, **status: Any) -> None:
-        """Merge plain values into the status that the controller reads; cheap enough for every step."""
+        """Merge plain values into the status that the controller reads; cheap enough for every step.
+
+        None takes a value away that is no longer true.
+        """
         with self._lock:
             self._status.update(status)
+            for name in [name for name, value in status.items() if value is None]:
+                del self._status[name]
 
     def status(self) -> dict[str, Any]:
         """A copy of what was published, with rank, host, pid and the generation in which it waits for an order."""

@@ -12,6 +12,7 @@ from anabranch.cluster.checks import Check
 from anabranch.cluster.doctor import examine
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_rules import mesh_axes
+from anabranch.runtime.progress import RunProgress
 from anabranch.runtime.redact import redacted
 
 
@@ -20,9 +21,11 @@ def doctor(config: Config, console: Console) -> dict[str, Any]:
     launch, mesh = config.launch, config.mesh
     axes = mesh_axes(mesh.shape)
     num_workers = mesh.num_workers or (axes[0] * axes[1] if axes else 0)
-    found = examine(
-        launch.address, run_folder(launch.run_dir), launch.port, num_workers, launch.cpus_per_worker
-    )
+    with RunProgress(console, "doctor") as progress:
+        progress.watch([{"phase": "asking every host"}])
+        found = examine(
+            launch.address, run_folder(launch.run_dir), launch.port, num_workers, launch.cpus_per_worker
+        )
     print_checks(console, found)
     return {"ok": all(check.ok for check in found), "checks": [vars(check) for check in found]}
 

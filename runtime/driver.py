@@ -63,8 +63,10 @@ class Driver:
             check_address(address, sys.argv[1:])
             if note := outlive_note(address, sys.argv[1:]):
                 self.console.print(note, highlight=False, soft_wrap=True, markup=False)
+        console = self.console if leads(self.launcher) else Console(quiet=True)
         try:
-            with ThreadPoolExecutor(1) as beside:
+            with RunProgress(console, "starting") as progress, ThreadPoolExecutor(1) as beside:
+                progress.watch([{"phase": "Ray, torch" if self.launcher == "ray" else "torch"}])
                 if self.launcher == "ray":
                     load_ray()
                 # Ray's processes take seconds to start, torch to import: both at once. Not the two imports, which
@@ -73,8 +75,9 @@ class Driver:
                 if self.launcher == "ray":
                     self._stack.enter_context(connect(address))
                 prepared.result()
-            self._make_plan()
-            self._check_hosts()
+                progress.watch([{"phase": "checking the plan and its hosts"}])
+                self._make_plan()
+                self._check_hosts()
         except BaseException:
             self._stack.close()
             raise

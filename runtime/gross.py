@@ -146,7 +146,7 @@ class _Search:
                 if stages.context.stop_requested:
                     return
                 if number % stages.mesh.world_size == stages.mesh.rank and not path(name, size).exists():
-                    stages.context.publish(phase=f"block terms {number + 1}/{len(tasks)}")
+                    stages.tell(f"block terms {number + 1}/{len(tasks)}")
                     fit = fit_block_terms(self.network.get_parameter(f"{name}.weight"), size)
                     errors = torch.tensor(fit.errors, dtype=torch.float64)
                     write_tensors(path(name, size), {**fit.layers._asdict(), "errors": errors})
@@ -180,7 +180,7 @@ class _Search:
         piece = _PIECE * stages.mesh.world_size
         for start in range(0, len(wanted), piece):
             some = wanted[start : start + piece]
-            stages.context.publish(phase=f"configurations {len(hits)}/{len(self.space.configurations)}")
+            stages.tell(f"configurations {len(hits)}/{len(self.space.configurations)}")
             counted = count_hits(network, some, self.validation, self.config.train.eval_batch_size)
             hits |= {_key(sizes): n for sizes, n in zip(some, counted, strict=True)}
             stages.on_first(partial(write_json, path, hits))

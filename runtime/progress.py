@@ -14,6 +14,7 @@ from anabranch.runtime.run_record import RunRecord
 from anabranch.schedulers import ModelSpec, Plan
 
 _LINE_S = 5.0  # between plain lines
+_NOTABLE = 0.05  # of a step: what is neither compute nor communication and takes that much is told
 
 
 def print_placement(console: Console, plan: Plan, model: ModelSpec) -> None:
@@ -99,7 +100,7 @@ class RunProgress:
             self._task, description=f"{self._what}: {first.get('phase', 'starting')}", figures=figures
         )
         if not self._live and time.monotonic() - self._said_at >= _LINE_S:
-            line = f"{self._what}: {first.get('phase', 'starting')} {figures}{self._left(first)}"
+            line = f"{self._what}: {first.get('phase', 'starting')} {figures}{self._left(first)}".rstrip()
             if line != self._said:
                 self._console.print(line, highlight=False, soft_wrap=True)
             self._said, self._said_at = line, time.monotonic()
@@ -139,6 +140,9 @@ def _figures(status: Mapping[str, Any]) -> str:
         whole = max(max(times["step"]), 1e-9)
         exposed = max(map(sum, zip(times["exchange"], times["reduction"], strict=True)))
         parts.append(f"{100 * exposed / whole:.0f} % communication")
+        most, part = max((max(times.get(part, (0.0,))), part) for part in ("data", "optimizer", "idle"))
+        if most >= _NOTABLE * whole:
+            parts.append(f"{100 * most / whole:.0f} % {part}")
     if memory := status.get("memory_bytes"):
         parts.append(f"{max(memory) / 2**30:.1f} GiB")
     return ", ".join(parts)

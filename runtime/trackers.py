@@ -16,7 +16,9 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 class Tracker(Callback):
-    """Sends a run's numbers to a tracker: log gets {name: number} and the step.
+    """Sends a run's numbers to a tracker: log gets {name: number} and the step. Of what every rank has, the most.
+
+    Warnings are no numbers: metrics.jsonl has them.
 
     end: closes it, once; told whether the run came to its end without an error.
     """
@@ -25,14 +27,17 @@ class Tracker(Callback):
         self._log, self._end, self._ended = log, end, False
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
-        times = metrics.get("times_s", {})
-        slowest = {f"time/{part}_s": max(of_ranks) for part, of_ranks in times.items()}
-        self._log(
-            {f"train/{key}": value for key, value in _numbers(metrics).items()} | slowest, metrics["step"]
-        )
+        values = {f"train/{key}": value for key, value in _numbers(metrics).items()}
+        values |= {f"time/{part}_s": max(of_ranks) for part, of_ranks in metrics.get("times_s", {}).items()}
+        if memory := metrics.get("memory_bytes"):
+            values["memory/max_bytes"] = max(memory)
+        self._log(values, metrics["step"])
 
     def on_evaluation(self, metrics: Mapping[str, Any]) -> None:
         self._log({f"test/{key}": value for key, value in _numbers(metrics).items()}, metrics["step"])
+
+    def on_mesh(self, mesh: Mapping[str, Any]) -> None:
+        self._log({f"mesh/{key}": value for key, value in _numbers(mesh).items()}, mesh["step"])
 
     def on_end(self, result: Mapping[str, Any]) -> None:
         self._ended = True

@@ -315,11 +315,22 @@ def test_trackers_get_every_number(tmp_path: Path) -> None:
     seen: list[tuple[dict[str, float], int]] = []
     ended: list[bool] = []
     mine = Tracker(lambda values, step: seen.append((dict(values), step)), ended.append)
-    mine.on_step({"step": 3, "loss": 0.5, "phase": "training", "times_s": {"forward": [0.1, 0.2]}})
-    mine.on_evaluation({"step": 3, "test_accuracy": 0.9})
+    step = json.loads((metrics(tmp_path / "run", 3) / "metrics.jsonl").read_text().splitlines()[-1])
+    mine.on_step({**step, "memory_bytes": [5, 7]})
+    mine.on_evaluation({"step": 3, "epoch": 0, "test_loss": 1.0, "test_accuracy": 0.9})
+    mine.on_mesh({"step": 3, "data": 1, "branch": 2})
     mine.on_end({})
     mine.close()
-    assert seen == [({"train/loss": 0.5, "time/forward_s": 0.2}, 3), ({"test/test_accuracy": 0.9}, 3)]
+    numbers = ("epoch", "loss", "accuracy", "lr", "step_time_s", "images_per_s")
+    assert [at for _, at in seen] == [3, 3, 3]
+    assert [values for values, _ in seen] == [
+        {f"train/{name}": step[name] for name in numbers}
+        | {f"time/{part}_s": max(seconds) for part, seconds in step["times_s"].items()}
+        | {"memory/max_bytes": 7},
+        {"test/epoch": 0, "test/test_loss": 1.0, "test/test_accuracy": 0.9},
+        {"mesh/data": 1, "mesh/branch": 2},
+    ]
+    assert {*step} == {"kind", "step", "times_s", *numbers}, "and a step has no others"
     assert ended == [True]
     with pytest.raises(ConfigError, match="use tensorboard, wandb, mlflow"):
         tracker("other", tmp_path)

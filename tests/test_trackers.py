@@ -14,15 +14,19 @@ from anabranch.runtime.trackers import Tracker, tracker
 
 
 def tell(told: Tracker, whole: bool) -> None:
-    """A step and an evaluation of a run that ends well, or breaks off."""
-    told.on_step({"step": 3, "loss": 0.5, "times_s": {"forward": [0.1, 0.2]}})
+    """A step, a change of the mesh and an evaluation of a run that ends well, or breaks off."""
+    told.on_step({"step": 3, "loss": 0.5, "times_s": {"forward": [0.1, 0.2]}, "memory_bytes": [5, 7]})
+    told.on_mesh({"step": 3, "data": 1, "branch": 2})
     told.on_evaluation({"step": 3, "test_accuracy": 0.9})
     if whole:
         told.on_end({})
     told.close()
 
 
-NUMBERS = {"train/loss": 0.5, "time/forward_s": 0.2, "test/test_accuracy": 0.9}
+NUMBERS = {
+    "train/loss": 0.5, "time/forward_s": 0.2, "memory/max_bytes": 7, "mesh/data": 1, "mesh/branch": 2,
+    "test/test_accuracy": 0.9,
+}  # fmt: skip
 
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
