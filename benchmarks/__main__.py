@@ -229,6 +229,20 @@ def digits(*, seeds: Annotated[int, Parameter(help="Runs.")] = 3) -> None:
 
 
 @app.command
+def data_wait(*, steps: Annotated[int, Parameter(help="Of the run.")] = 200) -> None:
+    """The default run: what part of a step its workers wait for the batch."""
+    from anabranch.benchmarks import data_wait as case
+
+    record = case.run(steps=steps)
+    for index, rank in enumerate(record["ranks"]):
+        print(
+            f"rank {index}: data wait {100 * rank['median']:.2f} % of a step (median; 90th percentile "
+            f"{100 * rank['p90']:.2f} %), {1e3 * rank['median_step_s']:.0f} ms a step"
+        )
+    print(f"as asked (medians below 1 %): {'yes' if record['met'] else 'no'}; {record['path']}")
+
+
+@app.command
 def prediction(*, workers: Workers = 2, rounds: Rounds = 16, resume: Resume = False) -> None:
     """Predicted against measured step times of plans that no trial of the measurement ran."""
     from anabranch.benchmarks import prediction as case

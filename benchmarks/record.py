@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from anabranch.runtime.machine import processor
+from anabranch.runtime.numerics import numerics
 
 _RECORDS = Path(__file__).resolve().parent / "results"
 RESULTS = _RECORDS if _RECORDS.is_dir() else Path("results")  # an installed package has none
@@ -28,6 +29,7 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numerics": numerics("fp32"),  # of workers; a case in another precision says so
         "allocator": os.environ.get("LD_PRELOAD", "glibc, freed memory kept"),
         "commit": _commit(),
         "command": _command(),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from anabranch.benchmarks.two_hosts import Host
 from anabranch.cluster.environment import keep_freed_memory, thread_share
+from anabranch.runtime.numerics import use_numerics
 
 # A server that has imported torch and is forked: of many rows' workers each stands in a fraction of a second.
 _context = multiprocessing.get_context("forkserver")
@@ -139,6 +140,7 @@ def _worker(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    use_numerics("fp32")
     if not torch.cuda.is_available():
         keep_freed_memory()  # as the runtime does, for all sides alike
     if backend == "fake":

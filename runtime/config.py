@@ -122,8 +122,9 @@ class TrainConfig:
     """Micro-batches per step, run one after another; divides the memory of activations."""
     seed: int = 0
     """Fixes the initial parameters, the order of the samples, augmentation and dropout."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Arithmetic of forward and backward; bf16 keeps parameters and sums in fp32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
+    """Arithmetic of forward and backward; bf16 keeps parameters and sums in fp32; tf32: fp32 whose convolutions and
+    matrix products round their factors to 10 bits of mantissa on GPUs, which fp32 never does (CPUs: as fp32)."""
     label_smoothing: float = 0.0
     """Part of the target spread evenly over all classes, in [0, 1)."""
     orthogonality: float = 0.0

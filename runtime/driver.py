@@ -21,6 +21,7 @@ from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.job_line import check_address, outlive_note
 from anabranch.runtime.launch import choose_launcher, leads, run_here
+from anabranch.runtime.numerics import numerics
 from anabranch.runtime.progress import RunProgress
 from anabranch.runtime.recovery_policy import check_replicas_wanted, recovery_of
 from anabranch.runtime.redact import redacted
@@ -209,6 +210,7 @@ class Driver:
         record = None
         if kind in ("train", "profile", "gross") and not other:
             record = RunRecord(launch.run_dir, what, launch.address)
+            record.note(numerics=numerics(self.config.train.precision))
         with RunProgress(Console(quiet=True) if other else self.console, what, record) as progress:
             if self.launcher != "ray":
                 result = run_here(

@@ -27,9 +27,9 @@ def evaluate(feed: Feed, loss: LossFunction, output_share: float) -> dict[str, f
     steps = batches_of(num, train.eval_batch_size)
     rows = [feed.rows(len(ids), 1) for ids in steps]
     sums = torch.zeros(2, dtype=torch.float64, device=feed.device)
-    for (x, target), (part,) in zip(feed.fetch(source, steps, rows, 0), rows, strict=True):
+    for (_, x, target), (part,) in zip(feed.fetch(source, steps, rows, 0), rows, strict=True):
         with autocast(train.precision, feed.device):
-            output = _predicted(feed, feed.normalised(x), part)
+            output = _predicted(feed, x, part)
             target = network.to_output_rows(target, part)
             sums[0] += step_share(loss, output, target, num)
         sums[1] += num_correct(output, target)

@@ -10,11 +10,11 @@ from torch import Tensor
 from anabranch.blocks.random import fold
 from anabranch.runtime.config import Config
 from anabranch.runtime.data.augment import augment_keys, augmented, normalise
-from anabranch.runtime.data.batches import batches, epoch_order
+from anabranch.runtime.data.batches import Batch, batches, epoch_order, to_device
 from anabranch.runtime.data.sources import BatchSource, DataBundle
 from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.parallel_network import ParallelNetwork
-from anabranch.runtime.rank_batch import RankBatch
+from anabranch.runtime.rank_batch import RankBatch, Rows
 from anabranch.runtime.step import MicroBatch
 from anabranch.schedulers import Plan
 
@@ -44,11 +44,11 @@ class Feed:
             end = min(per_epoch, last - epoch * per_epoch)
             steps = [order[i * train.batch_size : (i + 1) * train.batch_size] for i in range(first, end)]
             rows = [self.rows(len(ids), train.bn_batch_size, self.accumulation) for ids in steps]
-            fetched = self.fetch(self.data.train, steps, rows, epoch)
+            fetched = self.fetch(self.data.train, steps, rows, epoch, is_training=True)
             for index, (ids, parts) in enumerate(zip(steps, rows, strict=True)):
                 step = epoch * per_epoch + first + index
                 key = fold(train.seed, step)
-                yield step, ids, [self._micro_batch(*next(fetched), ids, part, key, epoch) for part in parts]
+                yield step, ids, [self._micro_batch(next(fetched), part, key) for part in parts]
 
     def rows(self, num_samples: int, bn_batch_size: int, accumulation: int = 1) -> list[RankBatch]:
         """This rank's rows of each micro-batch of a step."""
@@ -60,32 +60,42 @@ class Feed:
         return [self.network.rank_batch(deal, num_samples) for deal in deals]
 
     def fetch(
-        self, source: BatchSource, steps: Sequence[Tensor], rows: Sequence[Sequence[RankBatch]], epoch: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, target) of the rows that the stem takes, one pair a micro-batch."""
-        taken = self.network.input_rows
-        wanted = [
-            ids[part.range_of(taken).start : part.range_of(taken).stop]
-            for ids, parts in zip(steps, rows, strict=True)
-            for part in parts
-        ]
-        for batch in batches(source, wanted, epoch, self.device):
-            yield batch.x_NCHW, batch.labels
+        self,
+        source: BatchSource,
+        steps: Sequence[Tensor],
+        rows: Sequence[Sequence[RankBatch]],
+        epoch: int,
+        *,
+        is_training: bool = False,
+    ) -> Iterator[Batch]:
+        """Images and labels of the rows that the stem takes, indices of the group's, one batch a micro-batch.
 
-    def normalised(self, x: Tensor) -> Tensor:
-        """Images as the network takes them."""
-        return normalise(x, self.data.normalisation, self.dtype)
+        Images come as the network takes them, in training augmented.
+        """
+        taken, device = self.network.input_rows, self.device
+        parts = [(ids, part) for ids, parts in zip(steps, rows, strict=True) for part in parts]
 
-    def _micro_batch(
-        self, x: Tensor, target: Tensor, ids: Tensor, rows: RankBatch, key: int, epoch: int
-    ) -> MicroBatch:
-        own, group = (ids[r.start : r.stop].to(self.device) for r in (rows.own_range, rows.group_range))
-        x = self.normalised(x)
-        if self.config.data.augment in ("crop", "flip_crop", "affine"):
-            mine = own if self.network.input_rows == "own" else group
-            keys = augment_keys(self.config.train.seed, epoch, mine)
-            x = augmented(x, keys, self.config.data)
-        return MicroBatch(x, target, rows.with_samples(own, group, key))
+        def prepare(index: int, batch: Batch) -> Batch:
+            x = normalise(batch.x_NCHW, self.data.normalisation, self.dtype)
+            if is_training and self.config.data.augment in ("crop", "flip_crop", "affine"):
+                keys = augment_keys(self.config.train.seed, epoch, batch.sample_ids)
+                x = augmented(x, keys, self.config.data)
+            group = batch.sample_ids if taken == "group" else to_device(_at(*parts[index], "group"), device)
+            return Batch(group, x, batch.labels)
+
+        wanted = [_at(*part, taken) for part in parts]
+        return batches(source, wanted, epoch, device, prepare, depth=max(map(len, rows), default=1))
+
+    def _micro_batch(self, batch: Batch, rows: RankBatch, key: int) -> MicroBatch:
+        first = rows.own_range.start - rows.group_range.start
+        own = batch.sample_ids[first : first + len(rows.own_range)]
+        return MicroBatch(batch.x_NCHW, batch.labels, rows.with_samples(own, batch.sample_ids, key))
+
+
+def _at(ids: Tensor, rows: RankBatch, which: Rows) -> Tensor:
+    """The sample indices of these rows, among a step's."""
+    found = rows.range_of(which)
+    return ids[found.start : found.stop]
 
 
 def batches_of(num: int, size: int) -> list[Tensor]:

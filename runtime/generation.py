@@ -42,15 +42,15 @@ class Generation:
     Under a launcher that replaces no ranks it is `process_group`.
     """
 
-    def __init__(self, context: WorkerContext, timeout_s: float) -> None:
-        self.context, self.timeout_s = context, timeout_s
+    def __init__(self, context: WorkerContext, timeout_s: float, precision: str = "fp32") -> None:
+        self.context, self.timeout_s, self.precision = context, timeout_s, precision
         self._before: set[int] = set()  # listeners
 
     @contextmanager
     def groups(self) -> Iterator[None]:
         """Forms the default group; at the end it is left, after an error without waiting for anybody."""
         if not self.context.recovers:
-            with process_group(self.context, self.timeout_s):
+            with process_group(self.context, self.timeout_s, self.precision):
                 yield
             return
         self._before = {each.inode for each in _tcp_sockets() if each.remote is None}
@@ -59,7 +59,7 @@ class Generation:
             raise ConnectionError("process group: given up before it was formed")
         try:
             later = self.context.generation > 0
-            with process_group(self.context, _JOIN_S if later else self.timeout_s):
+            with process_group(self.context, _JOIN_S if later else self.timeout_s, self.precision):
                 try:
                     yield
                 except BaseException:

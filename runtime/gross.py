@@ -66,7 +66,7 @@ def run_gross(
 
     Raises what `check_search` does, before it trains.
     """
-    with process_group(context, config.launch.timeout_s):
+    with process_group(context, config.launch.timeout_s, config.train.precision):
         stages = Stages(run_dir / "stages", context)
         search = _Search(network, data, config, plan, stages)
         try:

@@ -16,14 +16,18 @@ from torch.distributed.rendezvous import rendezvous
 from anabranch.cluster import WorkerContext
 from anabranch.cluster.environment import keep_freed_memory
 from anabranch.runtime import exchange
+from anabranch.runtime.numerics import use_numerics
 
 
 @contextmanager
-def process_group(context: WorkerContext, timeout_s: float = 600.0) -> Iterator[None]:
+def process_group(
+    context: WorkerContext, timeout_s: float = 600.0, precision: str = "fp32"
+) -> Iterator[None]:
     """The default process group over all ranks, left at the end; one rank alone gets one of its own.
 
-    Inside a group that stands already it is that one.
+    Inside a group that stands already it is that one. precision: `train.precision`, from here on this process's.
     """
+    use_numerics(precision)
     if dist.is_initialized():
         yield
         return

@@ -59,7 +59,7 @@ class StepResult:
 class TrainStep:
     """Runs steps of one network under one plan.
 
-    precision: "fp32", "bf16" (autocast) or "fp64"; parameters keep their own. clip_norm: 0 is off.
+    precision: as `train.precision`; parameters keep their own. clip_norm: 0 is off.
     """
 
     def __init__(

@@ -138,7 +138,7 @@ class Trainer:
 
     def evaluate(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Accuracy and loss of a checkpoint on the test samples, each counted once."""
-        with process_group(self.context, self.config.launch.timeout_s):
+        with process_group(self.context, self.config.launch.timeout_s, self.config.train.precision):
             self._set_up()
             checkpoint.load_into(self.network, None)
             return {**self._evaluate(), "unreadable": self._unreadable()}
@@ -196,7 +196,8 @@ class Trainer:
         config, context = self.config, self.context
         context.publish(phase="building", num_steps=self.last_step, num_epochs=config.train.epochs)
         while True:
-            generation, formed = Generation(context, config.launch.timeout_s), False
+            generation = Generation(context, config.launch.timeout_s, config.train.precision)
+            formed = False
             try:
                 with generation.groups():
                     self._join()

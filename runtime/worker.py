@@ -216,7 +216,8 @@ def _started(job: Job, context: WorkerContext, joined: bool = True) -> Iterator[
             sys.path.insert(0, job.folder)
     data = make_data(job.config)
     try:
-        with process_group(context, job.config.launch.timeout_s) if joined else nullcontext():
+        launch, precision = job.config.launch, job.config.train.precision
+        with process_group(context, launch.timeout_s, precision) if joined else nullcontext():
             yield data, job.plan or _agreed_plan(job.config, data, context)
     finally:
         data.close()

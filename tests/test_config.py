@@ -157,7 +157,7 @@ def test_types_are_checked_and_widened() -> None:
             2,
             "lr_schedule.milestones is 3: it must be a list of whole numbers",
         ),
-        ("[train]\nprecision = 'fp23'\n", 2, "must be one of fp32, bf16, fp64; did you mean fp32?"),
+        ("[train]\nprecision = 'fp23'\n", 2, "must be one of fp32, tf32, bf16, fp64; did you mean fp32?"),
         ("model = 'resnet'\n", 1, "model is 'resnet': it must be a table, [model]"),
         ("[model]\noptions = 3\n", 2, "model.options is 3: it must be a table"),
         ("[train]\nepochs = 0\n", 2, "train.epochs is 0: it must lie in [1, inf)"),

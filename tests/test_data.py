@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from anabranch.runtime.data.augment import normalise
-from anabranch.runtime.data.batches import batches, epoch_order
+from anabranch.runtime.data.batches import Batch, batches, epoch_order
 from anabranch.runtime.data.cifar import CIFAR10, CIFAR100, Archive, Cifar, load_cifar
 from anabranch.runtime.data.cifar_pickle import read_pickle
 from anabranch.runtime.data.load import load_data
@@ -614,10 +615,91 @@ def test_the_next_batch_is_made_during_the_step() -> None:
     assert not any(thread.name.startswith("anabranch-batches") for thread in threading.enumerate())
 
 
+def test_batches_are_prepared_ahead_by_a_whole_step() -> None:
+    """In the thread that fetches them, as many as a step has micro-batches; with what was prepared as the result."""
+    source, threads = Recorded(), list[threading.Thread]()
+
+    def prepare(index: int, batch: Batch) -> Batch:
+        threads.append(threading.current_thread())
+        return batch._replace(labels=batch.labels + 100 * index)
+
+    plan = torch.split(epoch_order(40, 0, 0), 7)
+    for index, batch in enumerate(batches(source, plan, 0, prepare=prepare, depth=3)):
+        assert torch.equal(batch.labels, source.images.labels[plan[index]] + 100 * index)
+        ahead = min(index + 4, len(plan))
+        wait_until(lambda ahead=ahead: len(threads) == ahead)  # type: ignore[misc]
+    assert set(threads) == source.threads - {threading.current_thread()}
+    source.in_background = False
+    again = list(batches(source, plan, 0, prepare=prepare))
+    assert threads[-1] is threading.current_thread()
+    assert torch.equal(again[-1].labels, batch.labels)
+
+
+def test_on_a_gpu_a_stream_of_its_own_prepares_and_the_steps_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams played on the CPU: copies from pinned memory and all preparation in the side stream, then an event that
+    the consumer's stream waits for before it gets the batch, whose memory it also holds."""
+    told, current = list[str](), threading.local()
+
+    class Stream:
+        def __init__(self, device: object = None, name: str = "side") -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            told.append(f"event of {self.name}")
+            return "ready"
+
+        def wait_event(self, event: str) -> None:
+            told.append(f"{self.name} waits until {event}")
+
+    @contextmanager
+    def inside(stream: Stream) -> Iterator[None]:
+        before, current.stream = here(), stream
+        yield
+        current.stream = before
+
+    def here(device: object = None) -> Stream:
+        return getattr(current, "stream", Stream(name="step"))
+
+    def pin_memory(values: Tensor) -> Tensor:
+        told.append("pin")
+        return values
+
+    def to(values: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+        assert device.type == "cuda"
+        assert non_blocking
+        told.append(f"copy in {here().name}")
+        return values
+
+    def prepare(index: int, batch: Batch) -> Batch:
+        told.append(f"prepare in {here().name}")
+        return batch
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", here)
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(Tensor, "to", to)
+    monkeypatch.setattr(Tensor, "record_stream", lambda values, stream: told.append(f"{stream.name} holds"))
+    (batch,) = batches(Recorded(), [torch.arange(3)], 0, "cuda", prepare)
+    assert batch.sample_ids.tolist() == [0, 1, 2]
+    made = ["pin", "copy in side"] * 3 + ["prepare in side", "event of side"]
+    assert told == [*made, "step waits until ready", *["step holds"] * 3]
+
+
 def test_an_error_arrives_at_its_batch() -> None:
     iterator = batches(Recorded(bad=5), torch.split(torch.arange(9), 2), 0)
     assert [next(iterator).labels.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(DataError, match="sample 5 is bad"):
+        next(iterator)
+
+    def prepare(index: int, batch: Batch) -> Batch:
+        if index == 1:
+            raise DataError("cannot be prepared")
+        return batch
+
+    iterator = batches(Recorded(), torch.split(torch.arange(9), 2), 0, prepare=prepare)
+    assert next(iterator).labels.tolist() == [0, 1]
+    with pytest.raises(DataError, match="cannot be prepared"):
         next(iterator)
 
 

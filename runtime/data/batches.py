@@ -1,13 +1,16 @@
-"""The order of samples, and their way to the device.
+"""The order of samples, and their way to the device, where they are prepared ahead of the step.
 
 consumer   | step 0         | step 1         | step 2
-background | fetch 0, 1     | fetch 2        | fetch 3          (one batch ahead of the step)
+background | make 0, 1      | make 2         | make 3           (ahead of the step by what one step takes)
+
+To make a batch is to fetch its samples, bring them to the device and prepare them. On CUDA the last two run in a stream
+of their own beside the step's: the host only launches them, and the step's stream waits for the batch it takes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -33,34 +36,62 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def batches(
-    source: BatchSource, plan: Iterable[Tensor], epoch: int, device: torch.device | str = "cpu"
+    source: BatchSource,
+    plan: Iterable[Tensor],
+    epoch: int,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[int, Batch], Batch] = lambda index, batch: batch,
+    depth: int = 1,
 ) -> Iterator[Batch]:
-    """The batches whose sample indices `plan` lists, in its order, the next one being made during the current step.
+    """The batches whose sample indices `plan` lists, in its order, the next `depth` being made during the current step.
 
-    What `source` raises is raised here, at its batch. Closing the iterator (or leaving it to be collected) ends the
-    thread. Without a thread, and between the steps, where `source.in_background` is false.
+    prepare: what becomes of a batch (its place in `plan`, the batch on the device); it may run in another thread.
+
+    What `source` or `prepare` raises is raised here, at its batch. Closing the iterator (or leaving it to be collected)
+    ends the thread. Without a thread, and between the steps, where `source.in_background` is false.
     """
     device = torch.device(device)
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def make(indices: Tensor) -> Batch:
+    def make(index: int, indices: Tensor) -> _Made:
         batch = Batch(indices, *source.fetch(indices, epoch))
-        return Batch(*(part.pin_memory() for part in batch)) if device.type == "cuda" else batch
-
-    def move(batch: Batch) -> Batch:  # in the consumer's thread, hence on its stream
-        return Batch(*(part.to(device, non_blocking=True) for part in batch))
+        if side is None:
+            return _Made(prepare(index, batch))
+        with torch.cuda.stream(side):
+            moved = Batch(*(to_device(part, device) for part in batch))
+            return _Made(prepare(index, moved), side.record_event())
 
     if not source.in_background:
-        for indices in plan:
-            yield move(make(indices))
+        for index, indices in enumerate(plan):
+            yield make(index, indices).taken()
         return
     pool = ThreadPoolExecutor(1, thread_name_prefix="anabranch-batches")
-    ahead: deque[Future[Batch]] = deque()
+    ahead: deque[Future[_Made]] = deque()
     try:
-        for indices in plan:
-            ahead.append(pool.submit(make, indices))
-            if len(ahead) > 1:
-                yield move(ahead.popleft().result())
+        for index, indices in enumerate(plan):
+            ahead.append(pool.submit(make, index, indices))
+            if len(ahead) > depth:
+                yield ahead.popleft().result().taken()
         while ahead:
-            yield move(ahead.popleft().result())
+            yield ahead.popleft().result().taken()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device; of a GPU the host does not wait for them."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+class _Made(NamedTuple):
+    batch: Batch
+    ready: torch.cuda.Event | None = None  # in the stream that made it
+
+    def taken(self) -> Batch:
+        """The batch, for the stream of whoever calls: it waits, and the memory stays the batch's until it is done."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.batch.x_NCHW.device)
+            stream.wait_event(self.ready)
+            for part in self.batch:
+                part.record_stream(stream)
+        return self.batch
