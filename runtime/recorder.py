@@ -37,8 +37,9 @@ class Span:
 
     part: of PARTS. element: stem, a block or head; "": the whole part. op, num_bytes: of an exchange; else "" and 0.
     Ops: all_reduce, reduce_scatter (whatever the backend makes of it, see `exchange`), all_gather (branch group);
-    data_sum, world_sum (BatchNorm's statistics across ranks). Where `detailed`, part "reduction" has the wait for each bucket of gradients (data_bucket, world_bucket,
-    in order of waiting), and "sent" the moment at which this rank had given its share of the same bucket.
+    data_sum, world_sum (BatchNorm's statistics across ranks). Where `detailed`, part "reduction" has the wait for each
+    bucket of gradients (data_bucket, world_bucket, in order of waiting), and "sent" the moment at which this rank had
+    given its share of the same bucket.
     """
 
     part: str
