@@ -11,9 +11,7 @@ from anabranch.runtime.parallel_network import ParallelNetwork
 
 _BITS = {1: torch.uint8, 2: torch.int16}  # by bytes an element; wider ones in pieces of four bytes
 _STRIDE = 0x9E3779B1  # odd: no two positions look alike
-_PIECE = (
-    2**16
-)  # elements at a time that stay in a core's cache: seven times as fast as a whole large tensor at once
+_PIECE = 2**16  # elements that stay in a core's cache: seven times as fast as a whole large tensor at once
 
 
 class ReplicaError(RuntimeError):
@@ -63,9 +61,7 @@ def checksum(tensor: Tensor) -> Tensor:
         mixed = bits[first : first + size].to(torch.int64)
         mixed += marks[: len(mixed)]
         mixed += (first * _STRIDE + 2**63) % 2**64 - 2**63  # as 64-bit integers overflow
-        total += mixed.mul_(
-            mixed
-        ).sum()  # squared: differences of several elements cannot cancel by their sum
+        total += mixed.mul_(mixed).sum()  # squared: differences of several elements cannot cancel by their sum
     return total
 
 
