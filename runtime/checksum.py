@@ -61,7 +61,8 @@ def checksum(tensor: Tensor) -> Tensor:
         mixed = bits[first : first + size].to(torch.int64)
         mixed += marks[: len(mixed)]
         mixed += (first * _STRIDE + 2**63) % 2**64 - 2**63  # as 64-bit integers overflow
-        total += mixed.mul_(mixed).sum()  # squared: differences of several elements cannot cancel by their sum
+        # squared: differences of several elements cannot cancel by their sum
+        total += mixed.mul_(mixed).sum()
     return total
 
 
