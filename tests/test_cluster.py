@@ -247,7 +247,7 @@ def test_only_a_rank_that_runs_and_is_not_asked_is_an_orphan(monkeypatch: pytest
 
         def sleep(self, seconds: float) -> None:
             self.slept += seconds
-            self.now += 3600.0 if self.slept == 100.0 else seconds
+            self.now += 3600.0 if self.slept == 120.0 else seconds
             if self.slept % 50.0 == 0 and self.slept <= 200.0:
                 worker.status()
 
