@@ -48,18 +48,25 @@ def curves(runs: Sequence[RunData]) -> str:
     return found
 
 
-def parts(run: RunData) -> str:
-    """Bars by rank: of the profile, else means of the run's metrics."""
+def part_seconds(run: RunData) -> tuple[list[dict[str, float]], list[float]]:
+    """By rank: seconds a step by part, and those that no part accounts for. Of the profile, else means of the run's
+    metrics; empty where neither has them.
+    """
     if run.profile:
-        of_ranks = [{p: r["parts"][p]["p50"] for p in PARTS} for r in run.profile["ranks"]]
-        rest = [rank["unattributed"] * rank["step_s"]["p50"] for rank in run.profile["ranks"]]
-    else:
-        timed = [step["times_s"] for step in run.steps[1:] if "times_s" in step]
-        if not timed:
-            return ""
-        num = len(timed[0]["step"])
-        of_ranks = [{p: sum(t[p][r] for t in timed) / len(timed) for p in PARTS} for r in range(num)]
-        rest = [sum(t["unattributed"][r] for t in timed) / len(timed) for r in range(num)]
+        ranks = run.profile["ranks"]
+        of_ranks = [{p: rank["parts"][p]["p50"] for p in PARTS} for rank in ranks]
+        return of_ranks, [rank["unattributed"] * rank["step_s"]["p50"] for rank in ranks]
+    timed = [step["times_s"] for step in run.steps[1:] if "times_s" in step]
+    num = len(timed[0]["step"]) if timed else 0
+    of_ranks = [{p: sum(t[p][r] for t in timed) / len(timed) for p in PARTS} for r in range(num)]
+    return of_ranks, [sum(t["unattributed"][r] for t in timed) / len(timed) for r in range(num)]
+
+
+def parts(run: RunData) -> str:
+    """Bars of `part_seconds`."""
+    of_ranks, rest = part_seconds(run)
+    if not of_ranks:
+        return ""
     named = [(f"rank {r}", {p: 1e3 * s for p, s in seconds.items()}) for r, seconds in enumerate(of_ranks)]
     chart = svg.rows(
         "Where a step's time goes, by rank",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.report_charts import drawn, drawn_prediction, part_seconds
 from anabranch.runtime.report_data import RunData
 from anabranch.runtime.report_svg import smoothed
 
@@ -24,7 +25,8 @@ _COLOURS = {
 
 
 def write_pictures(runs: Sequence[RunData], stem: Path) -> list[Path]:
-    """STEM-curves.png of all runs; of each profile -parts, -timeline, -placement, and -prediction where it has one.
+    """STEM-curves.png of all runs; of each run -parts; of each profile -timeline, -placement, and -prediction where it
+    has one.
 
     Raises ConfigError without matplotlib.
     """
@@ -42,23 +44,33 @@ def write_pictures(runs: Sequence[RunData], stem: Path) -> list[Path]:
     if any(run.steps for run in runs):
         figure = Figure(figsize=(7, 2.6))
         left, right = figure.subplots(1, 2)
-        for run in runs:
+        for index, run in enumerate(runs):
             points = [(float(s["step"]), float(s["loss"])) for s in run.steps]
+            colour, prefix = f"C{index}", f"{run.name}: " if len(runs) > 1 else ""
             if points:
-                left.plot(*zip(*smoothed(points, max(1, len(points) // 100)), strict=True), label=run.name)
+                even = smoothed(points, max(1, len(points) // 100))
+                left.plot(*zip(*even, strict=True), color=colour, label=run.name)
+            hits = [(float(s["step"]), 100 * float(s["accuracy"])) for s in run.steps]
             tested = [(e["step"], 100 * e["test_accuracy"]) for e in run.evaluations]
+            if hits:
+                even = smoothed(hits, max(1, len(hits) // 50))
+                right.plot(*zip(*even, strict=True), color=colour, alpha=0.5, label=f"{prefix}training")
             if tested:
-                right.plot(*zip(*tested, strict=True), marker=".", label=run.name)
+                how = {"color": colour, "marker": ".", "linestyle": "--"}
+                right.plot(*zip(*tested, strict=True), **how, label=f"{prefix}test")
         left.set(xlabel="step", ylabel="training loss")
-        right.set(xlabel="step", ylabel="test accuracy (%)")
+        right.set(xlabel="step", ylabel="accuracy (%)")
+        right.legend(fontsize=7)
         if len(runs) > 1:
             left.legend(fontsize=7)
         figure.tight_layout()
         save(figure, "curves")
     for number, run in enumerate(runs):
+        suffix = f"-{number}" if len(runs) > 1 else ""
+        of_ranks, _ = part_seconds(run)
+        if of_ranks:
+            save(_parts(Figure, of_ranks), f"parts{suffix}")
         if run.profile:
-            suffix = f"-{number}" if len(runs) > 1 else ""
-            save(_parts(Figure, run.profile), f"parts{suffix}")
             save(_timeline(Figure, run.profile), f"timeline{suffix}")
             save(_placement(Figure, run.profile), f"placement{suffix}")
             if run.profile["prediction"]:
@@ -66,14 +78,15 @@ def write_pictures(runs: Sequence[RunData], stem: Path) -> list[Path]:
     return written
 
 
-def _parts(figure_of: Any, profile: dict[str, Any]) -> Any:
-    ranks = profile["ranks"]
-    figure = figure_of(figsize=(7, 0.8 + 0.35 * len(ranks)))
+def _parts(figure_of: Any, of_ranks: Sequence[Mapping[str, float]]) -> Any:
+    figure = figure_of(figsize=(7, 0.8 + 0.35 * len(of_ranks)))
     axes = figure.subplots()
-    left = [0.0] * len(ranks)
+    left = [0.0] * len(of_ranks)
     for part, colour in _PARTS.items():
-        values = [1e3 * rank["parts"][part]["p50"] for rank in ranks]
-        axes.barh([f"rank {rank['rank']}" for rank in ranks], values, left=left, color=colour, label=part)
+        values = [1e3 * seconds[part] for seconds in of_ranks]
+        axes.barh(
+            [f"rank {rank}" for rank in range(len(of_ranks))], values, left=left, color=colour, label=part
+        )
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("ms a step")
@@ -83,8 +96,6 @@ def _parts(figure_of: Any, profile: dict[str, Any]) -> Any:
 
 def _timeline(figure_of: Any, profile: dict[str, Any]) -> Any:
     """Of each rank the measured step, below it the predicted one where there is one."""
-    from anabranch.runtime.report_charts import drawn, drawn_prediction
-
     num, predicted = len(profile["ranks"]), (profile["prediction"] or {}).get("timeline")
     figure = figure_of(figsize=(7, 0.8 + (0.6 if predicted else 0.4) * num))
     axes = figure.subplots()

@@ -243,14 +243,8 @@ def test_the_trace_nests_and_has_all_ranks_on_one_clock(slowed: Profiled, tmp_pa
     write_trace(ranks, tmp_path / "trace.json.gz")
     events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
     assert events == list(trace_events(ranks))
+    _assert_trace_events(events)
     spans = [e for e in events if e["ph"] == "X"]
-    for event in events:
-        assert event["ph"] in ("X", "M")
-        assert isinstance(event["pid"], int)
-        assert isinstance(event["tid"], int)
-    for event in spans:
-        assert event["ts"] >= 0
-        assert event["dur"] >= 0
     for rank in (0, 1):
         assert {"part", "element", "exchange", "op"} <= {e["cat"] for e in spans if e["pid"] == rank}
         for thread in {e["tid"] for e in spans if e["pid"] == rank}:
@@ -276,6 +270,32 @@ def test_the_trace_nests_and_has_all_ranks_on_one_clock(slowed: Profiled, tmp_pa
         assert inner
         for event in inner:
             assert any(o["ts"] - 1e3 <= event["ts"] <= o["ts"] + o["dur"] + 1e3 for o in outer)
+
+
+# The Trace Event Format (JSON, of Chrome's tracing, which Perfetto reads): what an event of each phase has to have.
+# "M" metadata names a process or thread; "X" is a complete event, ts and dur in microseconds.
+TRACE_KEYS = {
+    "M": {"ph": str, "name": str, "pid": int, "tid": int, "args": dict},
+    "X": {"ph": str, "name": str, "pid": int, "tid": int, "cat": str, "ts": float, "dur": float},
+}
+TRACE_ARGS: dict[str, dict[str, type]] = {
+    "process_name": {"name": str}, "process_sort_index": {"sort_index": int}, "thread_name": {"name": str},
+    "part": {"part": str}, "element": {"part": str}, "exchange": {"part": str, "element": str, "bytes": int},
+    "op": {}, "kernel": {}, "copy": {},
+}  # fmt: skip
+
+
+def _assert_trace_events(events: list[dict[str, Any]]) -> None:
+    for event in events:
+        keys = TRACE_KEYS[event["ph"]]
+        args = TRACE_ARGS[event["name"] if event["ph"] == "M" else event["cat"]]
+        assert {*event} - {"args"} == {*keys} - {"args"}, event
+        assert all(isinstance(event[key], kind) for key, kind in keys.items()), event
+        found = event.get("args", {})
+        assert {name: type(value) for name, value in found.items()} == args, event
+        assert event["name"]
+        assert event.get("ts", 0.0) >= 0
+        assert event.get("dur", 0.0) >= 0
 
 
 def _assert_nested(events: list[dict[str, Any]]) -> None:

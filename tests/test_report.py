@@ -10,6 +10,7 @@ import subprocess
 import time
 from html import unescape
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -295,6 +296,27 @@ def test_pictures(run: Path, tmp_path: Path) -> None:
     assert [Path(path).name for path in result["pictures"]] == names
     for name in names:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    plain = metrics(tmp_path / "plain", 30)
+    found = write_report([plain], png=True)["pictures"]
+    assert [Path(path).name for path in found] == ["report-curves.png", "report-parts.png"], "as on the page"
+
+
+def test_the_curves_of_a_picture_are_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss; accuracy in training and in the test, of two runs."""
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn: dict[str, Any] = {}
+
+    def keep(figure: Any, path: Path, **how: Any) -> None:
+        drawn[path.name] = [
+            {str(line.get_label()): len(line.get_xdata()) for line in axes.get_lines()}
+            for axes in figure.axes
+        ]
+
+    monkeypatch.setattr(figures.Figure, "savefig", keep)
+    write_report([metrics(tmp_path / name, 40) for name in ("one", "two")], tmp_path / "both.html", png=True)
+    accuracy = {"one: training": 40, "one: test": 2, "two: training": 40, "two: test": 2}
+    assert drawn["both-curves.png"] == [{"one": 40, "two": 40}, accuracy]
+    assert {*drawn} == {"both-curves.png", "both-parts-0.png", "both-parts-1.png"}
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
