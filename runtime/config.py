@@ -175,6 +175,9 @@ class MeshConfig:
     """Whether a block's weight gradients are computed while its input's gradient travels; auto: on GPUs."""
     chunks: int = 1
     """Parts of the batch in which a block's partial sums travel, each while the next is computed."""
+    compile: Literal["off", "on"] = "off"
+    """on: blocks through torch.compile, a graph for each distinct one, where a measurement at the start says that it is
+    faster; those whose branches are split over workers, and what cannot be compiled, run as they are, which is told."""
     recompute: bool = False
     """Keep only what each block reads and run it again in backward: less memory, about a third more time."""
 

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -42,7 +42,10 @@ _CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguo
 
 @dataclass(frozen=True)
 class HowToRun:
-    """The same on all ranks. execution: by block name. memory_format: of the whole network. Others: as in `[mesh]`."""
+    """The same on all ranks. execution: by block name. memory_format: of the whole network. Others: as in `[mesh]`.
+
+    compiled: by block what became of `mesh.compile` ("compiled", or why it runs as it is); empty where it is off.
+    """
 
     execution: dict[str, Execution]
     memory_format: MemoryFormat
@@ -50,6 +53,7 @@ class HowToRun:
     overlap: bool = False
     recompute: bool = False
     chunks: int = 1
+    compiled: dict[str, str] = field(default_factory=dict)
 
     def apply(self, network: ParallelNetwork) -> None:
         """Before an optimizer or reducer is made."""
@@ -215,7 +219,7 @@ def _measured(
 @contextmanager
 def _alone(module: nn.Module) -> Iterator[nn.Module]:
     """The module without exchanges with other ranks."""
-    exchanges = [(one, one.exchange) for _, one in branch_sums(module)]
+    exchanges = [(one, one.exchange) for _, one in branch_sums(module) if one.exchange is not None]
     for one, _ in exchanges:
         one.exchange = None
     try:
