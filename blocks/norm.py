@@ -78,8 +78,12 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         elif len(sizes) == 1:  # the library's own kernel; momentum 1 makes it return the statistics
             y = F.batch_norm(x, stats[0, 0], stats[1, 0], weight, bias, True, 1.0, self.eps)
         elif self.found is not None:  # a graph does not take results written into parts of others
-            parts = [(part, *stats[:, group]) for group, part in enumerate(x.split(sizes)) if len(part)]
-            y = torch.cat([F.batch_norm(*part, weight, bias, True, 1.0, self.eps) for part in parts])
+            parts = [
+                F.batch_norm(part, stats[0, group], stats[1, group], weight, bias, True, 1.0, self.eps)
+                for group, part in enumerate(x.split(sizes))
+                if len(part)
+            ]
+            y = torch.cat(parts)
         else:
             y = _group_norm(x, weight, bias, sizes, self.eps, stats)
         if self.found is not None:
