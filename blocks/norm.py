@@ -29,6 +29,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     # (3, C), rows of a StagedStatistics: sums over the step's groups of weight·mean, weight·variance, weight.
     staged: Tensor | None = None
+    # Set while the module runs as part of something that may not change its state (a compiled graph): what each call
+    # would stage, (statistics, channels), for `stage_found`.
+    found: tuple[tuple[Tensor, slice], ...] | None = None
     _nothing_staged = False  # since the last commit: the kernel may write into the zeros of `staged` itself
 
     def forward(
@@ -52,8 +55,15 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.shape[0] != sum(layout.group_sizes):
             raise RuntimeError(f"BatchNorm got {x.shape[0]} samples, the layout has {layout.group_sizes}")
         sizes = layout.group_sizes
-        again = is_running_again()
-        if self._nothing_staged and not again and len(sizes) == 1 and sizes[0] and layout.sync is None:
+        # asked first: a compiled graph is made anew where anything that it read has changed
+        if (
+            self.found is None
+            and self._nothing_staged
+            and not is_running_again()
+            and len(sizes) == 1
+            and sizes[0]
+            and layout.sync is None
+        ):
             assert self.staged is not None, "StagedStatistics sets both"
             self._nothing_staged = False
             share = sizes[0] / layout.num_samples  # as momentum it makes of zeros share · statistics
@@ -67,12 +77,30 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             y = _synced_group_norm(x, weight, bias, sizes, layout.sync, self.eps, stats)
         elif len(sizes) == 1:  # the library's own kernel; momentum 1 makes it return the statistics
             y = F.batch_norm(x, stats[0, 0], stats[1, 0], weight, bias, True, 1.0, self.eps)
+        elif self.found is not None:  # a graph does not take results written into parts of others
+            parts = [
+                F.batch_norm(part, stats[0, group], stats[1, group], weight, bias, True, 1.0, self.eps)
+                for group, part in enumerate(x.split(sizes))
+                if len(part)
+            ]
+            y = torch.cat(parts)
         else:
             y = _group_norm(x, weight, bias, sizes, self.eps, stats)
-        if not again:
+        if self.found is not None:
+            self.found = (*self.found, (stats, channels))
+        elif not is_running_again():
             self._nothing_staged = False
             self._stage(stats, layout, channels)
         return y
+
+    def stage_found(self) -> None:
+        """Stages what calls since `found` was set have found, under the layout that they ran under."""
+        found, self.found, layout = self.found, None, current_layout()
+        if layout is None or is_running_again():
+            return
+        for stats, channels in found or ():
+            self._nothing_staged = False
+            self._stage(stats, layout, channels)
 
     def _plain_momentum(self) -> float:
         if self.momentum is not None:

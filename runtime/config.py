@@ -177,6 +177,9 @@ class MeshConfig:
     chunks: int = 1
     """Parts of the batch in which a block's partial sums travel, each while the next is computed; 0: 1, 2 or 4, as
     timed on the workers at the start (a run that is repeated may choose another, one that is resumed keeps it)."""
+    compile: Literal["off", "on"] = "off"
+    """on: blocks through torch.compile, a graph for each distinct one, where a measurement at the start says that it is
+    faster; those whose branches are split over workers, and what cannot be compiled, run as they are, which is told."""
     recompute: bool = False
     """Keep only what each block reads and run it again in backward: less memory, more time (two CPU workers: a quarter
     of the peak, 1.14 of the time, as measured)."""

@@ -19,7 +19,7 @@ from anabranch.runtime.step import autocast
 @contextmanager
 def alone(module: nn.Module) -> Iterator[nn.Module]:
     """The module without exchanges with other ranks."""
-    exchanges = [(one, one.exchange) for _, one in branch_sums(module)]
+    exchanges = [(one, one.exchange) for _, one in branch_sums(module) if one.exchange is not None]
     for one, _ in exchanges:
         one.exchange = None
     try:
@@ -55,18 +55,19 @@ def key_of(element: nn.Module, x_shape: tuple[int, ...]) -> str:
 def run(element: nn.Module, x: Tensor, precision: str) -> float:
     """Seconds forward and backward, in which the element's exchanges (if any) are made; gradients are dropped."""
     leaf = x.detach().requires_grad_()
-    _wait(x)
+    wait(x)
     begun = time.perf_counter()
     with batch_layout(_layout(len(x))), autocast(precision, x.device):
         y = element(leaf.clone())  # a leaf may not be changed in place
     y.backward(torch.ones_like(y))
-    _wait(x)
+    wait(x)
     seconds = time.perf_counter() - begun
     for parameter in element.parameters():
         parameter.grad = None
     return seconds
 
 
-def _wait(x: Tensor) -> None:
+def wait(x: Tensor) -> None:
+    """Until the device of x has done what was asked."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)

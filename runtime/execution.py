@@ -13,7 +13,7 @@ import os
 import statistics
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -42,6 +42,7 @@ CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguou
 class HowToRun:
     """The same on all ranks. execution: by block name. memory_format: of the whole network. Others: as in `[mesh]`.
 
+    compiled: by block what became of `mesh.compile` ("compiled", or why it runs as it is); empty where it is off.
     Looped branches leave their weight gradients to autograd, so that `overlap` hides nothing behind them: only fused
     ones are computed while the input's gradient travels.
     """
@@ -52,6 +53,7 @@ class HowToRun:
     overlap: bool = False
     recompute: bool = False
     chunks: int = 1
+    compiled: dict[str, str] = field(default_factory=dict)
 
     def apply(self, network: ParallelNetwork) -> None:
         """Before an optimizer or reducer is made."""

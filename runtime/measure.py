@@ -152,7 +152,7 @@ def cost_key(network: nn.Module, config: Config, world_size: int) -> dict[str, s
         "precision": train.precision,
         "execution": "/".join(
             str(getattr(config.mesh, name))
-            for name in ("execution", "memory_format", "wire", "overlap", "recompute", "chunks")
+            for name in ("execution", "memory_format", "wire", "overlap", "recompute", "chunks", "compile")
         ),
         "optimizer": config.optimizer.name,
     }

@@ -19,7 +19,7 @@ parameters' gradients count do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +64,7 @@ class ParallelNetwork(nn.Module):
 
     roles: by parameter and buffer name. input_rows, output_rows: which samples `forward` takes and returns.
     recorder: told what this rank's time goes to. recompute: keep only what blocks read, and run each again in backward.
+    compiled: forms of blocks that run in their place, by name.
     """
 
     def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh) -> None:
@@ -76,6 +77,7 @@ class ParallelNetwork(nn.Module):
         )
         self.roles: dict[str, Role] = {}
         self.recompute = False
+        self.compiled: Mapping[str, Callable[[Tensor], Tensor]] = {}
 
     def regroup(self, mesh: Mesh) -> None:
         """Goes on in other process groups. Whatever else holds groups (a `TrainStep`) must be made anew."""
@@ -141,7 +143,7 @@ class ParallelNetwork(nn.Module):
     ) -> Tensor:
         def run(x: Tensor) -> Tensor:
             with batch_layout(layout), edge():  # in backward, when run again, autograd's thread has none
-                y: Tensor = module(x)
+                y: Tensor = self.compiled.get(name, module)(x)
                 return y
 
         if not self.recompute or name in ("stem", "head") or not torch.is_grad_enabled():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anabranch.runtime.compiling import compile_blocks
 from anabranch.runtime.config import Config
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.execution import how_to_run, is_ours
@@ -43,13 +44,15 @@ class PlanStep:
             samples=plan.samples, accumulation=config.train.accumulation,
         )  # fmt: skip
         rows = [parallel.rank_batch(deal, num) for deal in deals]
-        self.how_to_run = how_to_run(
-            parallel, tuple(setting.x.shape[1:]), rows[0], config.mesh, precision=config.train.precision, ours=ours
-        )  # fmt: skip
-        self.how_to_run.apply(parallel)
+        shape, precision = tuple(setting.x.shape[1:]), config.train.precision
+        how = how_to_run(parallel, shape, rows[0], config.mesh, precision=precision, ours=ours)
+        how.apply(parallel)
+        if config.mesh.compile == "on":
+            how = compile_blocks(parallel, how, shape, rows[0], precision=precision)
+        self.how_to_run = how
         self.train = TrainStep(
             parallel, make_optimizer(config.optimizer, parallel.parameters()), setting.loss,
-            precision=config.train.precision, clip_norm=config.optimizer.clip_norm, penalty=setting.penalty,
+            precision=precision, clip_norm=config.optimizer.clip_norm, penalty=setting.penalty,
         )  # fmt: skip
         ids = torch.arange(num)
         self.batches = []

@@ -64,6 +64,8 @@ class RunRecord:
                 for status in statuses
             ],
         }
+        if "compiled" in first:
+            self._fields["compiled"] = first["compiled"]
         self._write()
         if self._folder and Path(self._folder, STOP).exists():
             self._asked = True

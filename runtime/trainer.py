@@ -29,6 +29,7 @@ from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.checksum import check_replicas
+from anabranch.runtime.compiling import compile_blocks
 from anabranch.runtime.config import Config
 from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import DataBundle
@@ -47,6 +48,7 @@ from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import parallelize
 from anabranch.runtime.position import Position
 from anabranch.runtime.process_group import broadcast_json, process_group
+from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.recorder import by_part
 from anabranch.runtime.step import StepResult, TrainStep
 from anabranch.schedulers import Plan, format_plan
@@ -158,6 +160,7 @@ class Trainer:
             self.feed = self._feed()
             self.how_to_run = HowToRun.from_dict(told) if told else self._how_to_run(ours)
             self.how_to_run.apply(self.network)
+            self._compile()
             self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
             self._is_set_up = True
         else:
@@ -180,13 +183,26 @@ class Trainer:
         names = {name for name, _, _ in self.network.elements()}
         if told and names == set(told["execution"]):
             return HowToRun.from_dict(told)
-        num = min(self.config.train.batch_size, self.num_train)
+        mesh, precision = self.config.mesh, self.config.train.precision
+        return how_to_run(self.network, *self._input(), mesh, precision=precision, ours=ours)
+
+    def _input(self) -> tuple[tuple[int, ...], RankBatch]:
+        """(C, H, W) of an image, and this rank's rows of a whole step's first micro-batch."""
         train = self.config.train
+        num = min(train.batch_size, self.num_train)
         rows = self.feed.rows(num, train.bn_batch_size, train.accumulation)[0]
-        mesh, shape = self.config.mesh, (self.data.in_channels, *self.data.image_size)
-        return how_to_run(
-            self.network, shape, rows, mesh, precision=train.precision, ours=ours
+        return (self.data.in_channels, *self.data.image_size), rows
+
+    def _compile(self) -> None:
+        """As `mesh.compile` says, or as the ranks that go on and the run that is resumed do."""
+        if self.config.mesh.compile == "off" and not self.how_to_run.compiled:
+            return
+        self.context.publish(phase="compiling")
+        self.how_to_run = compile_blocks(
+            self.network, self.how_to_run, *self._input(), precision=self.config.train.precision,
+            on_eager=lambda text: self.context.publish(warning=text),
         )  # fmt: skip
+        self.context.publish(phase="building", compiled=self.how_to_run.compiled)
 
     def _fit(self) -> dict[str, Any]:
         """Trains, generation after generation: where another rank was lost, this one waits for an order and goes on.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
 from anabranch.runtime.branch_state import by_branch
+from anabranch.runtime.compiling import compile_blocks
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.execution import how_to_run, is_ours
@@ -60,6 +61,7 @@ class Trial:
     overlap: str = "off"
     recompute: bool = False
     chunks: int = 1
+    compile: str = "off"
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,11 @@ def verify_plan(
         min(trial.batch_size, len(trial.x)), bn_batch_size=trial.bn_batch_size, data=mesh.data, branch=mesh.branch,
         samples=plan.samples, accumulation=trial.accumulation,
     )  # fmt: skip
-    how_to_run(
-        parallel, tuple(trial.x.shape[1:]), parallel.rank_batch(deal, trial.batch_size), trial,
-        precision=trial.precision, ours=ours,
-    ).apply(parallel)  # fmt: skip
+    shape, rows = tuple(trial.x.shape[1:]), parallel.rank_batch(deal, trial.batch_size)
+    how = how_to_run(parallel, shape, rows, trial, precision=trial.precision, ours=ours)
+    how.apply(parallel)
+    if trial.compile == "on":
+        compile_blocks(parallel, how, shape, rows, precision=trial.precision)
     sabotage(parallel)
     optimizer = make_optimizer(trial.optimizer, parallel.parameters())
     step = TrainStep(

@@ -180,7 +180,7 @@ def verify_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
             _images(x, data, dtype), target, train.batch_size, train.bn_batch_size, train.accumulation, steps,
             train.seed, train.precision, config.mesh.execution, make_loss(config), optimizer, make_penalty(config),
             config.mesh.memory_format, config.mesh.wire, config.mesh.overlap, config.mesh.recompute,
-            config.mesh.chunks,
+            config.mesh.chunks, config.mesh.compile,
         )  # fmt: skip
         mesh = make_mesh(plan.data, plan.branch, torch.device(context.device).type)
 

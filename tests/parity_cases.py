@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +17,7 @@ from anabranch.blocks import BranchSum, MultiResidual, build
 from anabranch.blocks.branch_sum import Hidden
 from anabranch.blocks.convolution import WeightGradients
 from anabranch.blocks.norm import BatchNorm
+from anabranch.runtime import compiling
 from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import make_mesh
@@ -249,6 +252,8 @@ class Case:
 
 def parity(rank: int, world_size: int, cases: Sequence[Case]) -> list[Report]:
     """Each case verified on these ranks."""
+    os.environ[compiling.BACKEND] = "aot_eager"  # every graph that inductor would get, and no compiler
+    warnings.filterwarnings("error", message=".*as it is|.*as they are")
     return [verify(case) for case in cases]
 
 
