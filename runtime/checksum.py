@@ -56,7 +56,7 @@ def checksum(tensor: Tensor) -> Tensor:
     """Of a tensor's bits in their order, a scalar on its device: on the CPU CRC-32, which takes less than a copy."""
     flat = tensor.detach().reshape(-1)
     if flat.device.type == "cpu":
-        return torch.tensor(zlib.crc32(flat.view(torch.uint8).numpy()))
+        return torch.tensor(zlib.crc32(flat.view(torch.uint8).numpy().data))
     bits = flat.view(_BITS.get(flat.element_size(), torch.int32)).to(torch.int64)
     mixed = bits + torch.arange(bits.numel(), device=bits.device) * _STRIDE
     return (mixed * mixed).sum()  # squared: differences of several elements cannot cancel by their sum
