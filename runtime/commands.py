@@ -132,6 +132,9 @@ def verify(
         highlight=False,
         soft_wrap=True,
     )
+    if not passed and config.train.precision != "fp64":
+        text = "few samples to a BatchNorm group round as much by themselves: --float64 tells an error from rounding"
+        console.print(text, highlight=False, soft_wrap=True)
     return {**result, "tolerance": tolerance, "passed": passed}
 
 
