@@ -22,6 +22,10 @@ def run(*, steps: int = 200, folder: Path = RESULTS) -> dict[str, Any]:
     Of each rank the median and the 90th percentile, over the steps, of seconds waited ÷ seconds of the same step; a
     step that begins an epoch counts too.
     """
+    if steps < 2 * _WARM_UP:
+        raise ValueError(
+            f"--steps is {steps}: take at least {2 * _WARM_UP}, the first {_WARM_UP} do not count"
+        )
     with tempfile.TemporaryDirectory() as place:
         run_dir = Path(place, "run")
         command = [sys.executable, "-m", "anabranch.runtime", "train", "--train.max-steps", str(steps), "--json",

@@ -97,6 +97,7 @@ class Supervisor:
         asked = False
         next_watch = time.monotonic() + WATCH_S
         while self.running and time.monotonic() < self.deadline:
+            self._excuse()
             round_refs = [ref for ref, _ in self._round.asked.values()] if self._round else []
             soonest = min([next_watch, self.deadline, *self._limits()])
             pause = max(0.0, soonest - time.monotonic())
@@ -134,13 +135,19 @@ class Supervisor:
     def _limits(self) -> list[float]:
         return [until for _, until in self._round.asked.values()] if self._round else []
 
-    def _look(self, wait_s: float) -> None:
-        """Once a second: what the ranks tell."""
+    def _excuse(self) -> None:
+        """The ranks, for what they did not answer while this process was stopped itself."""
         before, self._looked_at = self._looked_at, time.monotonic()
         if (stopped_s := self._looked_at - before) > STOPPED_S:
             self.group.excuse(stopped_s)
             self._stall.excuse(stopped_s)
             self._cut_at = self._looked_at
+            if self._round:
+                asked = self._round.asked
+                asked |= {rank: (ref, until + stopped_s) for rank, (ref, until) in asked.items()}
+
+    def _look(self, wait_s: float) -> None:
+        """Once a second: what the ranks tell."""
         self._statuses = statuses = self.group.statuses(wait_s)
         stop_asked = self.watch(statuses)
         if stop_asked:
@@ -182,7 +189,7 @@ class Supervisor:
         # An exception: once more, unless another try could not help: it came again, or on several ranks at once.
         # Not where a process was lost too: who loses a peer in the middle of something may fail in ways of its own.
         key, events = (failure.step, failure.text), self._round.events if self._round else []
-        follows = any(not event["raised"] for event in events)
+        follows = any(event["died"] for event in events)
         again = not follows and (key in self._raised or any(event["raised"] for event in events))
         self._raised.add(key)
         return not again and self.recovery.retries(failure)
@@ -204,7 +211,8 @@ class Supervisor:
         is_there = self.group.lives(rank)
         round.counted.add(self.group.seats[rank].host.node_id)
         cause = self._given_up.pop(rank, "") or failure.short
-        event = {**self._event(rank, cause), "spare": None, "replaced": False, "raised": not failure.died}
+        event = {**self._event(rank, cause), "spare": None, "replaced": False}
+        event |= {"raised": not failure.died, "died": failure.died}
         if not is_there:
             event["cause"] = f"host {event['host']} was lost"
             if rank in self._newcomers:  # it was to come there, before this was known
@@ -347,12 +355,15 @@ class Supervisor:
         elif now - self._cut_at > CUT_S and self.recovery:
             if self.num_failures >= self.recovery.max_failures:
                 for rank in waiting:  # its end is the run's
-                    self._give_up(rank, "lost its connections to the others")
+                    why = statuses[rank].get("not_joined") or "lost its connections to the others"
+                    self._give_up(rank, why)
                 return
             self.num_failures += 1
             self._round = round = Round()
-            event = self._event(waiting[0], "lost its connections to the others")
-            round.events.append({**event, "spare": None, "replaced": True, "raised": False})
+            told = (statuses[rank].get("not_joined") for rank in waiting)
+            event = self._event(waiting[0], next(filter(None, told), "lost its connections to the others"))
+            event |= {"spare": None, "replaced": True, "raised": False, "died": False}
+            round.events.append(event)
             for rank in self.running.values():
                 self._ask(round, rank, QUIESCE_S)
 

@@ -346,14 +346,13 @@ class WorkerGroup:
             counted("watch_status", waiting.actor.status.remote)  # for it to know that it is not forgotten
         refs = [member.status_ref for member in self.members]
         ready, _ = counted("watch_wait", ray.wait, refs, num_returns=len(refs), timeout=wait_s)
-        now = time.monotonic()
         for member in self.members:
             if member.status_ref not in ready:
                 continue
             ref, member.status_ref = member.status_ref, None
             with suppress(RayError):  # a dead actor's end arrives as its result
-                member.status |= counted("watch_result", ray.get, ref)
-                member.answered = now
+                member.told(counted("watch_result", ray.get, ref))
+        now = time.monotonic()
         return [member.status | {"seen_s": now - member.answered} for member in self.members]
 
     def excuse(self, seconds: float) -> None:

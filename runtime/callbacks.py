@@ -13,7 +13,6 @@ from anabranch.runtime.redact import redacted
 if TYPE_CHECKING:
     from anabranch.runtime.parallel_network import ParallelNetwork
 
-
 _encoded = json.JSONEncoder(check_circular=False).encode  # a tenth quicker: a line a step
 
 

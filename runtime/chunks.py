@@ -44,7 +44,7 @@ def fastest_chunks(
         is_split = any(one.exchange is not None for _, one in branch_sums(module))
         with alone(module) as element:
             if is_split and shape:
-                blocks[name] = copy.deepcopy(element), shape
+                blocks[name] = module, shape
                 keys[name] = key_of(element, (num_rows, *shape))
             shape = output_shape(element, shape, parameter)
     told = gather_json(keys, parameter.device)
@@ -57,7 +57,9 @@ def fastest_chunks(
     for key, name in {key: name for name, key in reversed(of_all.items())}.items():
         block, size = blocks[name]
         x = torch.randn(max(num_rows, 2), *size, dtype=parameter.dtype, device=parameter.device)
-        mine = _timed(block, execution[name], x, wire, precision)
+        with alone(block) as element:
+            side = copy.deepcopy(element)
+        mine = _timed(side, execution[name], x, wire, precision)
         rounds = gather_json(mine, parameter.device)
         for index, choice in enumerate(_CHOICES):
             slowest = (max(rank[turn][index] for rank in rounds) for turn in range(_ROUNDS))

@@ -260,6 +260,5 @@ def _run(
 def _said(error: BaseException) -> str:
     """What an error of torch.compile says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"[
-        :300
-    ]  # the first may name no more than the backend
+    both = " ".join(lines[:2])  # the first may name no more than the backend
+    return f"{type(error).__name__}: {both}"[:300]

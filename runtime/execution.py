@@ -247,11 +247,11 @@ def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
     for side in sides:
         run(side, x[:2], precision)  # the first run of a shape sets its kernels up
     x = x[: max(2, int(_LONG_S / (run(sides[0], x[:2], precision) / 2)))]
-    fusedalone = all(len(one.held) < 2 for _, one in branch_sums(element))
+    fused_alone = all(len(one.held) < 2 for _, one in branch_sums(element))
     samples: list[list[float]] = [[] for _ in _WAYS]
     for _ in range(_REPEATS):
         for index, (side, (execution, layout)) in enumerate(zip(sides, _WAYS, strict=True)):
-            if execution == "looped" and fusedalone:
+            if execution == "looped" and fused_alone:
                 continue
             image = (
                 x.contiguous(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import weakref
 from collections import defaultdict
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class StepLoop:
         self.outcome: StepResult | None = None
         self._drift = DriftWatch([f"rank {rank}" for rank in range(trainer.plan.world_size)])
         self._file = MetricsFile(Path(os.devnull)) if trainer.context.rank == 0 else None
+        if self._file:
+            weakref.finalize(self, self._file.close)
 
     def tell(self, outcome: StepResult) -> None:
         """What a run does with a step's times."""

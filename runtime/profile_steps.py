@@ -60,6 +60,7 @@ def profile_steps(
     """
     check_steps(steps, trainer.last_step)
     trainer._set_up()
+    trainer._compile()
     on_network(trainer.network)
     recorder, device = trainer.network.recorder, trainer.device
     rounds = max(steps, _OVERHEAD_ROUNDS)

@@ -67,7 +67,7 @@ class RunProgress:
         ]  # fmt: skip
         self._bar = Progress(*columns, console=console, disable=not self._live)
         self._task: TaskID | None = None
-        self._warned = ""
+        self._warned: set[str] = set()
         self._phase: tuple[str | None, int, float] = (None, 0, 0.0)  # its name, first step seen, and when
         self._said, self._said_at, self._started = "", 0.0, time.monotonic()
 
@@ -89,9 +89,10 @@ class RunProgress:
 
     def _show(self, statuses: Sequence[Mapping[str, Any]]) -> None:
         first = statuses[0]
-        if (warning := first.get("warning")) and warning != self._warned:
-            self._warned = warning
-            self._console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        for warning in dict.fromkeys(status["warning"] for status in statuses if status.get("warning")):
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self._console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
         figures = _figures(first)
         assert self._task is not None, "entered"
         if total := first.get("num_steps"):

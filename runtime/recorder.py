@@ -69,9 +69,8 @@ class Recorder:
         self._since: Moment = self._start  # when the element that runs began
         self._base = time.perf_counter(), self._start  # the device's clock on the host's: where, and how fast
         self._host_per_device = 1.0
-        self.clock_error_s = (
-            0.0  # of kept moments: half of what looking at both clocks took, the longer of two
-        )
+        # Of kept moments: half of what looking at both clocks took, the longer of two.
+        self.clock_error_s = 0.0
         self._nvtx: int | None = None  # range of the element that runs
         self._nvtx_exchange: int | None = None
         self._kept: list[tuple[list[_Interval], Moment, Moment]] | None = None

@@ -86,6 +86,10 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _differences(run: Path, profiled: Path) -> list[str]:
     """What the profile was not of: what makes its steps others than the run's."""
+    if not all(
+        (folder / name).exists() for folder in (run, profiled) for name in ("plan.toml", "config.toml")
+    ):
+        return []  # a Trainer's own, from Python
     notes = []
     if (run / "plan.toml").read_text(encoding="utf-8") != (profiled / "plan.toml").read_text(
         encoding="utf-8"

@@ -119,7 +119,7 @@ class Trainer:
         self._network, self._callbacks = network, list(callbacks)
         self._leading, self._leads = leading, False
         self._whole_plan = self.plan
-        self._is_set_up = False
+        self._is_set_up = self._is_compiled = False
         self.checkpoints: Checkpoints | None = None
         self.position: Position | None = None  # None: this rank holds nothing yet
         self._kept: _Prepared | None = None
@@ -160,7 +160,6 @@ class Trainer:
             self.feed = self._feed()
             self.how_to_run = HowToRun.from_dict(told) if told else self._how_to_run(ours)
             self.how_to_run.apply(self.network)
-            self._compile()
             self.optimizer = make_optimizer(self.config.optimizer, self.network.parameters())
             self._is_set_up = True
         else:
@@ -194,9 +193,13 @@ class Trainer:
         return (self.data.in_channels, *self.data.image_size), rows
 
     def _compile(self) -> None:
-        """As `mesh.compile` says, or as the ranks that go on and the run that is resumed do."""
-        if self.config.mesh.compile == "off" and not self.how_to_run.compiled:
+        """As `mesh.compile` says, or as the ranks that go on and the run that is resumed do; once.
+
+        Not while groups are formed again: it may take longer than the others wait there.
+        """
+        if self._is_compiled or (self.config.mesh.compile == "off" and not self.how_to_run.compiled):
             return
+        self._is_compiled = True
         self.context.publish(phase="compiling")
         self.how_to_run = compile_blocks(
             self.network, self.how_to_run, *self._input(), precision=self.config.train.precision,
@@ -219,16 +222,17 @@ class Trainer:
                     self._join()
                     generation.formed(self.mesh)
                     formed = True
+                    self._compile()
                     return self._train()
             except Exception as error:
                 if not context.recovers or self._applying:
                     raise
                 if not (context.aborted or failed_in_collective(error)):
-                    if formed or not context.generation or not isinstance(error, RuntimeError | OSError):
+                    if formed or self.position is None or not isinstance(error, RuntimeError | OSError):
                         raise
-                    # Whatever stops the groups from being formed again, others may have left them meanwhile.
-                    name = type(error).__name__
-                    context.publish(warning=f"rank {context.rank} could not join again: {name}: {error}")
+                    # A rank that holds something stays: others may have left the groups that are formed again.
+                    text = f"rank {context.rank} could not join again: {type(error).__name__}: {error}"
+                    context.publish(warning=text, not_joined=text)
             context.publish(phase="waiting for a lost rank")
             self._obey(context.await_order(**self._state()))
 
@@ -267,12 +271,13 @@ class Trainer:
             told = broadcast_json(mine, self.device, order["leader"])
         self._set_up(told.get("how_to_run"))
         if order is None or order["action"] == "rewind":
-            self.position = Position(replicas=order["was"] if order else self.plan.data)
+            position = Position(replicas=order["was"] if order else self.plan.data)
             if self.resume is not None:
                 self.resume.load_into(self.network, self.optimizer)
                 stored = self.resume.position
-                self.position.done = self.position.tended = int(stored["step"])
-                self.position.plateau = stored.get("plateau", {})
+                position.done = position.tended = int(stored["step"])
+                position.plateau = stored.get("plateau", {})
+            self.position = position  # not before all is loaded: until then this rank holds nothing
         else:
             sources = {int(rank): source for rank, source in order["sources"].items()}
             peers = {source for rank, source in sources.items() if self._same_branches(rank)}
@@ -291,7 +296,7 @@ class Trainer:
             self.context.rank == 0 and not self._leads and self.run_dir
         ):  # it was another's to tell until now
             self._record(self.run_dir, self.position)
-        self.context.publish(step=self.position.done)
+        self.context.publish(step=self.position.done, not_joined=None)
         if self.position.done == self.last_step:
             self._resumed()
 

@@ -113,8 +113,7 @@ def _automatic(
     network = prepare(make_network(config, data)).to(context.device)
     dtype = next(network.parameters()).dtype
     setting = StepSetting(_images(x, data, dtype), target, config, make_loss(config), make_penalty(config))
-    devices = [name for row in plan.devices or () for name in row]
-    cluster = _cluster(job, plan, context)
+    devices, cluster = _names(plan), _cluster(job, plan, context)
     if limit := int(config.mesh.memory_gb * 1e9):
         cluster = replace(cluster, devices=tuple(replace(d, memory_bytes=limit) for d in cluster.devices))
     _, partial = auto_partial(config)
@@ -131,8 +130,11 @@ def _automatic(
 
 def _cluster(job: Job, plan: Plan, context: WorkerContext) -> Cluster:
     """The devices that the job's ranks run on."""
-    devices = [name for row in plan.devices or () for name in row]
-    return job.cluster or Cluster(tuple(_device_of(name, context) for name in devices))
+    return job.cluster or Cluster(tuple(_device_of(name, context) for name in _names(plan)))
+
+
+def _names(plan: Plan) -> list[str]:
+    return [name for row in plan.devices or () for name in row]
 
 
 def _device_of(name: str, context: WorkerContext) -> Device:

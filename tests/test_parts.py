@@ -57,5 +57,5 @@ def test_callbacks_are_idle_time_and_what_nothing_measures_is_unattributed(
     assert max(middle("idle", 1), middle("idle", 2)) < 0.010
     assert abs(middle("forward", 0) - middle("forward", 2)) < 0.020
     assert middle("unattributed", 1) >= 0.010
-    for turn in (0, 2):
-        assert abs(middle("unattributed", turn)) <= 0.02 * middle("step", turn)
+    for turn in (0, 2):  # the steps are short, and another process may come between
+        assert abs(middle("unattributed", turn)) <= max(0.02 * middle("step", turn), 0.003)

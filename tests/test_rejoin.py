@@ -100,3 +100,11 @@ def test_wrong_input_is_not_tried_again() -> None:
     threading.Thread(target=controller, args=(made.context,), daemon=True).start()
     with pytest.raises(ConfigError, match="another network"):
         made.fit()
+
+
+def test_a_newcomer_that_cannot_join_is_to_be_replaced() -> None:
+    """It holds nothing that the others need."""
+    made, _ = trainer(RuntimeError("no memory"))
+    made.context.generation = 1
+    with pytest.raises(RuntimeError, match="no memory"):
+        made.fit()

@@ -8,6 +8,8 @@ from typing import Any, cast
 import pytest
 
 from anabranch.cluster.failures import Failure
+from anabranch.cluster.member import Member
+from anabranch.cluster.placement import Host, Seat
 from anabranch.cluster.round import Round
 from anabranch.cluster.supervisor import Stop, Supervisor
 
@@ -17,17 +19,26 @@ def raised(rank: int, text: str = "RuntimeError: odd") -> Failure:
 
 
 @pytest.mark.parametrize(
-    ("lost", "goes_on"), [([], True), ([False], True), ([True], False), ([True, False], True)]
+    ("lost", "goes_on"),
+    [
+        ([], True),
+        (["died"], True),
+        (["raised"], False),
+        (["raised", "died"], True),
+        (["raised", "cut"], False),
+    ],
 )
 def test_exceptions_of_several_ranks_end_the_run_unless_a_process_was_lost(
-    lost: list[bool], goes_on: bool
+    lost: list[str], goes_on: bool
 ) -> None:
-    """lost: for each that is being replaced already, whether it raised."""
+    """lost: for each of this round, what it did."""
     recovery = SimpleNamespace(hang_s=30.0, min_replicas=None, max_failures=9, retries=lambda _: True)
     supervisor = Supervisor(
         cast(Any, SimpleNamespace()), [], lambda _: None, Stop(), cast(Any, recovery), (2, 2)
     )
-    supervisor._round = Round(events=[{"raised": one} for one in lost]) if lost else None
+    supervisor._round = (
+        Round(events=[{"raised": one == "raised", "died": one == "died"} for one in lost]) if lost else None
+    )
     assert supervisor._is_recoverable(2, raised(2)) is goes_on
 
 
@@ -39,3 +50,11 @@ def test_the_same_exception_again_ends_the_run() -> None:
     assert supervisor._is_recoverable(2, raised(2))
     assert not supervisor._is_recoverable(2, raised(2))
     assert supervisor._is_recoverable(2, raised(2, "RuntimeError: another"))
+
+
+def test_what_a_rank_tells_no_more_is_no_longer_so() -> None:
+    member = Member(Seat(1, Host("a", "1", 2, 2), 0, 1), None, None)
+    member.begin()
+    member.told({"phase": "training", "step_time_s": 0.5})
+    member.told({"phase": "fitting"})
+    assert member.status == {"rank": 1, "host": "a", "device": "a:0", "phase": "fitting"}
