@@ -27,7 +27,7 @@ from anabranch.runtime.recorder import Span
 from anabranch.runtime.trainer import Trainer
 
 WARM_UP = 3
-_OVERHEAD_ROUNDS = 12  # at least; else as many as steps are profiled
+_OVERHEAD_ROUNDS = 12, 100  # at least, at most; between them as many as steps are profiled
 Signature = tuple[str, str, str, int]  # part, element, op, bytes: as Span
 
 
@@ -63,7 +63,8 @@ def profile_steps(
     trainer._compile()
     on_network(trainer.network)
     recorder, device = trainer.network.recorder, trainer.device
-    rounds = max(steps, _OVERHEAD_ROUNDS)
+    fewest, most = _OVERHEAD_ROUNDS
+    rounds = min(max(steps, fewest), most)
     run = StepLoop(trainer, WARM_UP + steps + 3 * rounds + 4)
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     for _ in range(WARM_UP):
