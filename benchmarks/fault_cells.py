@@ -43,7 +43,7 @@ class Cell:
 def cells() -> list[Cell]:
     """All of the matrix, void ones too."""
     found = [cell for kind in ("kill", "stop", "exception", "memory") for cell in _in_worker(kind)]
-    found += _of_the_node("raylet", "all ranks are this raylet's: the other host's is in `host_faults`")
+    found += _of_the_node("raylet", "all ranks are this raylet's; another host's takes its workers along: host-lost")
     found += _of_the_node("driver", "there is one driver, whichever rank's moment it is")
     for moment in MOMENTS:
         named = f"disk-rank0-{moment}"
