@@ -43,7 +43,9 @@ class Cell:
 def cells() -> list[Cell]:
     """All of the matrix, void ones too."""
     found = [cell for kind in ("kill", "stop", "exception", "memory") for cell in _in_worker(kind)]
-    found += _of_the_node("raylet", "all ranks are this raylet's; another host's takes its workers along: host-lost")
+    found += _of_the_node(
+        "raylet", "all ranks are this raylet's; another host's takes its workers along: host-lost"
+    )
     found += _of_the_node("driver", "there is one driver, whichever rank's moment it is")
     for moment in MOMENTS:
         named = f"disk-rank0-{moment}"
@@ -75,7 +77,7 @@ def cells() -> list[Cell]:
 
 def _on_two_hosts() -> list[Cell]:
     both = ("resumed", "recovered")
-    found = [Cell("two-hosts", hosts=True)]
+    found = [Cell("two-hosts", hosts=True, tolerance=1e-6)]  # against one host
     for moment in MOMENTS:
         if moment == "checkpoint":  # the first replica's host writes
             found.append(Cell(f"network-rank0-{moment}", (_fault("network", 0, moment),), both, hosts=True))

@@ -108,12 +108,12 @@ def look() -> tuple[Host, ...]:
     """`hosts` as Ray sees them at this moment, which may be late.
 
     A node is called by its host name; where several share one, by address, and where they share that too, by a part
-    of its node ID.
+    of its node ID. One that began again at its address is not two: Ray may not have missed the first yet.
     """
     import ray
     from ray._private.state import available_resources_per_node  # the public one adds the nodes up
 
-    nodes = [node for node in counted("watch_nodes", ray.nodes) if node["Alive"]]
+    nodes = _without_gone([node for node in counted("watch_nodes", ray.nodes) if node["Alive"]])
     free = counted("watch_resources", available_resources_per_node)
     names = Counter(node["NodeManagerHostname"] for node in nodes)
     addresses = Counter(node["NodeManagerAddress"] for node in nodes)
@@ -144,6 +144,17 @@ def look() -> tuple[Host, ...]:
     return tuple(sorted(found, key=lambda host: (-host.gpus, -host.cpus, host.name)))
 
 
+def _without_gone(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of several nodes at one address those that can be reached."""
+    addresses = Counter(node["NodeManagerAddress"] for node in nodes)
+    return [
+        node
+        for node in nodes
+        if addresses[node["NodeManagerAddress"]] == 1
+        or _is_reached(node["NodeManagerAddress"], node["NodeManagerPort"])
+    ]
+
+
 def gpu_kind(node: Mapping[str, Any]) -> str:
     """The kind of GPUs that a node's entry in `ray.nodes()` tells: by label, else by resource; "gpu": by neither.
 
@@ -156,12 +167,12 @@ def gpu_kind(node: Mapping[str, Any]) -> str:
 
 def living(found: tuple[Host, ...]) -> tuple[Host, ...]:
     """Those whose Ray process can be reached: Ray itself takes up to half a minute to miss one."""
-    return tuple(host for host in found if _is_reached(host))
+    return tuple(host for host in found if _is_reached(host.address, host.port))
 
 
-def _is_reached(host: Host) -> bool:
+def _is_reached(address: str, port: int) -> bool:
     try:
-        socket.create_connection((host.address, host.port), timeout=_REACH_S).close()
+        socket.create_connection((address, port), timeout=_REACH_S).close()
     except OSError:
         return False
     return True

@@ -33,7 +33,7 @@ from anabranch.cluster.actors import ORPHANED_S, Worker
 from anabranch.cluster.environment import hold_port, interface_of, thread_share
 from anabranch.cluster.failures import Failure, worker_error
 from anabranch.cluster.placement import Host, devices_of, place, place_more, place_spares
-from anabranch.cluster.ray_session import gpu_kind, hosts
+from anabranch.cluster.ray_session import _without_gone, gpu_kind, hosts
 from anabranch.runtime.cli import parse, run
 
 A = Host("a", "1", 8, 8, 4, 4, "H200")
@@ -83,6 +83,19 @@ def test_room_for_more_branch_groups(idle: str, most: int, branch: int, use_gpu:
     node = {"a": "1", "b": "2", "z": "9"}
     found = place_more((A, B), [node[name] for name in idle], branch, most, use_gpu, 1.0)
     assert [host.name for host in found] == list(expected)
+
+
+def test_a_node_that_began_again_is_one() -> None:
+    """Ray may take half a minute to miss the one that was killed at the same address."""
+    with socket.create_server(("127.0.0.1", 0)) as begun, socket.create_server(("127.0.0.1", 0)) as killed:
+        ports = {"begun": begun.getsockname()[1], "killed": killed.getsockname()[1]}
+        killed.close()
+        nodes = [
+            {"NodeID": name, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+            for name, port in ports.items()
+        ]
+        other = {"NodeID": "other", "NodeManagerAddress": "198.51.100.1", "NodeManagerPort": 1}  # not asked
+        assert [node["NodeID"] for node in _without_gone([*nodes, other])] == ["begun", "other"]
 
 
 @pytest.mark.parametrize(
