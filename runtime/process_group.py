@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ def process_group(
         keep_freed_memory()
     torch.set_num_threads(context.num_threads)
     timeout = timedelta(seconds=timeout_s)
+    _forget_groups()
     if context.init_method.startswith("tcp://"):
         # The port may be the one of the generation before: who is late for that one must not be taken for one of us.
         store, _, _ = next(rendezvous(context.init_method, context.rank, context.world_size, timeout=timeout))
@@ -64,7 +65,27 @@ def process_group(
             exchange.close()
         finally:
             if dist.is_initialized():
-                dist.destroy_process_group()
+                with suppress(RuntimeError):  # of groups that were given up
+                    dist.destroy_process_group()
+            _forget_groups()
+
+
+def _forget_groups() -> None:
+    """What torch keeps of a group that could not be formed, or ended: it counts names up.
+
+    Ranks that failed to form one, others of them than the rest, would look for each other under different names from
+    then on, and never meet.
+    """
+    c10d = dist.distributed_c10d
+    c10d._update_default_pg(None)
+    world = c10d._world
+    for kept in (
+        world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config, world.pg_to_tag,
+        world.tags_to_pg, world.pg_coalesce_state,
+    ):  # fmt: skip
+        kept.clear()
+    c10d._unregister_all_process_groups()  # type: ignore[attr-defined]
+    world.group_count = 0
 
 
 def share_memory(group: dist.ProcessGroup, timeout_s: float = 600.0) -> None:

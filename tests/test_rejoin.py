@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from anabranch.blocks import build
 from anabranch.cluster import WorkerContext
@@ -17,6 +18,7 @@ from anabranch.runtime import Config, Trainer
 from anabranch.runtime.callbacks import Callback
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.launch import alone
+from anabranch.runtime.process_group import process_group
 
 CONFIG = {
     "train": {"batch_size": 8, "epochs": 1},
@@ -108,3 +110,14 @@ def test_a_newcomer_that_cannot_join_is_to_be_replaced() -> None:
     made.context.generation = 1
     with pytest.raises(RuntimeError, match="no memory"):
         made.fit()
+
+
+def test_a_group_that_could_not_be_formed_leaves_no_trace() -> None:
+    """Ranks meet under a group's name, which torch counts up at every try, also at those that fail."""
+    context = alone(environ={"OMP_NUM_THREADS": "1"})
+    for _ in range(2):
+        with pytest.raises(RuntimeError), process_group(replace(context, world_size=2), timeout_s=0.3):
+            pytest.fail("rank 1 is not there")
+    with process_group(context):
+        assert dist.group.WORLD is not None
+        assert dist.group.WORLD.group_name == "0"
