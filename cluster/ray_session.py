@@ -145,14 +145,17 @@ def look() -> tuple[Host, ...]:
 
 
 def _without_gone(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of several nodes at one address those that can be reached."""
-    addresses = Counter(node["NodeManagerAddress"] for node in nodes)
-    return [
-        node
-        for node in nodes
-        if addresses[node["NodeManagerAddress"]] == 1
-        or _is_reached(node["NodeManagerAddress"], node["NodeManagerPort"])
-    ]
+    """Of several nodes at one address those that can be reached, or one where none can: it is cut off."""
+    by_address: dict[str, list[dict[str, Any]]] = {}
+    for node in nodes:
+        by_address.setdefault(node["NodeManagerAddress"], []).append(node)
+    found: list[dict[str, Any]] = []
+    for alike in by_address.values():
+        reached = alike
+        if len(alike) > 1:
+            reached = [n for n in alike if _is_reached(n["NodeManagerAddress"], n["NodeManagerPort"])]
+        found += reached or alike[-1:]
+    return found
 
 
 def gpu_kind(node: Mapping[str, Any]) -> str:

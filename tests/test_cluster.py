@@ -96,6 +96,7 @@ def test_a_node_that_began_again_is_one() -> None:
         ]
         other = {"NodeID": "other", "NodeManagerAddress": "198.51.100.1", "NodeManagerPort": 1}  # not asked
         assert [node["NodeID"] for node in _without_gone([*nodes, other])] == ["begun", "other"]
+    assert len(_without_gone(nodes)) == 1, "of a host that is cut off, which then is told"
 
 
 @pytest.mark.parametrize(
