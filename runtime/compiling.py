@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from anabranch.blocks.batch import BatchLayout, batch_layout, current_layout
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.norm import BatchNorm
-from anabranch.runtime.element_run import alone, key_of, wait
+from anabranch.runtime.element_run import alone, key_of, run
 from anabranch.runtime.execution import CLEARLY, HowToRun
 from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.process_group import gather_json
@@ -225,7 +224,7 @@ def _timed(
     ]
     for trial in trials:
         try:
-            _run(compiled, side, x, trial, precision)
+            run(compiled, x, precision, layout=trial, block=side)
         except Exception as error:  # whatever a backend raises
             return _FAILED + _said(error)
         if compiled.reason:
@@ -236,25 +235,8 @@ def _timed(
     sides: list[Callable[[Tensor], Tensor]] = [side, compiled]
     for _ in range(repeats):
         for index, function in enumerate(sides):
-            samples[index].append(_run(function, side, x, trials[0], precision))
+            samples[index].append(run(function, x, precision, layout=trials[0], block=side))
     return [min(seconds) for seconds in samples]
-
-
-def _run(
-    function: Callable[[Tensor], Tensor], block: nn.Module, x: Tensor, layout: BatchLayout, precision: str
-) -> float:
-    """Seconds of `element_run.run`, under a layout."""
-    leaf = x.detach().requires_grad_()
-    wait(x)
-    begun = time.perf_counter()
-    with batch_layout(layout), autocast(precision, x.device):
-        y = function(leaf.clone())
-    y.backward(torch.ones_like(y))
-    wait(x)
-    seconds = time.perf_counter() - begun
-    for parameter in block.parameters():
-        parameter.grad = None
-    return seconds
 
 
 def _said(error: BaseException) -> str:

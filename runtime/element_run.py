@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -52,22 +52,34 @@ def key_of(element: nn.Module, x_shape: tuple[int, ...]) -> str:
     return hashlib.sha256(f"{text} {sizes} {x_shape}".encode()).hexdigest()[:24]
 
 
-def run(element: nn.Module, x: Tensor, precision: str) -> float:
-    """Seconds forward and backward, in which the element's exchanges (if any) are made; gradients are dropped."""
+def run(
+    element: Callable[[Tensor], Tensor],
+    x: Tensor,
+    precision: str,
+    *,
+    layout: BatchLayout | None = None,
+    block: nn.Module | None = None,
+) -> float:
+    """Seconds forward and backward, in which the element's exchanges (if any) are made; gradients are dropped.
+
+    layout: of x's samples; None: any. block: whose parameters it computes with, where it is no module itself.
+    """
+    if block is None:
+        assert isinstance(element, nn.Module), "or its block is given"
+        block = element
     leaf = x.detach().requires_grad_()
-    wait(x)
+    _wait(x)
     begun = time.perf_counter()
-    with batch_layout(_layout(len(x))), autocast(precision, x.device):
+    with batch_layout(layout or _layout(len(x))), autocast(precision, x.device):
         y = element(leaf.clone())  # a leaf may not be changed in place
     y.backward(torch.ones_like(y))
-    wait(x)
+    _wait(x)
     seconds = time.perf_counter() - begun
-    for parameter in element.parameters():
+    for parameter in block.parameters():
         parameter.grad = None
     return seconds
 
 
-def wait(x: Tensor) -> None:
-    """Until the device of x has done what was asked."""
+def _wait(x: Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
