@@ -76,7 +76,7 @@ def _forget_groups() -> None:
     Ranks that failed to form one, others of them than the rest, would look for each other under different names from
     then on, and never meet.
     """
-    c10d = dist.distributed_c10d
+    c10d = dist.distributed_c10d  # as destroy_process_group does it, which wants a group that stands
     c10d._update_default_pg(None)
     world = c10d._world
     for kept in (
