@@ -28,7 +28,6 @@ from anabranch.blocks.network import Network
 from anabranch.runtime import checkpoints as saving
 from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.checkpoints import Checkpoints
-from anabranch.runtime.checksum import check_replicas
 from anabranch.runtime.intervals import median_interval
 from anabranch.runtime.keyed_state import written_by_this_rank
 from anabranch.runtime.model_spec import spec_of
@@ -95,11 +94,10 @@ def _measure(rank: int, rounds: int, width: int, batch_size: int, place: str) ->
     samples: dict[str, list[float]] = {
         key: [] for key in ("step_s", "save_s", "step_beside_s", "written_s", "copy_s")
     }
-    parts: dict[str, list[float]] = {key: [] for key in ("replicas", "prepare", "copy", "agree", "rest")}
+    parts: dict[str, list[float]] = {key: [] for key in ("prepare", "copy", "agree", "rest")}
     number = 0
 
     def save() -> None:
-        check_replicas(step.network)
         checkpoints.save(
             step.network, step.optimizer, position={"step": number}, config_toml="", plan_toml=""
         )
@@ -163,7 +161,7 @@ def _seconds(work: Callable[[], object], together: bool = True) -> float:
 @contextmanager
 def _timed_parts() -> Iterator[dict[str, float]]:
     """Seconds of the parts of a save's call. agree: the ranks tell each other, and wait for the slowest."""
-    took = dict.fromkeys(("replicas", "prepare", "copy", "agree"), 0.0)
+    took = dict.fromkeys(("prepare", "copy", "agree"), 0.0)
 
     def timed(part: str, work: Callable[..., Any], within: tuple[str, ...] = ()) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -177,7 +175,6 @@ def _timed_parts() -> Iterator[dict[str, float]]:
         return wrapped
 
     with (
-        mock.patch.dict(globals(), check_replicas=timed("replicas", check_replicas)),
         mock.patch.object(Checkpoints, "_prepare", timed("prepare", Checkpoints._prepare)),
         mock.patch.object(saving, "_copied", timed("copy", saving._copied)),
         mock.patch.object(saving, "on_all_ranks", timed("agree", on_all_ranks, ("prepare", "copy"))),

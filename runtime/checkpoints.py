@@ -3,7 +3,8 @@
                      every rank                               rank 0 alone
     at the step                                               clear what killed runs left, make the folder
                      copy own tensors to the CPU's memory
-    meanwhile        write them (`pending_save`)              manifest, then older checkpoints go
+    meanwhile        write them (`pending_save`),             compare copies, manifest, then older checkpoints go
+                     checksums of what others hold too
     finish           tell how it went
 
 Between the first lines and at the end the ranks tell each other how it went, as JSON: a rank that cannot write ends
@@ -17,15 +18,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.checksum import ReplicaError, check_replicas
 from anabranch.runtime.errors import CheckpointError
-from anabranch.runtime.keyed_state import StateError, written_by_this_rank
+from anabranch.runtime.keyed_state import StateError, held_elsewhere_too, written_by_this_rank
 from anabranch.runtime.manifest import (
     MANIFEST,
     FileRecord,
@@ -36,7 +38,7 @@ from anabranch.runtime.manifest import (
     versions,
 )
 from anabranch.runtime.parallel_network import ParallelNetwork
-from anabranch.runtime.pending_save import PendingSave, host_copies
+from anabranch.runtime.pending_save import PendingSave, Record, host_copies
 from anabranch.runtime.storage import Folder, open_folder
 
 
@@ -95,11 +97,16 @@ class Checkpoints:
 
         The save before is ended first (its failure was told): where its checkpoint is, "" if there is none. A
         checkpoint of this step that is there and whole stays as it is. Raises OSError if this rank cannot write,
-        RuntimeError naming another that cannot, CheckpointError if the optimizer's state cannot be kept by branch.
+        RuntimeError naming another that cannot, CheckpointError if the optimizer's state cannot be kept by branch,
+        ReplicaError (on all ranks) if at the save before ranks held different values of what they must hold alike.
         """
         before = ""
-        with suppress(OSError, RuntimeError):
+        try:
             before = self.finish(network)
+        except ReplicaError:
+            raise
+        except (OSError, RuntimeError):
+            pass
         step, mesh = position["step"], network.mesh
         folder, is_first = self.folder.child(folder_name(step)), mesh.rank == 0
         device = next(network.parameters()).device
@@ -110,21 +117,29 @@ class Checkpoints:
         attempt = together(lambda: self._prepare(folder, step) if is_first else "")[0]
         if not attempt:
             return before
-        tensors: dict[str, Tensor] = {}
-        writes = together(lambda: tensors.update(_copied(folder, network, optimizer)) or bool(tensors))
+        part = _Part({}, [], [])
 
-        def commit(records: list[dict[str, Any]]) -> None:
+        def copy() -> bool:
+            nonlocal part
+            part = _copied(folder, network, optimizer)
+            return bool(part.copies)
+
+        tells = together(copy)
+
+        def commit(records: dict[int, Record]) -> None:
+            check_replicas({rank: record["sums"] for rank, record in records.items()})
             folder.sync()
-            files = {r["name"]: FileRecord(r["bytes"], r["sha256"]) for r in records}
-            keys = {key: r["name"] for r in records for key in r["keys"]}
+            written = [record["file"] for record in records.values() if record["file"]]
+            files = {file["name"]: FileRecord(file["bytes"], file["sha256"]) for file in written}
+            keys = {key: file["name"] for file in written for key in file["keys"]}
             kind = type(optimizer).__name__
             Manifest(dict(position), config_toml, plan_toml, kind, files, keys, versions()).write(folder)
             self._saved_step = step
             self._retire(folder)
 
-        others = [rank for rank, does in enumerate(writes) if does and rank]
+        others = [rank for rank, does in enumerate(tells) if does and rank]
         self._pending = PendingSave(
-            folder, mesh.rank, attempt, tensors, others, commit if is_first else None, self._on_failure
+            folder, mesh.rank, attempt, *part, others, commit if is_first else None, self._on_failure
         )
         return before
 
@@ -142,11 +157,14 @@ class Checkpoints:
                 pending.join()
             return pending.attempt if pending else ""
 
-        def commit() -> str:
+        def commit() -> dict[str, str]:
             if pending is None:
-                return ""
-            pending.join()
-            return str(pending.folder)
+                return {"saved": ""}
+            try:
+                pending.join()
+            except ReplicaError as error:  # for all ranks to raise
+                return {"differ": str(error)}
+            return {"saved": str(pending.folder)}
 
         try:
             attempts = set(on_all_ranks(mesh, device, own_part, what))
@@ -160,8 +178,10 @@ class Checkpoints:
             raise
         if pending is not None:
             pending.others_are_done()
-        saved: str = on_all_ranks(mesh, device, lambda: "" if mesh.rank else commit(), what)[0]
-        return saved
+        told: dict[str, str] = on_all_ranks(mesh, device, lambda: {} if mesh.rank else commit(), what)[0]
+        if "differ" in told:
+            raise ReplicaError(told["differ"])
+        return told["saved"]
 
     def cancel(self, reason: str) -> None:
         """Ends the save that was begun, whole or not at all, where `finish` cannot be called any more. Of this rank."""
@@ -224,14 +244,24 @@ def _accuracy(checkpoint: Checkpoint) -> float:
     return float(found) if isinstance(found, int | float) else -1.0
 
 
-def _copied(folder: Folder, network: ParallelNetwork, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """This rank's part, in memory that the next step does not change."""
+class _Part(NamedTuple):
+    """copies: by key, in memory that the next step does not change. written, summed: see PendingSave."""
+
+    copies: dict[str, Tensor]
+    written: list[str]
+    summed: list[str]
+
+
+def _copied(folder: Folder, network: ParallelNetwork, optimizer: torch.optim.Optimizer) -> _Part:
+    """What this rank writes or compares."""
     try:
-        tensors = written_by_this_rank(network, optimizer)
+        written = written_by_this_rank(network, optimizer)
     except StateError as error:
         raise CheckpointError(f"a checkpoint cannot be written: {error}") from error
+    summed = held_elsewhere_too(network)
+    tensors = {**summed, **written}
     if tensors and not folder.exists():
         raise OSError(
             f"{folder} is not there, though rank 0 made it: the run's folder must be one that all ranks share"
         )
-    return host_copies(tensors)
+    return _Part(host_copies(tensors), list(written), list(summed))

@@ -37,17 +37,29 @@ def written_by_this_rank(network: ParallelNetwork, optimizer: torch.optim.Optimi
     not tensors, or cannot be cut into branches.
     """
     tensors, owners, mesh = network_tensors(network), branch_tensors(network), network.mesh
-    roles = {
-        id(t): network.roles[n] for n, t in network.state_dict(keep_vars=True).items() if n in network.roles
-    }
     writes = {"data": mesh.data_rank == 0, "world": mesh.rank == 0}
-    mine = {name: tensor for name, tensor in tensors.items() if writes[roles[id(tensor)].over]}
+    over = _held_over(network)
+    mine = {name: tensor for name, tensor in tensors.items() if writes[over[id(tensor)]]}
     found = {f"network/{key}": part for key, part in entries(mine, owners).items()}
     for name, tensor in mine.items():
         for slot, value in optimizer.state.get(tensor, {}).items():
             if value is not None:
                 found |= _slot_entries(name, tensor, slot, value, owners)
     return found
+
+
+def held_elsewhere_too(network: ParallelNetwork) -> dict[str, Tensor]:
+    """What other ranks hold too, and must hold alike (views): replicated tensors; branches where there are replicas."""
+    num_holders = {"data": network.mesh.data, "world": network.mesh.world_size}
+    over = _held_over(network)
+    mine = {n: t for n, t in network_tensors(network).items() if num_holders[over[id(t)]] > 1}
+    return {f"network/{key}": part for key, part in entries(mine, branch_tensors(network)).items()}
+
+
+def _held_over(network: ParallelNetwork) -> dict[int, str]:
+    """By a tensor's id the mesh axis over which its copies lie."""
+    tensors = network.state_dict(keep_vars=True).items()
+    return {id(tensor): network.roles[name].over for name, tensor in tensors if name in network.roles}
 
 
 def load_network(stored: Mapping[str, Tensor], network: nn.Module) -> Callable[[], None]:

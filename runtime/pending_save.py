@@ -1,9 +1,10 @@
 """A checkpoint on its way to storage: a thread of each rank writes while the training goes on.
 
-    every rank                              rank 0
-    rank-NNNN-ATTEMPT.safetensors           its own
-    rank-NNNN-ATTEMPT.json: keys, sha256    waits for the other writers' records, and takes them away
-                                            manifest.json, then older checkpoints go
+    every rank                               rank 0
+    rank-NNNN-ATTEMPT.safetensors: its part  its own
+    rank-NNNN-ATTEMPT.json: what it wrote,   waits for the other ranks' records, and takes them away
+      checksums of what others hold too      compares the checksums
+                                             manifest.json, then older checkpoints go
 
 No collective runs here: the training's run meanwhile, and two threads must not mix theirs.
 """
@@ -16,13 +17,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anabranch.runtime.checksum import checksum
 from anabranch.runtime.manifest import file_name
 from anabranch.runtime.storage import Folder
 
@@ -31,15 +33,19 @@ _VISIBLE_S = 60.0  # for what another host has written to be seen here (NFS keep
 _NICE = 10  # on a CPU that the step needs too
 _EXIT_S = 5.0  # for the other ranks, once the program is ending
 
-Commit = Callable[[list[dict[str, Any]]], object]
+Record = dict[str, Any]
+Commit = Callable[[dict[int, Record]], object]  # by rank
 
 
 class PendingSave:
     """One rank's part of one save, begun when it is made.
 
-    attempt: the save's name, the same on all ranks; it is in the files' names. tensors: on the CPU,
-    this save's own. others: the other ranks that write. commit: on rank 0, ends the save, given every record.
-    on_failure: is told, in the thread, what went wrong.
+    attempt: the save's name, the same on all ranks; it is in the files' names. tensors: on the CPU, this save's own.
+    written, summed: keys of those that this rank writes, and of those that other ranks hold too. others: the other
+    ranks that have any. commit: on rank 0, ends the save, given every rank's record. on_failure: is told, in the
+    thread, what went wrong.
+
+    A record is JSON: sums {key: checksum}, and file {name, bytes, sha256, keys} or null.
     """
 
     def __init__(
@@ -48,12 +54,15 @@ class PendingSave:
         rank: int,
         attempt: str,
         tensors: Mapping[str, Tensor],
+        written: Collection[str],
+        summed: Collection[str],
         others: list[int],
         commit: Commit | None,
         on_failure: Callable[[str], object],
     ) -> None:
         self.folder, self.attempt = folder, attempt
-        self._rank, self._tensors, self._others, self._commit = rank, tensors, others, commit
+        self._rank, self._others, self._commit = rank, others, commit
+        self._tensors, self._written, self._summed = tensors, written, summed
         self._on_failure = on_failure
         self._error: BaseException | None = None
         self._given_up = ""
@@ -81,15 +90,15 @@ class PendingSave:
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
-            records = [self._write()] if self._tensors else []
+            record = self._work()
             self._tensors = {}
             if self._commit is not None:
-                records += [self._record_of(rank) for rank in self._others]
+                records = {self._rank: record, **{rank: self._record_of(rank) for rank in self._others}}
                 for rank in self._others:
                     self.folder.delete(self._record_name(rank))
                 self._commit(records)
-            elif records:
-                self._tell(records[0])
+            elif record["sums"] or record["file"]:
+                self._tell(record)
         except Exception as error:
             self._error = error
             text = f"rank {self._rank} on {socket.gethostname()}: {type(error).__name__}: {error}"
@@ -100,18 +109,25 @@ class PendingSave:
         except BaseException as error:
             self._error = error
 
-    def _write(self) -> dict[str, Any]:
+    def _work(self) -> Record:
+        """Writes this rank's part; its record."""
+        sums = {key: checksum(self._tensors[key]) for key in self._summed}
+        if not self._written:
+            return {"sums": sums, "file": None}
         name = file_name(self._rank, self.attempt)
-        size, sha256 = self.folder.write_tensors(name, self._tensors)
-        return {"name": name, "bytes": size, "sha256": sha256, "keys": list(self._tensors)}
+        size, sha256 = self.folder.write_tensors(name, {key: self._tensors[key] for key in self._written})
+        return {
+            "sums": sums,
+            "file": {"name": name, "bytes": size, "sha256": sha256, "keys": list(self._written)},
+        }
 
-    def _tell(self, record: Mapping[str, Any]) -> None:
+    def _tell(self, record: Record) -> None:
         self.folder.write(self._record_name(self._rank), json.dumps(record).encode())
 
-    def _record_of(self, rank: int) -> dict[str, Any]:
-        """What another rank says of its file. Raises OSError when it failed, or will not come."""
+    def _record_of(self, rank: int) -> Record:
+        """What another rank says of its part. Raises OSError when it failed, or will not come."""
         while True:
-            record: dict[str, Any] = {}
+            record: Record = {}
             with suppress(OSError, ValueError):  # not there yet, or half of it
                 record = json.loads(self.folder.read(self._record_name(rank)))
             if record:

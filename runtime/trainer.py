@@ -28,7 +28,6 @@ from anabranch.runtime.basis_record import BasisRecord
 from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
-from anabranch.runtime.checksum import check_replicas
 from anabranch.runtime.compiling import compile_blocks
 from anabranch.runtime.config import Config
 from anabranch.runtime.data.load import bundle_of
@@ -510,7 +509,6 @@ class Trainer:
     def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau, tested: dict[str, Any]) -> None:
         """Begins a checkpoint, which is written while the next steps run."""
         self.context.publish(phase="saving")
-        check_replicas(self.network)
         position: dict[str, Any] = {
             "step": step,
             "epoch": step // self.steps_per_epoch,

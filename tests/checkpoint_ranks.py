@@ -37,7 +37,7 @@ from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors, parallelize
-from anabranch.runtime.pending_save import PendingSave
+from anabranch.runtime.pending_save import PendingSave, Record
 from anabranch.runtime.reference import ReferenceStep
 from anabranch.runtime.step import TrainStep
 from anabranch.runtime.storage import Folder, open_folder
@@ -495,9 +495,10 @@ def crash_either(folder: Path, crashing: int) -> tuple[int, int]:
 def two_writers(folder: Folder, step: int, crash: tuple[int, int] | None) -> list[PendingSave]:
     """Both ranks' parts of one save, in threads of this process."""
 
-    def commit(records: list[dict[str, Any]]) -> None:
-        files = {r["name"]: FileRecord(r["bytes"], r["sha256"]) for r in records}
-        keys = {key: r["name"] for r in records for key in r["keys"]}
+    def commit(records: dict[int, Record]) -> None:
+        written = [record["file"] for record in records.values()]
+        files = {file["name"]: FileRecord(file["bytes"], file["sha256"]) for file in written}
+        keys = {key: file["name"] for file in written for key in file["keys"]}
         Manifest({"step": step}, CONFIG_TOML, PLAN_TOML, "SGD", files, keys, {}).write(folder)
 
     def part(rank: int) -> PendingSave:
@@ -507,6 +508,8 @@ def two_writers(folder: Folder, step: int, crash: tuple[int, int] | None) -> lis
             rank,
             "0123456789abcdef",
             tensors,
+            list(tensors),
+            [],
             [] if rank else [1],
             None if rank else commit,
             lambda text: None,

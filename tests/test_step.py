@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anabranch.runtime import exchange
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.checksum import ReplicaError, check_replicas, checksum
 from anabranch.runtime.config import LrScheduleConfig
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.keyed_state import held_elsewhere_too
 from anabranch.runtime.loss import cross_entropy, step_share
 from anabranch.runtime.lr_schedule import learning_rate
 from anabranch.runtime.mesh import make_mesh
@@ -57,48 +60,65 @@ def trained(rank: int, world_size: int, case: Case) -> dict[str, int]:
     for index in range(200):
         run.gradients(index)
         run.step.apply(0.01)
-    check_replicas(run.network)
-    tensors = [*run.network.named_parameters(), *run.network.named_buffers()]
-    return {name: int(checksum(t)) for name, t in tensors if run.network.roles[name].over == "world"}
+    return {key: checksum(t.contiguous()) for key, t in held_elsewhere_too(run.network).items()}
 
 
 @pytest.mark.timeout(300)
 def test_replicas_are_the_same_bits_after_200_steps() -> None:
     case = Case("tuple", (2, 2), ((2, 1), S), "sr", trial={"precision": "fp32", "batch_size": 8})
-    first, *others = run_ranks(4, trained, case, timeout_s=250)
-    assert len(first) >= 10
-    assert all(found == first for found in others)
+    sums = run_ranks(4, trained, case, timeout_s=250)
+    check_replicas(dict(enumerate(sums)))
+    of_all = set.intersection(*map(set, sums))
+    assert len(of_all) >= 10
+    assert all(sums[0].keys() == other.keys() for other in sums[2::2])  # 0 and 2 hold the same branches
+    assert set(sums[0]) - of_all
 
 
-def planted(rank: int, world_size: int, case: Case, plant: list[tuple[str, int]]) -> str:
-    run = Run(case)
-    check_replicas(run.network)
+def planted(
+    rank: int, world_size: int, case: Case, plant: list[tuple[str, int]], run_dir: Path
+) -> tuple[str, list[str]]:
+    """What the save after the next raises, and `on_failure` is told, once copies differ."""
+    run, told = Run(case), list[str]()
+    checkpoints = Checkpoints(run_dir, on_failure=told.append)
+
+    def save(step: int) -> None:
+        where = {"step": step}
+        checkpoints.save(run.network, run.step.optimizer, position=where, config_toml="", plan_toml="")
+
+    save(1)
     tensors = {**dict(run.network.named_parameters()), **dict(run.network.named_buffers())}
     for name, where in plant:  # the smallest change there is
         if where == rank:
             flat = tensors[name].detach().view(-1)
             flat[-1] = torch.nextafter(flat[-1], flat[-1] + 1) if flat.is_floating_point() else flat[-1] + 1
+    save(2)  # the first was whole
     with pytest.raises(ReplicaError) as caught:
-        check_replicas(run.network)
-    return str(caught.value)
+        save(3)
+    return str(caught.value), told
 
 
-def test_a_copy_that_differs_is_named() -> None:
+def test_copies_that_differ_are_named_and_not_saved(tmp_path: Path) -> None:
     case = Case("basic4", (2, 2), ((3, 1),), "rr", trial={"precision": "fp32"})
-    # one bit of one element of a replicated parameter on rank 2
-    for message in run_ranks(4, planted, case, [("head.fc.weight", 2)]):
-        assert "head.fc.weight (ranks [0, 1, 3] against [2])" in message
-        assert "last checkpoint" in message
-    # of a branch's parameter: its copies are on ranks 1 and 3 alone; and of a buffer
-    name = "blocks.stage2.block1.convs.1.weight"
-    messages = run_ranks(4, planted, case, [(name, 3)])
-    assert [f"{name} (ranks [1] against [3])" in message for message in messages] == [False, True] * 2
-    assert all("on ranks [1, 3], whose messages name them" in message for message in messages[::2])
-    for message in run_ranks(
-        4, planted, case, [("head.norm.running_var", 0), ("head.norm.num_batches_tracked", 1)]
-    ):
-        assert "head.norm.running_var (ranks [1, 2, 3] against [0])" in message
-        assert "head.norm.num_batches_tracked (ranks [0, 2, 3] against [1])" in message
+    stacked = "blocks.stage2.block1.convs.1.weight"  # rank 3's: the one branch of the second branch rank
+    plants = {
+        "head": ([("head.fc.weight", 2)], ["head.fc.weight (ranks [0, 1, 3] against [2])"]),
+        "branch": ([(stacked, 3)], [f"{stacked}@3 (ranks [1] against [3])"]),
+        "buffers": (
+            [("head.norm.running_var", 0), ("head.norm.num_batches_tracked", 1)],
+            ["head.norm.running_var (ranks [1, 2, 3] against [0])",
+             "head.norm.num_batches_tracked (ranks [0, 2, 3] against [1])"],
+        ),
+    }  # fmt: skip
+    for name, (plant, said) in plants.items():
+        first, *others = run_ranks(4, planted, case, plant, tmp_path / name)
+        message, told = first
+        assert all(text in message for text in [*said, "last checkpoint"])
+        assert len(told) == 1
+        assert "step-000002 is not saved, the checkpoint before it stays" in told[0]
+        assert others == [(message, [])] * 3
+        newest = Checkpoints(tmp_path / name).newest()
+        assert newest is not None
+        assert newest.position == {"step": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -106,11 +126,11 @@ def test_checksum_sees_value_and_order(dtype: torch.dtype) -> None:
     x = torch.tensor([[1, 0, 1], [0, 1, 1]]).to(dtype)
     other = x.clone()
     other[0, 0] = 0
-    assert int(checksum(x)) == int(checksum(x.clone()))
-    assert int(checksum(x)) != int(checksum(other))
-    assert int(checksum(x)) != int(checksum(x.flip(1)))
-    assert int(checksum(x[:0])) == 0
-    assert int(checksum(x[0, 0])) != int(checksum(x[0, 1]))
+    assert checksum(x) == checksum(x.clone())
+    assert checksum(x) != checksum(other)
+    assert checksum(x) != checksum(x.flip(1))
+    assert checksum(x[:0]) == 0
+    assert checksum(x[0, 0]) != checksum(x[0, 1])
 
 
 # ---- the reduction
