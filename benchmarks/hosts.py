@@ -125,7 +125,7 @@ class _Bench:
             ("nobody listens", nullcontext(), (), f"{self.cluster.hosts[1].address}:9", "no Ray cluster answers"),
             ("cluster too small", nullcontext(), ("--mesh", "2x4"), "", "the cluster has room for 2"),
             ("wrong interface", self._wrong_interface(), (), "", "no_such0"),
-            ("link down", self._cut(), (), "", "no answer in"),
+            ("link down", self._cut(), (), "", "no answer"),
         ]  # fmt: skip
         for name, planted, flags, address, named in faults:
             with planted:

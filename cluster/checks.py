@@ -62,7 +62,13 @@ class NodeReport:
 def check_answers(nodes: Sequence[NodeReport]) -> list[Check]:
     """Every node started a worker and told something."""
     return [
-        Check("answers", node.name, False, node.error, "look at Ray's logs there, and at `ray status`")
+        Check(
+            "answers",
+            node.name,
+            False,
+            node.error,
+            "is the host up, and its link? See `ray status`, and Ray's logs there",
+        )
         if node.error
         else Check("answers", node.name, True, node.address)
         for node in nodes

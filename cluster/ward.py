@@ -223,14 +223,18 @@ class Ward:
 
     def _get(self, ref: Any, timeout_s: float = REACH_S) -> Any:
         import ray
-        from ray.exceptions import GetTimeoutError, RayError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
         try:
             return counted("doctor_result", ray.get, ref, timeout=timeout_s)
         except GetTimeoutError as error:
             raise ClusterError(f"no answer in {timeout_s:.0f} s") from error
+        except (
+            RayActorError
+        ) as error:  # Ray has noticed first, and calls a host that it lost a cancelled actor
+            raise ClusterError(f"no answer, Ray has lost the worker there: {_last_line(error)}") from error
         except RayError as error:
-            raise ClusterError(str(error).strip().splitlines()[-1]) from error
+            raise ClusterError(_last_line(error)) from error
 
 
 def _set(name: str) -> Callable[[NodeReport, Any], NodeReport]:
@@ -238,6 +242,10 @@ def _set(name: str) -> Callable[[NodeReport, Any], NodeReport]:
         return replace(node, **{name: told})
 
     return fill
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _addresses() -> dict[str, str]:
