@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anabranch.blocks.branch_sum import Execution, branch_sums
 from anabranch.runtime.branch_exchange import BranchExchange
-from anabranch.runtime.element_run import alone, key_of, output_shape, run
+from anabranch.runtime.element_run import alone, input_shapes, key_of, run
 from anabranch.runtime.parallel_network import ParallelNetwork, set_memory_format
 from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.wire import Wire
@@ -39,14 +39,11 @@ def fastest_chunks(
     parameter = next(network.parameters())
     blocks: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
     keys: dict[str, str] = {}
-    shape = image_shape
-    for name, module, _ in network.elements():
-        is_split = any(one.exchange is not None for _, one in branch_sums(module))
-        with alone(module) as element:
-            if is_split and shape:
-                blocks[name] = module, shape
+    for name, module, _, shape in input_shapes(network.elements(), image_shape, parameter):
+        if any(one.exchange is not None for _, one in branch_sums(module)) and shape:
+            blocks[name] = module, shape
+            with alone(module) as element:
                 keys[name] = key_of(element, (num_rows, *shape))
-            shape = output_shape(element, shape, parameter)
     told = gather_json(keys, parameter.device)
     if any(set(one) != set(keys) for one in told) or not keys:
         return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anabranch.blocks.batch import BatchLayout, batch_layout
 from anabranch.blocks.branch_sum import branch_sums
+from anabranch.runtime.rank_batch import Rows
 from anabranch.runtime.step import autocast
 
 
@@ -29,7 +30,18 @@ def alone(module: nn.Module) -> Iterator[nn.Module]:
             one.exchange = exchange
 
 
-def output_shape(element: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
+def input_shapes(
+    elements: Iterable[tuple[str, nn.Module, Rows]], image_shape: tuple[int, ...], like: Tensor
+) -> Iterator[tuple[str, nn.Module, Rows, tuple[int, ...]]]:
+    """A network's elements, each with the shape of one sample that it reads; image_shape: (C, H, W), the first's."""
+    shape = image_shape
+    for name, module, rows in elements:
+        yield name, module, rows, shape
+        with alone(module) as element:
+            shape = _output_shape(element, shape, like)
+
+
+def _output_shape(element: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
     """Of one sample."""
     element.eval()
     try:

@@ -23,7 +23,7 @@ from anabranch.blocks.branch_sum import BranchSum, Execution, branch_sums
 from anabranch.blocks.network import Network
 from anabranch.runtime.chunks import fastest_chunks
 from anabranch.runtime.durable import write_bytes
-from anabranch.runtime.element_run import alone, key_of, output_shape, run
+from anabranch.runtime.element_run import alone, input_shapes, key_of, run
 from anabranch.runtime.machine import cache_folder, processor
 from anabranch.runtime.parallel_network import ParallelNetwork, set_memory_format
 from anabranch.runtime.process_group import gather_json
@@ -218,19 +218,16 @@ def _measured(
     """The key of every element that runs samples here; figures of them all are in `cache.used` afterwards."""
     keys: dict[str, str] = {}
     parameter = next(network.parameters())
-    shape = image_shape
-    for name, module, rows in network.elements():
+    for name, module, rows, shape in input_shapes(network.elements(), image_shape, parameter):
+        if not (num_rows[rows] and shape):
+            continue
         with alone(module) as element:
-            if num_rows[rows] and shape:
-                key = key_of(element, (num_rows[rows], *shape))
-                keys[name] = key
-                if key not in cache.used:
-                    # at least two samples: BatchNorm refuses one number a channel
-                    x = torch.randn(
-                        max(num_rows[rows], 2), *shape, dtype=parameter.dtype, device=parameter.device
-                    )
-                    cache.used[key] = cache.read(key) or _timed(element, x, precision)
-            shape = output_shape(element, shape, parameter)
+            keys[name] = key = key_of(element, (num_rows[rows], *shape))
+            if key not in cache.used:
+                # at least two samples: BatchNorm refuses one number a channel
+                size = (max(num_rows[rows], 2), *shape)
+                x = torch.randn(size, dtype=parameter.dtype, device=parameter.device)
+                cache.used[key] = cache.read(key) or _timed(element, x, precision)
     return keys
 
 

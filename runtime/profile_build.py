@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.runtime.profile_advice import predicted, suggestion
+from anabranch.runtime.profile_branches import slowest
 from anabranch.runtime.profile_file import SCHEMA
 from anabranch.runtime.profile_merge import Exchange, Merged, over_ranks, spread, summed
 from anabranch.runtime.profile_steps import WARM_UP, RankSteps
@@ -89,12 +90,14 @@ def _element(
         seconds = float(np.median(forward + backward))
         rate = sum(counted) / seconds if seconds > 0 else 0.0
         kernels, gap = of_rank.facts["kernels"].get(name, (0, 0.0))
+        held = list(plan.held(block, rank % plan.branch)) if block else []
         num_bytes = sum(e.num_bytes for e in mine if rank in e.ranks)
         transfer = summed(mine, rank, lambda e: e.transfer, num_steps)
         moving = float(np.median(transfer))
         rows.append(
             {
-                "held": list(plan.held(block, rank % plan.branch)) if block else [],
+                "held": held,
+                "branches_s": _branches_s(of_rank, name, held),
                 "forward_s": spread(forward),
                 "backward_s": spread(backward),
                 "transfer_s": spread(transfer),
@@ -156,6 +159,8 @@ def _stragglers(
         waiting = int(np.argmax(of_ranks))
         if of_ranks[waiting] > 0:
             block = model.by_name.get(element)
+            held = list(plan.held(block, rank % plan.branch)) if block else []
+            seconds = _branches_s(ranks[rank], element, held)
             found.append(
                 {
                     "rank": rank,
@@ -163,13 +168,21 @@ def _stragglers(
                     "device": ranks[rank].facts["device"],
                     "part": part,
                     "element": element,
-                    "branches": list(plan.held(block, rank % plan.branch)) if block else [],
+                    "branches": held,
+                    "branches_s": seconds,
+                    "branch": held[0] if len(held) == 1 else slowest(dict(zip(held, seconds, strict=False))),
                     "wait_s": float(of_ranks[waiting]),
                     "waiting": waiting,
                     "share": float(of_ranks[waiting]) / step_s,
                 }
             )
     return sorted(found, key=lambda one: -one["wait_s"])[:_MOST_STRAGGLERS]
+
+
+def _branches_s(of_rank: RankSteps, element: str, held: Sequence[int]) -> list[float]:
+    """Of each held branch; empty where they were not timed."""
+    timed = {branch: seconds for name, branch, seconds in of_rank.facts["branches"] if name == element}
+    return [timed[branch] for branch in held] if timed else []
 
 
 def _timeline(merged: Merged, step_s: np.ndarray[Any, Any]) -> dict[str, Any]:

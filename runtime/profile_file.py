@@ -2,24 +2,24 @@
 
 All times in seconds, sizes in bytes. {"p50", "p95"}: over steps; {"min", "median", "max"}: over ranks, of p50.
 
-    schema        3; another number is another format
+    schema        4; another number is another format
     mesh          [data, branch]
     steps         measured, regular (they recorded the same; all figures are of them), warm_up, step_s {p50, p95}
     ranks         by rank: host, device (the plan's, where it has devices), kind, memory_bytes, peak_flops_per_s (a
                   large matrix product), clock_error_s, step_s, parts {part: {p50, p95}}, unattributed (share of the
                   step that no part accounts for), kernels, gap_s (of all of one traced step, as of elements below)
     elements      stem, blocks, head, in order: name, split, over {figure: {min, median, max}}, ranks by rank: held
-                  (branches), forward_s, backward_s {p50, p95} without exchanges, transfer_s, wait_s {p50, p95}, bytes,
-                  bytes_per_s (bytes ÷ transfer_s),
-                  flops [forward, backward], flops_per_s, utilisation (of the best alike rank's
-                  peak_flops_per_s), kernels, gap_s (of one traced step: how many
-                  kernels, on a CPU operators, and the time between them)
+                  (branches), branches_s (of each held one, run alone: forward and backward with enter and join; empty
+                  where they are one, or stacked in one tensor and so alike), forward_s, backward_s {p50, p95}
+                  without exchanges, transfer_s, wait_s {p50, p95}, bytes, bytes_per_s (bytes ÷ transfer_s), flops
+                  [forward, backward], flops_per_s, utilisation (of the best alike rank's peak_flops_per_s), kernels,
+                  gap_s (of one traced step: how many kernels, on a CPU operators, and the time between them)
     exchanges     by op, element, part: op, bytes, calls a step, transfer_s, wait_s [of each rank], bytes_per_s
                   (bytes ÷ the group's shortest transfer; null for gradients, which travel during the backward:
                   what is seen of them is only the rest)
     stragglers    who was waited for, most first: rank, host, device, part, element, branches (all that the rank holds
-                  there: which of them is slow is not measured), wait_s (p50 of the rank that waited longest), waiting
-                  (that rank), share (of the step)
+                  there), branches_s (as above), branch (the only one, or clearly the slowest of them; else null: they
+                  are alike), wait_s (p50 of the rank that waited longest), waiting (that rank), share (of the step)
     suggestion    null, or: text, moves [{block, branch, source, target}], predicted_s, now_s, change
     prediction    null, or: source, total_s, elements {name: [forward_s, backward_s]}, timeline as below
     timeline      one step, that of median length: step_s, spans [rank, part, element, op, start, seconds, wait]
@@ -39,7 +39,7 @@ from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import ConfigError
 from anabranch.schedulers.wording import shown
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def profile_folder(run: Path) -> Path:

@@ -1,7 +1,7 @@
 """What `anabranch profile` does on every rank: real training steps, recorded in detail, gathered on rank 0.
 
-warm-up │ clocks │ N detailed steps │ clocks │ off, light and detailed in turn │ one counted │ one traced
-        └──────────── these are the profile ┘   what recording costs             FLOPs         kernels
+single branches │ warm-up │ clocks │ N detailed steps │ clocks │ off, light, detailed in turn │ one counted │ one traced
+                          └──────────── these are the profile ┘   what recording costs          FLOPs         kernels
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.exchange import all_gather
 from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.process_group import gather_json
+from anabranch.runtime.profile_branches import branch_seconds
 from anabranch.runtime.profile_clock import ClockOffset, aligned, clock_offset
 from anabranch.runtime.profile_flops import ElementFlops
 from anabranch.runtime.profile_kernels import kernels_of, shortened, traced
@@ -62,6 +63,7 @@ def profile_steps(
     trainer._set_up()
     trainer._compile()
     on_network(trainer.network)
+    single = branch_seconds(trainer.network, *trainer._input(), trainer.config.train.precision)
     recorder, device = trainer.network.recorder, trainer.device
     fewest, most = _OVERHEAD_ROUNDS
     rounds = min(max(steps, fewest), most)
@@ -83,6 +85,7 @@ def profile_steps(
     after = clock_offset(group, clock)
     clock_error_s = max(before.error_s, after.error_s) + recorder.clock_error_s
     facts = {**_facts(trainer), "clock_error_s": clock_error_s}
+    facts["branches"] = [[name, b, seconds] for name, of in single.items() for b, seconds in of.items()]
     facts["records"] = {"detailed": recorder.num_records}
     facts["overhead_s"] = overhead_seconds(run, recorder, rounds)
     recorder.detailed = False

@@ -90,12 +90,27 @@ def ms(seconds: float) -> str:
 
 
 def _straggler(one: Mapping[str, Any]) -> str:
-    held = ", ".join(map(str, one["branches"]))
-    branches = f" (it holds {'branch' if len(one['branches']) == 1 else 'branches'} {held})" if held else ""
+    held, branches = ", ".join(map(str, one["branches"])), ""
+    if held:
+        branches = (
+            f" (it holds {'branch' if len(one['branches']) == 1 else 'branches'} {held}{_slowest(one)})"
+        )
     where = f"{one['part']} of {one['element']}" if one["element"] else one["part"]
     return (
         f"rank {one['rank']} ({one['host']} {one['device']}) is waited for in {where}{branches}: rank {one['waiting']} "
         f"waits {ms(one['wait_s'])} ms ({100 * one['share']:.1f} % of the step)"
+    )
+
+
+def _slowest(one: Mapping[str, Any]) -> str:
+    seconds = one["branches_s"]
+    if not seconds:
+        return ""
+    if one["branch"] is None:
+        return f", alike: {ms(min(seconds))} to {ms(max(seconds))} ms alone"
+    rest = [ms(s) for branch, s in zip(one["branches"], seconds, strict=True) if branch != one["branch"]]
+    return (
+        f": the slowest is branch {one['branch']}, {ms(max(seconds))} ms alone, the others {', '.join(rest)}"
     )
 
 

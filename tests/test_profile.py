@@ -388,7 +388,7 @@ def synthetic_ranks(
     facts = {
         "host": "a", "device": "cpu", "kind": "cpu", "memory_bytes": 1, "peak_flops_per_s": 1e9, "clock_error_s": 0.0,
         "records": {"light": 10, "detailed": 20}, "record_s": 1e-6, "told_s": 1e-5, "flops": [], "ops": [],
-        "kernels": {"": (0, 0.0)},
+        "kernels": {"": (0, 0.0)}, "branches": [],
         "overhead_s": {kind: [1.0, 1.0] for kind in ("off", "light", "detailed")},
     }  # fmt: skip
     ranks = []
@@ -593,9 +593,9 @@ def test_tables(slowed: Profiled) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text('{"schema": 99}')
-    with pytest.raises(ConfigError, match="schema 99, this version reads schema 3"):
+    with pytest.raises(ConfigError, match="schema 99, this version reads schema 4"):
         read_profile(path)
-    path.write_text('{"schema": 3, "ra')
+    path.write_text('{"schema": 4, "ra')
     with pytest.raises(ConfigError, match="not a profile"):
         read_profile(path)
     config = Config.from_dict(SMALL)

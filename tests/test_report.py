@@ -326,7 +326,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         read_run(tmp_path)
     old, new = metrics(tmp_path / "old"), metrics(tmp_path / "new")
     (old / "profile.json").write_text('{"schema": 0}')
-    with pytest.raises(ConfigError, match="a profile of schema 0, this version reads schema 3"):
+    with pytest.raises(ConfigError, match="a profile of schema 0, this version reads schema 4"):
         write_report([new, old])
     assert main(["report"]) == 2
     assert "report needs a run's folder" in capsys.readouterr().err
