@@ -33,8 +33,9 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 _WAYS: list[tuple[Execution, MemoryFormat]] = [
     (execution, layout) for layout in ("contiguous", "channels_last") for execution in ("fused", "looped")
 ]
-_REPEATS = 5
-_LONG_S = 0.1  # a block that takes longer is measured on fewer samples
+_REPEATS = 5, 3  # of short blocks, of long ones
+_LONG_S = 0.05
+_LONGEST_S = 0.5  # a block that takes longer is measured on fewer samples; it may then be another way that is fastest
 CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
 
 
@@ -186,6 +187,7 @@ class _Cache:
             torch.get_num_threads(),
             precision,
             os.environ.get("LD_PRELOAD", ""),
+            (_REPEATS, _LONG_S, _LONGEST_S),  # figures made in another way are others
         ]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self._folder = cache_folder() / f"execution-{digest}"
@@ -243,10 +245,12 @@ def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
         sides.append(side)
     for side in sides:
         run(side, x[:2], precision)  # the first run of a shape sets its kernels up
-    x = x[: max(2, int(_LONG_S / (run(sides[0], x[:2], precision) / 2)))]
+    row_s = run(sides[0], x[:2], precision) / 2
+    x = x[: max(2, int(_LONGEST_S / row_s))]
+    repeats = _REPEATS[len(x) * row_s > _LONG_S]
     fused_alone = all(len(one.held) < 2 for _, one in branch_sums(element))
     samples: list[list[float]] = [[] for _ in _WAYS]
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         for index, (side, (execution, layout)) in enumerate(zip(sides, _WAYS, strict=True)):
             if execution == "looped" and fused_alone:
                 continue

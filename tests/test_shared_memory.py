@@ -186,10 +186,10 @@ def meddles(names: Connection, user: int) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
         stranger.connect(f"\0{names.recv()}")
         names.send("connected")
-        stranger.send((1).to_bytes(4, "little"))
         try:
+            stranger.send((1).to_bytes(4, "little"))
             names.send(stranger.recv(1))
-        except ConnectionResetError:  # closed with what was sent unread
+        except ConnectionError:  # closed before it was sent, or with what was sent unread
             names.send(b"")
 
 
