@@ -37,7 +37,7 @@ _WAYS = ("fused", "looped")
 
 
 def fused(
-    *, rounds: int = 12, branches: int = 4, batches: tuple[int, ...] = (32, 128), folder: Path = RESULTS
+    *, rounds: int = 24, branches: int = 4, batches: tuple[int, ...] = (32, 128), folder: Path = RESULTS
 ) -> dict[str, Any]:
     """Each stage's repeated block, fused and looped, in the memory format that was chosen: what the choice costs."""
     rows = [row for batch in batches for row in run_workers(1, _fused, branches, batch, rounds, threads=1)]

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -33,9 +34,10 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 _WAYS: list[tuple[Execution, MemoryFormat]] = [
     (execution, layout) for layout in ("contiguous", "channels_last") for execution in ("fused", "looped")
 ]
-_REPEATS = 5, 3  # of short blocks, of long ones
-_LONG_S = 0.05
-_LONGEST_S = 0.5  # a block that takes longer is measured on fewer samples; it may then be another way that is fastest
+_REPEATS, _MOST_REPEATS = 5, 20  # more of them while two forms are close, for _ENOUGH_S at most
+_CLOSE = 0.9
+_ENOUGH_S = 10.0
+_LONG_S = 0.5  # a block that takes longer is measured on fewer samples; another form may then be the fastest
 CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
 
 
@@ -187,7 +189,7 @@ class _Cache:
             torch.get_num_threads(),
             precision,
             os.environ.get("LD_PRELOAD", ""),
-            (_REPEATS, _LONG_S, _LONGEST_S),  # figures made in another way are others
+            (_REPEATS, _MOST_REPEATS, _ENOUGH_S, _LONG_S),  # figures made in another way are others
         ]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self._folder = cache_folder() / f"execution-{digest}"
@@ -245,12 +247,13 @@ def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
         sides.append(side)
     for side in sides:
         run(side, x[:2], precision)  # the first run of a shape sets its kernels up
-    row_s = run(sides[0], x[:2], precision) / 2
-    x = x[: max(2, int(_LONGEST_S / row_s))]
-    repeats = _REPEATS[len(x) * row_s > _LONG_S]
+    x = x[: max(2, int(_LONG_S / (run(sides[0], x[:2], precision) / 2)))]
     fused_alone = all(len(one.held) < 2 for _, one in branch_sums(element))
     samples: list[list[float]] = [[] for _ in _WAYS]
-    for _ in range(repeats):
+    begun = time.perf_counter()
+    for turn in range(_MOST_REPEATS):
+        if turn >= _REPEATS and (not _any_close(samples) or time.perf_counter() - begun > _ENOUGH_S):
+            break
         for index, (side, (execution, layout)) in enumerate(zip(sides, _WAYS, strict=True)):
             if execution == "looped" and fused_alone:
                 continue
@@ -261,3 +264,9 @@ def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
             )
             samples[index].append(run(side, image, precision))
     return [min(samples[index] or samples[index - 1]) for index in range(len(_WAYS))]
+
+
+def _any_close(samples: Sequence[Sequence[float]]) -> bool:
+    """Whether fused and looped take nearly the same in a memory format."""
+    pairs = [sorted(map(min, pair)) for pair in (samples[:2], samples[2:]) if all(pair)]
+    return any(less > _CLOSE * more for less, more in pairs)

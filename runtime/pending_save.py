@@ -110,7 +110,9 @@ class PendingSave:
     def _give_way(self, gives: bool) -> None:
         """Lets the thread run only where a CPU is idle, for the step may need them all; or like any other again."""
         thread = self._thread.native_id
-        if sys.platform == "linux" and thread and self._thread.is_alive():  # threads are scheduled each by itself
+        if (
+            sys.platform == "linux" and thread and self._thread.is_alive()
+        ):  # threads are scheduled each by itself
             policy = os.SCHED_IDLE if gives else os.SCHED_OTHER
             with suppress(OSError):
                 os.sched_setscheduler(thread, policy, os.sched_param(0))
