@@ -406,7 +406,7 @@ def save_stall(
 
 
 @app.command
-def fused(*, rounds: Rounds = 12) -> None:
+def fused(*, rounds: Rounds = 24) -> None:
     """Local branches fused against one after another, all stages, batch 32 and 128: what the choice made costs."""
     from anabranch.benchmarks import step_parts
 
