@@ -60,9 +60,11 @@ def profile_steps(
     last one is done. on_network: changes this rank's network before.
     """
     check_steps(steps, trainer.last_step)
+    trainer.context.publish(phase="building")
     trainer._set_up()
     trainer._compile()
     on_network(trainer.network)
+    trainer.context.publish(phase="timing branches")
     single = branch_seconds(trainer.network, *trainer._input(), trainer.config.train.precision)
     recorder, device = trainer.network.recorder, trainer.device
     fewest, most = _OVERHEAD_ROUNDS
