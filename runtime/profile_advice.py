@@ -1,7 +1,8 @@
 """What to change in the plan: moves of branches off the slow ranks, tried in the simulator on this profile's costs.
 
 The profile's own block times become costs, a kind of device for each rank: a rank's time in a block is taken to grow
-with the branches that it holds (so its replicated part counts as theirs), all else to stay.
+with the branches that it holds (so its replicated part counts as theirs), all else to stay. Where they were timed one
+by one, a branch weighs as much as it took, compared with its rank's quickest: else as much as any other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from anabranch.runtime.profile_branches import slowest
 from anabranch.schedulers import BranchPlacement, Cluster, Device, ModelSpec, Plan, PlanError
 from anabranch.schedulers.cluster import Link
 from anabranch.schedulers.costs import (
@@ -39,10 +41,13 @@ def suggestion(
     costs = profile_costs(profile, plan, cluster, model, batch)
     now = predict(plan, model, cluster, costs, batch).total_s
     best: tuple[float, Plan, str, list[dict[str, Any]]] | None = None
-    for text, moves in _candidates(profile["stragglers"], plan):
+    weighed = any(_is_unequal(row["branches_s"]) for e in profile["elements"] for row in e["ranks"])
+    for text, moves in _candidates(profile, plan):
         try:
             moved = _moved(plan, moves)
             moved.check(model)
+            if weighed:
+                costs = profile_costs(profile, plan, cluster, model, batch, moved)
             seconds = predict(moved, model, cluster, costs, batch).total_s
         except PlanError:
             continue  # blocks that share parameters must move together
@@ -101,21 +106,30 @@ def predicted(
 
 
 def profile_costs(
-    profile: Mapping[str, Any], plan: Plan, cluster: Cluster, model: ModelSpec, batch: Batch
+    profile: Mapping[str, Any],
+    plan: Plan,
+    cluster: Cluster,
+    model: ModelSpec,
+    batch: Batch,
+    moved: Plan | None = None,
 ) -> Costs:
-    """What the profile measured, as costs: the same plan takes about what it took."""
+    """What the profile measured, as costs: the same plan takes about what it took.
+
+    moved: the plan with other placements that the costs are asked for, where branches are unequal; costs know how many
+    branches a rank holds, not which.
+    """
     assert plan.devices is not None, "placed"
     layout = make_layout(plan.devices, cluster, batch, plan.samples)
     most, times = max(layout.group_samples), batch.accumulation
     by_name = {element["name"]: element for element in profile["elements"]}
     points: dict[tuple[str, float], list[float]] = {}
-    moved: dict[tuple[str, str], float] = {}
+    sent: dict[tuple[str, str], float] = {}
     for e in profile["exchanges"]:
         if e["op"] in ("all_reduce", "reduce_scatter", "all_gather") and e["calls"]:
             points.setdefault((e["op"], float(e["bytes"])), []).append(e["transfer_s"])
             if e["op"] != "all_gather":
                 key = e["element"], e["part"]
-                moved[key] = moved.get(key, 0.0) + e["bytes"] * e["calls"] / times / most
+                sent[key] = sent.get(key, 0.0) + e["bytes"] * e["calls"] / times / most
     shared = {name: ParameterBytes(0, ()) for name in model.users}
     models = []
     for rank, device in enumerate(cluster.devices):
@@ -140,10 +154,14 @@ def profile_costs(
                 ]
                 forward, backward = (sum(p[i] for p in per) / len(per) / times for i in (0, 1))
                 num = 1
+            elif moved is not None and (held := moved.held(block, rank % plan.branch)):
+                weight = _weights(element)
+                share = sum(weight[b] for b in held) / sum(weight[b] for b in row["held"])
+                forward, backward, num = forward * share, backward * share, len(held)
             branches = tuple(
                 _work(forward * (j + 1) / num, backward * (j + 1) / num) for j in range(block.num_branches)
             )
-            sums, hidden = (moved.get((name, part), 0.0) for part in ("forward", "backward"))
+            sums, hidden = (sent.get((name, part), 0.0) for part in ("forward", "backward"))
             elements[name] = ElementCost(_work(0.0, 0.0), branches, False, sums, hidden)
         parts = profile["ranks"][rank]["parts"]
         rest = sum(parts[part]["p50"] for part in ("data", "optimizer", "idle", "reduction"))
@@ -154,6 +172,19 @@ def profile_costs(
         for across in (False, True)
     )
     return Costs(tuple(models), groups)
+
+
+def _weights(element: Mapping[str, Any]) -> dict[int, float]:
+    """How much each branch takes, of what its rank's quickest does: what all are slower by is the rank's."""
+    found: dict[int, float] = {}
+    for row in element["ranks"]:
+        seconds = row["branches_s"] or [1.0] * len(row["held"])
+        found |= {b: s / min(seconds) for b, s in zip(row["held"], seconds, strict=True)}
+    return found
+
+
+def _is_unequal(seconds: Sequence[float]) -> bool:
+    return slowest(dict(enumerate(seconds))) is not None
 
 
 def _curve(points: Mapping[tuple[str, float], list[float]], op: str) -> Iterator[tuple[float, float]]:
@@ -177,12 +208,23 @@ def _placed(plan: Plan) -> tuple[Plan, Cluster]:
     return replace(plan, devices=rows), Cluster(devices, _LATENCY, _LATENCY)
 
 
-def _candidates(
-    stragglers: Sequence[Mapping[str, Any]], plan: Plan
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(words, moves): a branch of one block, of a stage's blocks, of all blocks, off each rank waited for."""
+def _candidates(profile: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(words, moves): a branch of one block, of a stage's blocks, of all blocks, off each rank waited for.
+
+    Where a rank's branches are unequal, its quickest; of one block any of them.
+    """
+    by_name = {element["name"]: element["ranks"] for element in profile["elements"]}
+
+    def slowest_first(block: str, rank: int) -> list[int]:
+        placed, seconds = plan.blocks[block].branches, by_name[block][rank]["branches_s"]
+        held = placed[rank % plan.branch] if placed else ()
+        order = (
+            sorted(range(len(held)), key=lambda i: -seconds[i]) if _is_unequal(seconds) else range(len(held))
+        )
+        return [held[i] for i in order]
+
     seen = set()
-    for one in stragglers:
+    for one in profile["stragglers"]:
         name, source = one["element"], one["rank"] % plan.branch
         if name not in plan.blocks or plan.blocks[name].branches is None:
             continue
@@ -198,24 +240,29 @@ def _candidates(
                 if target == source or key in seen:
                     continue
                 seen.add(key)
-                for num in (1, 2):
-                    moves = []
-                    for block in blocks:
-                        held = plan.blocks[block].branches
-                        if held is not None and len(held[source]) >= num:
-                            moves += [
-                                {"block": block, "branch": b, "source": source, "target": target}
-                                for b in held[source][-num:]
-                            ]
-                    if moves:
-                        yield _words(moves, scope, num, len(blocks) > 1, plan), moves
+                chosen = [(block, slowest_first(block, one["rank"])) for block in blocks]
+                groups = [
+                    [(block, held[-num:]) for block, held in chosen if len(held) >= num] for num in (1, 2)
+                ]
+                if scope == name and _is_unequal(one["branches_s"]):  # then it matters which
+                    groups += [[(name, [branch])] for branch in chosen[0][1][:-1]]
+                for group in filter(None, groups):
+                    moves = [_move(block, b, source, target) for block, taken in group for b in taken]
+                    yield _words(moves, scope, len(group[0][1]), len(blocks) > 1, plan), moves
+
+
+def _move(block: str, branch: int, source: int, target: int) -> dict[str, Any]:
+    return {"block": block, "branch": branch, "source": source, "target": target}
 
 
 def _words(moves: Sequence[Mapping[str, Any]], scope: str, num: int, many: bool, plan: Plan) -> str:
     branches = sorted({move["branch"] for move in moves})
     ranks = "rank" if plan.data == 1 else "branch rank"
     if many and len(branches) > num:
-        what = f"the last {'branch' if num == 1 else f'{num} branches'} of {scope}"
+        last = [(plan.blocks[m["block"]].branches or ())[m["source"]][-num:] for m in moves]
+        are_last = all(m["branch"] in held for m, held in zip(moves, last, strict=True))
+        some = "branch" if num == 1 else f"{num} branches"
+        what = f"the {'last' if are_last else 'quickest'} {some} of {scope}"
     else:
         what = f"branch{'es' if len(branches) > 1 else ''} {', '.join(map(str, branches))} of {scope}"
     return f"move {what} from {ranks} {moves[0]['source']} to {ranks} {moves[0]['target']}"

@@ -31,7 +31,7 @@ from anabranch.runtime.cli import parse
 from anabranch.runtime.config import Config
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.measure import SPEEDS
-from anabranch.runtime.profile_advice import predicted, profile_costs
+from anabranch.runtime.profile_advice import predicted, profile_costs, suggestion
 from anabranch.runtime.profile_build import build_profile
 from anabranch.runtime.profile_clock import ClockOffset, aligned, clock_offset
 from anabranch.runtime.profile_command import profile_rank
@@ -143,6 +143,30 @@ def test_the_suggested_moves_are_predicted_to_take_what_is_printed() -> None:
     assert suggestion["now_s"] == pytest.approx(before)
     assert suggestion["predicted_s"] == pytest.approx(after)
     assert suggestion["text"].endswith(f"predicted −{100 * (1 - after / before):.0f} %")
+
+
+def test_of_unequal_branches_the_right_one_is_moved() -> None:
+    """Rank 0's second branch takes three times as long as its first: moved, it would only make rank 1 the slow one."""
+    ranks, plan, model = two_ranks()
+    timed = ([["block1", 0, 1.0], ["block1", 1, 3.0]], [["block1", 2, 0.5], ["block1", 3, 0.5]])
+    ranks = [
+        replace(rank, facts={**rank.facts, "branches": own}) for rank, own in zip(ranks, timed, strict=True)
+    ]
+    profile = build_profile(ranks, plan, model, BATCH)
+    worst = {one["element"]: one["branch"] for one in profile["stragglers"] if one["rank"] == 0}
+    assert worst == {"block0": None, "block1": 1, "block2": None, "block3": None}
+    found = profile["suggestion"]
+    assert {move["block"]: move["branch"] for move in found["moves"]} == {
+        "block0": 1, "block1": 0, "block2": 1, "block3": 1
+    }  # fmt: skip
+    assert found["text"].startswith("move the quickest branch of * from rank 0 to rank 1: predicted −")
+    alone = build_profile(ranks, plan, model, BATCH)
+    for one in alone["elements"][1:-1]:  # only block1 is waited for
+        if one["name"] != "block1":
+            one["ranks"][0] |= {key: one["ranks"][1][key] for key in ("forward_s", "backward_s")}
+    alone["stragglers"] = [one for one in alone["stragglers"] if one["element"] == "block1"]
+    (move,) = (suggestion(alone, plan, model, BATCH) or {})["moves"]
+    assert (move["block"], move["branch"], move["source"], move["target"]) == ("block1", 0, 0, 1)
 
 
 def test_a_prediction_is_of_the_devices_kinds_and_speeds() -> None:
