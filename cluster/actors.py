@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.cluster.environment import hold_port, interface_variables
-from anabranch.cluster.failures import Failure, in_collective
+from anabranch.cluster.failures import Failure, waits_for_others
 from anabranch.cluster.worker_context import WorkerContext
 
 _STACK_FRAMES = 8
@@ -131,9 +131,8 @@ class Worker:
         """Of a rank that may hang: what it is at, its target's stack, and whether it waits for others there."""
         assert self._context is not None, "it runs"
         frames = traceback.extract_stack(sys._current_frames()[self._context.thread])
-        waits = any(in_collective(frame) for frame in frames[-3:])
         stack = "".join(traceback.format_list(frames[-_STACK_FRAMES:]))
-        return {"where": self._context.where(), "stack": stack, "waits": waits}
+        return {"where": self._context.where(), "stack": stack, "waits": waits_for_others(frames)}
 
     def request_stop(self, reason: str) -> None:
         """Ask the target to save and return."""

@@ -70,6 +70,10 @@ class Failure:
         )
 
 
+_EXCHANGES = "/torch/distributed/", "/torch/cuda/", "/runtime/shared_memory.py"
+_DEEP = 6  # what is further out runs something else by now
+
+
 def failed_in_collective(error: BaseException) -> bool:
     """Whether an exception, or one that it was raised from, is a collective's: its cause may be another rank's."""
     for link in _causes(error):
@@ -83,9 +87,15 @@ def failed_in_collective(error: BaseException) -> bool:
     return False
 
 
-def in_collective(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame of a running stack waits for other ranks: inside torch.distributed, or on a collective's work."""
-    return "/torch/distributed/" in frame.filename or "work.wait(" in (frame.line or "")
+def waits_for_others(stack: Sequence[traceback.FrameSummary]) -> bool:
+    """Whether a running thread waits for other ranks.
+
+    In torch.distributed, in the memory that ranks of a host share, for its GPU (on which exchanges run), or in a torch
+    work's own wait, which has no frame of its own.
+    """
+    if (stack[-1].line or "").endswith(".wait()"):
+        return True
+    return any(place in frame.filename for frame in stack[-_DEEP:] for place in _EXCHANGES)
 
 
 def worker_error(failures: Sequence[Failure]) -> WorkerError:

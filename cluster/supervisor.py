@@ -40,7 +40,7 @@ MORE_FAILURES_S = 1.0
 CAUSE_S = 5.0
 # A rank that trains and does not answer for so long is lost: stopped, or its host or network is gone.
 LOST_S = 8.0
-# The same before its first step: imports hold the interpreter's lock for seconds, on a busy machine for many.
+# The same before the first step: imports hold the interpreter's lock for seconds, on a busy machine for many.
 LOST_LOADING_S = 60.0
 # Ranks that lost a connection wait so long for word of a death before the controller takes it for a broken network.
 CUT_S = 3.0
@@ -338,8 +338,9 @@ class Supervisor:
         self.group.kill(rank)
 
     def _find_lost(self, statuses: list[dict[str, Any]]) -> None:
+        # No rank tells of a step before all have formed groups: then all have loaded, also who has told of none yet.
+        limit = LOST_S if any("step" in status for status in statuses) else LOST_LOADING_S
         for rank, status in enumerate(statuses):
-            limit = LOST_S if "step" in status else LOST_LOADING_S
             if status["seen_s"] > limit and rank in self.running.values():
                 self._give_up(rank, f"no answer for {status['seen_s']:.0f} s")
 

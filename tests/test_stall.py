@@ -1,13 +1,22 @@
-"""How long a run may stand still before that is a hang: tables over a clock that the test moves."""
+"""How long a run may stand still before that is a hang: tables over a clock that the test moves. Which ranks hang."""
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+import traceback
 from typing import Any
 
 import pytest
+import torch
+from ranks import run_ranks
+from torch import distributed as dist
 
 from anabranch.cluster import stall
+from anabranch.cluster.failures import waits_for_others
 from anabranch.cluster.stall import Stall, step_of
+from anabranch.runtime import exchange, process_group
 
 HANG_S = 30.0
 
@@ -110,3 +119,39 @@ def test_the_step_is_the_furthest_rank_s() -> None:
     assert step_of([{"step": 3}, {"step": 4}, {}]) == 4
     assert step_of([]) == 0
     assert Stall(HANG_S).step_s == 0.0
+
+
+def stands(rank: int, world_size: int, how: str) -> list[bool]:
+    """Rank 1 comes a second late; what is made of rank 0's stack meanwhile."""
+    group = dist.group.WORLD
+    assert group is not None
+    if how == "shared":
+        process_group.share_memory(group, 30.0)
+        assert exchange.shares_memory(group)
+    seen: list[bool] = []
+    main = threading.get_ident()
+
+    def look() -> None:
+        seen.append(waits_for_others(traceback.extract_stack(sys._current_frames()[main])))
+
+    if rank == 0:
+        threading.Timer(0.5, look).start()
+        if how == "slept":
+            time.sleep(1.0)
+        elif how == "event":
+            threading.Event().wait(1.0)
+    elif how in ("gloo", "shared", "barrier"):
+        time.sleep(1.0)
+    if how == "barrier":
+        dist.barrier()
+    else:
+        exchange.all_reduce(torch.ones(10), group).wait()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("how", "waits"),
+    [("gloo", True), ("shared", True), ("barrier", True), ("slept", False), ("event", False)],
+)
+def test_who_waits_for_another_rank_does_not_hang(how: str, waits: bool) -> None:
+    assert run_ranks(2, stands, how)[0] == [waits]

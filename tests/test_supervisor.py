@@ -11,7 +11,7 @@ from anabranch.cluster.failures import Failure
 from anabranch.cluster.member import Member
 from anabranch.cluster.placement import Host, Seat
 from anabranch.cluster.round import Round
-from anabranch.cluster.supervisor import Stop, Supervisor
+from anabranch.cluster.supervisor import LOST_LOADING_S, LOST_S, Stop, Supervisor
 
 
 def raised(rank: int, text: str = "RuntimeError: odd") -> Failure:
@@ -50,6 +50,28 @@ def test_the_same_exception_again_ends_the_run() -> None:
     assert supervisor._is_recoverable(2, raised(2))
     assert not supervisor._is_recoverable(2, raised(2))
     assert supervisor._is_recoverable(2, raised(2, "RuntimeError: another"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "seen_s", "given_up"),
+    [
+        ((None, None), (0.0, LOST_S + 1), []),
+        ((None, None), (0.0, LOST_LOADING_S + 1), [1]),
+        ((0, None), (0.0, LOST_S + 1), [1]),  # stopped before it could tell of its first step: it has loaded
+        ((0, 0), (LOST_S + 1, LOST_S - 1), [0]),
+    ],
+)
+def test_a_silent_rank_is_lost_soon_once_any_has_stepped(
+    steps: tuple[int | None, int | None], seen_s: tuple[float, float], given_up: list[int]
+) -> None:
+    killed: list[int] = []
+    recovery = SimpleNamespace(hang_s=30.0, min_replicas=None)
+    group = SimpleNamespace(kill=killed.append)
+    refs = ["ref 0", "ref 1"]
+    supervisor = Supervisor(cast(Any, group), refs, lambda _: None, Stop(), cast(Any, recovery), (2, 1))
+    told = [{} if step is None else {"step": step} for step in steps]
+    supervisor._find_lost([{**one, "seen_s": s} for one, s in zip(told, seen_s, strict=True)])
+    assert killed == given_up
 
 
 def test_what_a_rank_tells_no_more_is_no_longer_so() -> None:
