@@ -80,7 +80,8 @@ class Injector:
             self._write({"pid": os.getpid(), "started": started, "rank": rank, "interface": interface})
         self.rank = rank
         if "step" in status or "phase" in status:
-            training = status.get("phase") == "training" and "step" in status
+            # a step that is applied between two generations is told of while there are no groups
+            training = status.get("phase") == "training" and "step" in status and dist.is_initialized()
             if training and self._slow_after and (self.folder / "fired-0.json").exists():
                 self.most = max(self.most, dist.get_world_size())
                 time.sleep(_SLOW_S * (_WAIT if dist.get_world_size() < self.most else 1))
