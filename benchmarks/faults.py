@@ -39,25 +39,27 @@ def run(
 ) -> dict[str, Any]:
     """Runs the cells whose names match one of the patterns `only` (default: all), and writes the record after each.
 
-    resume: cells that the record has already are not run again. Folders of cells that broke their promise are kept.
+    resume: cells that the record has already are not run again. What it has of cells that were not asked for stays.
+    Folders of cells that broke their promise are kept.
     """
     console = console or Console()
     wanted = [c for c in cells() if not only or any(fnmatch.fnmatch(c.name, p) for p in only)]
     if not wanted:
         raise ValueError(f"no cell is called {', '.join(only)}: they are listed in benchmarks/README.md")
-    record = _recorded(folder) if resume else {}
+    record, path = _recorded(folder) if resume or only else {}, folder / "faults.json"
     with ExitStack() as stack:
         root = Path(tempfile.mkdtemp(prefix="faults-"))
         bench = Bench(root, stack)
         for cell in wanted:
-            if cell.name in record:
+            if resume and cell.name in record:
                 continue
             record[cell.name] = {"void": cell.void} if cell.void else bench.measure(cell)
             console.print(_line(cell.name, record[cell.name]), highlight=False, soft_wrap=True)
             path = write_record("faults", {"cells": record}, folder)
-    if all(cell.get("kept", True) for cell in record.values()):
+    found = {cell.name: record[cell.name] for cell in wanted}
+    if all(one.get("kept", True) for one in found.values()):
         shutil.rmtree(root)
-    return {"cells": record, "path": str(path if record else ""), "kept": str(root) if root.exists() else ""}
+    return {"cells": found, "path": str(path), "kept": str(root) if root.exists() else ""}
 
 
 class Bench:
