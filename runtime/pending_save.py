@@ -30,6 +30,7 @@ from anabranch.runtime.storage import Folder
 
 _POLL_S = 0.05
 _VISIBLE_S = 60.0  # for what another host has written to be seen here (NFS keeps names for up to a minute)
+_NICE = 19  # on a CPU that the step needs too; a thread that ran on idle ones only was late by many steps on busy ones
 _EXIT_S = 5.0  # for the other ranks, once the program is ending
 
 Record = dict[str, Any]
@@ -69,11 +70,9 @@ class PendingSave:
         # Not a daemon: a program that ends (of an error, too) first finishes what it has begun to save.
         self._thread = threading.Thread(target=self._run, name=f"save {folder.name} on rank {rank}")
         self._thread.start()
-        self._give_way(True)
 
     def join(self) -> None:
         """Waits for the end; raises what this rank's part raised."""
-        self._give_way(False)
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -87,6 +86,9 @@ class PendingSave:
         self._given_up = reason
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: the step's come first
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
             record = self._work()
             self._tensors = {}
@@ -106,16 +108,6 @@ class PendingSave:
             self._on_failure(f"{self.folder} is not saved, the checkpoint before it stays: {text}")
         except BaseException as error:
             self._error = error
-
-    def _give_way(self, gives: bool) -> None:
-        """Lets the thread run only where a CPU is idle, for the step may need them all; or like any other again."""
-        thread = self._thread.native_id
-        if (
-            sys.platform == "linux" and thread and self._thread.is_alive()
-        ):  # threads are scheduled each by itself
-            policy = os.SCHED_IDLE if gives else os.SCHED_OTHER
-            with suppress(OSError):
-                os.sched_setscheduler(thread, policy, os.sched_param(0))
 
     def _work(self) -> Record:
         """Writes this rank's part; its record."""
