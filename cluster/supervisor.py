@@ -33,6 +33,7 @@ Watch = Callable[[list[dict[str, Any]]], str | None]
 
 WATCH_S = 1.0
 STATUS_WAIT_S = 0.2
+LAST_STATUS_WAIT_S = 5.0  # at the end, when all that is left is to hear how it went
 # From Ctrl-C: the workers save; with Ray's own end (1.5 s) all processes are gone in ten seconds.
 STOP_S = 6.5
 # After a failure, for the others' to arrive: a dead process is noticed later than its peers' lost connections.
@@ -125,7 +126,7 @@ class Supervisor:
                 f"stopped ({self.stop.reason}): rank {ranks} did not end within {STOP_S:g} s and was killed",
                 str(self.stop.reason),
             )
-        self._look(WATCH_S)
+        self._look(LAST_STATUS_WAIT_S, anew=True)
         for round, _ in self._pending:
             self._tell(round, None)
         # A rank that was lost after another had returned: that one has passed everything that all do together.
@@ -146,9 +147,9 @@ class Supervisor:
                 asked = self._round.asked
                 asked |= {rank: (ref, until + stopped_s) for rank, (ref, until) in asked.items()}
 
-    def _look(self, wait_s: float) -> None:
+    def _look(self, wait_s: float, *, anew: bool = False) -> None:
         """Once a second: what the ranks tell."""
-        self._statuses = statuses = self.group.statuses(wait_s)
+        self._statuses = statuses = self.group.statuses(wait_s, anew=anew)
         stop_asked = self.watch(statuses)
         if stop_asked:
             self.stop(stop_asked)

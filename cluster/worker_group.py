@@ -331,16 +331,17 @@ class WorkerGroup:
             }
             counted("order", member.actor.give_order.remote, {**order, "place": place})
 
-    def statuses(self, wait_s: float) -> list[dict[str, Any]]:
+    def statuses(self, wait_s: float, *, anew: bool = False) -> list[dict[str, Any]]:
         """What each worker last told, by rank; slow ones are not waited for longer than `wait_s` altogether.
 
+        anew: a worker that has not answered the question before is asked again, as that answer may be an old one.
         Each has `device` as "host:index" and `seen_s`, the seconds since that worker last answered.
         """
         import ray
         from ray.exceptions import RayError
 
         for member in self.members:
-            if member.status_ref is None:
+            if anew or member.status_ref is None:
                 member.status_ref = counted("watch_status", member.actor.status.remote)
         for waiting in self._spares + self.joining:
             counted("watch_status", waiting.actor.status.remote)  # for it to know that it is not forgotten

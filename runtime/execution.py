@@ -34,7 +34,7 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 _WAYS: list[tuple[Execution, MemoryFormat]] = [
     (execution, layout) for layout in ("contiguous", "channels_last") for execution in ("fused", "looped")
 ]
-_REPEATS, _MOST_REPEATS = 5, 20  # more of them while two forms are close, for _ENOUGH_S at most
+_REPEATS, _MOST_REPEATS = 5, 10  # more of them while two forms are close, for _ENOUGH_S at most
 _CLOSE = 0.9
 _ENOUGH_S = 10.0
 _LONG_S = 0.5  # a block that takes longer is measured on fewer samples; another form may then be the fastest
