@@ -217,11 +217,11 @@ def _candidates(profile: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str, l
 
     def slowest_first(block: str, rank: int) -> list[int]:
         placed, seconds = plan.blocks[block].branches, by_name[block][rank]["branches_s"]
-        held = placed[rank % plan.branch] if placed else ()
-        order = (
-            sorted(range(len(held)), key=lambda i: -seconds[i]) if _is_unequal(seconds) else range(len(held))
-        )
-        return [held[i] for i in order]
+        held = list(placed[rank % plan.branch]) if placed else []
+        if _is_unequal(seconds):
+            took = dict(zip(held, seconds, strict=True))
+            held.sort(key=lambda branch: -took[branch])
+        return held
 
     seen = set()
     for one in profile["stragglers"]:
