@@ -27,7 +27,8 @@ from anabranch.benchmarks.random_faults import run_random
 from anabranch.runtime.config_file import load_config
 
 # Several in one run, at their own steps: each must be survived for the next to go off.
-IN_CI = (  # ranks 0 and 2, 1 and 3 hold the same branches: a save is written when a core is free, so its kill comes late
+# Ranks 0 and 2, 1 and 3 hold the same branches. The kill at a save may come late: it is written beside the steps.
+IN_CI = (
     Fault("kill", 3, "forward", 3),
     Fault("memory", 1, "branch_all_reduce", 7),
     Fault("kill", 0, "checkpoint", 10),
