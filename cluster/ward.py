@@ -229,9 +229,8 @@ class Ward:
             return counted("doctor_result", ray.get, ref, timeout=timeout_s)
         except GetTimeoutError as error:
             raise ClusterError(f"no answer in {timeout_s:.0f} s") from error
-        except (
-            RayActorError
-        ) as error:  # Ray has noticed first, and calls a host that it lost a cancelled actor
+        except RayActorError as error:
+            # Ray has noticed first, and calls a host that it lost a cancelled actor
             raise ClusterError(f"no answer, Ray has lost the worker there: {_last_line(error)}") from error
         except RayError as error:
             raise ClusterError(_last_line(error)) from error
