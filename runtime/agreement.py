@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from anabranch.runtime.exchange import all_gather
 from anabranch.runtime.mesh import Mesh
+from anabranch.runtime.process_group import gather_json
 
 
 def on_all_ranks(mesh: Mesh, device: torch.device, work: Callable[[], Any], what: str) -> list[Any]:
@@ -28,12 +27,7 @@ def on_all_ranks(mesh: Mesh, device: torch.device, work: Callable[[], Any], what
             error,
             {"error": f"rank {mesh.rank} on {socket.gethostname()}: {type(error).__name__}: {error}"},
         )
-    mine = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8).to(device)
-    sizes = all_gather(
-        torch.tensor([len(mine)], device=device), [1] * mesh.world_size, mesh.world_group
-    ).tolist()
-    rows = all_gather(mine, sizes, mesh.world_group).cpu().split(sizes)
-    everything = [json.loads(row.numpy().tobytes()) for row in rows]
+    everything = gather_json(told, device, mesh.world_group)
     errors = [told["error"] for told in everything if "error" in told]
     if failure is not None:
         raise failure

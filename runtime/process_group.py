@@ -18,6 +18,9 @@ from anabranch.cluster.environment import keep_freed_memory
 from anabranch.runtime import exchange
 from anabranch.runtime.numerics import use_numerics
 
+_HEAD = 512  # bytes of a message that travel in the first exchange, mostly all; the first _DIGITS: how many it has
+_DIGITS = 12
+
 
 @contextmanager
 def process_group(
@@ -106,9 +109,18 @@ def gather_json(value: Any, device: torch.device | str, group: dist.ProcessGroup
     """Every rank's plain data, by rank, on all ranks of the group (default: all)."""
     group = group or dist.group.WORLD
     assert group is not None, "in a process group"
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    sizes = torch.zeros(group.size(), dtype=torch.int64, device=device)
-    sizes[group.rank()] = len(text)
-    dist.all_reduce(sizes, group=group)
-    everything = exchange.all_gather(text, sizes.tolist(), group).cpu().split(sizes.tolist())
-    return [json.loads(bytes(part.tolist())) for part in everything]
+    text = json.dumps(value).encode()
+    head = f"{len(text):{_DIGITS}}".encode() + text[: _HEAD - _DIGITS]
+    heads = _gather_bytes(head.ljust(_HEAD), [_HEAD] * group.size(), device, group)
+    sizes = [int(one[:_DIGITS]) for one in heads]
+    if max(sizes) <= _HEAD - _DIGITS:
+        return [json.loads(one[_DIGITS:]) for one in heads]
+    return [json.loads(one) for one in _gather_bytes(text, sizes, device, group)]
+
+
+def _gather_bytes(
+    mine: bytes, sizes: list[int], device: torch.device | str, group: dist.ProcessGroup
+) -> list[bytes]:
+    """Every rank's bytes; sizes: how many, by rank."""
+    rows = exchange.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device), sizes, group)
+    return [row.numpy().tobytes() for row in rows.cpu().split(sizes)]
