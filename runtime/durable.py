@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+_CHUNK = 8 << 20  # bytes: in small ones a thread that hashes would wait for the interpreter at each
+
 
 def sync(path: Path) -> None:
     """Waits until a file's contents, or a folder's list of names, are on the disk."""
@@ -58,8 +60,11 @@ def write_copies(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
 
 def sha256(path: Path) -> str:
     """Of a file's contents, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(chunk):
+            digest.update(chunk[:num_bytes])
+    return digest.hexdigest()
 
 
 def aside_of(path: Path) -> Path:
