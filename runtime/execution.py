@@ -36,6 +36,7 @@ _WAYS: list[tuple[Execution, MemoryFormat]] = [
 ]
 _REPEATS, _MOST_REPEATS = 5, 10  # more of them while two forms are close, for _ENOUGH_S at most
 _CLOSE = 0.9
+_FEW_REPEATS, _HOPELESS = 3, 1.3  # a form that takes so much more than the fastest after so many is left out
 _ENOUGH_S = 10.0
 _LONG_S = 0.5  # a block that takes longer is measured on fewer samples; another form may then be the fastest
 CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
@@ -189,7 +190,14 @@ class _Cache:
             torch.get_num_threads(),
             precision,
             os.environ.get("LD_PRELOAD", ""),
-            (_REPEATS, _MOST_REPEATS, _ENOUGH_S, _LONG_S),  # figures made in another way are others
+            (
+                _FEW_REPEATS,
+                _HOPELESS,
+                _REPEATS,
+                _MOST_REPEATS,
+                _ENOUGH_S,
+                _LONG_S,
+            ),  # figures made in another way are others
         ]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self._folder = cache_folder() / f"execution-{digest}"
@@ -256,6 +264,10 @@ def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
             break
         for index, (side, (execution, layout)) in enumerate(zip(sides, _WAYS, strict=True)):
             if execution == "looped" and fused_alone:
+                continue
+            if turn >= _FEW_REPEATS and min(samples[index]) > _HOPELESS * min(
+                map(min, filter(None, samples))
+            ):
                 continue
             image = (
                 x.contiguous(memory_format=torch.channels_last)
