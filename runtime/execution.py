@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from anabranch.blocks.branch_sum import BranchSum, Execution, branch_sums
 from anabranch.blocks.network import Network
 from anabranch.runtime.chunks import fastest_chunks
+from anabranch.runtime.countdown import OnProgress, silent
 from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.element_run import alone, input_shapes, key_of, run
 from anabranch.runtime.machine import cache_folder, processor
@@ -103,13 +104,15 @@ def how_to_run(
     *,
     precision: str,
     ours: bool,
+    on_progress: OnProgress = silent,
 ) -> HowToRun:
     """What the configuration says, and where it says "auto" the fastest way. Collective.
 
     image_shape: (C, H, W). rows: a micro-batch. ours: a network of this project (`is_ours`, asked before it is
-    parallelized); others may be written for contiguous images, which they then get.
+    parallelized); others may be written for contiguous images, which they then get. on_progress: is told how many
+    distinct blocks are timed.
     """
-    how = _ways_to_run(network, image_shape, rows, settings, precision, ours)
+    how = _ways_to_run(network, image_shape, rows, settings, precision, ours, on_progress)
     if how.chunks == 0:
         wire = replace(
             network.wire, recorder=None, report=lambda parameter: None, half=how.wire == "bf16", overlap=how.overlap,
@@ -124,7 +127,7 @@ def how_to_run(
 
 def _ways_to_run(
     network: ParallelNetwork, image_shape: tuple[int, ...], rows: RankBatch, settings: Settings, precision: str,
-    ours: bool,
+    ours: bool, on_progress: OnProgress,
 ) -> HowToRun:  # fmt: skip
     """`how_to_run`, with the chunks as configured."""
     execution, memory_format = settings.execution, settings.memory_format
@@ -144,7 +147,7 @@ def _ways_to_run(
         return settle(dict.fromkeys(names, "looped" if execution == "looped" else "fused"), formats[0])
     cache = _Cache(network, precision)
     num_rows = {"own": len(rows.own_range), "group": len(rows.group_range)}
-    keys = _measured(network, image_shape, num_rows, precision, cache)
+    keys = _measured(network, image_shape, num_rows, precision, cache, on_progress)
     told = gather_json({"keys": keys, "seconds": cache.used}, next(network.parameters()).device)
     merged: dict[str, list[float]] = {}
     for key in {key for one in told for key in one["seconds"]}:
@@ -226,20 +229,29 @@ def _measured(
     num_rows: Mapping[str, int],
     precision: str,
     cache: _Cache,
+    on_progress: OnProgress,
 ) -> dict[str, str]:
     """The key of every element that runs samples here; figures of them all are in `cache.used` afterwards."""
     keys: dict[str, str] = {}
+    unknown: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
     parameter = next(network.parameters())
     for name, module, rows, shape in input_shapes(network.elements(), image_shape, parameter):
         if not (num_rows[rows] and shape):
             continue
         with alone(module) as element:
             keys[name] = key = key_of(element, (num_rows[rows], *shape))
-            if key not in cache.used:
-                # at least two samples: BatchNorm refuses one number a channel
-                size = (max(num_rows[rows], 2), *shape)
-                x = torch.randn(size, dtype=parameter.dtype, device=parameter.device)
-                cache.used[key] = cache.read(key) or _timed(element, x, precision)
+        if key in cache.used or key in unknown:
+            continue
+        if kept := cache.read(key):
+            cache.used[key] = kept
+        else:
+            # at least two samples: BatchNorm refuses one number a channel
+            unknown[key] = module, (max(num_rows[rows], 2), *shape)
+    for done, (key, (module, size)) in enumerate(unknown.items()):
+        on_progress(done, len(unknown))
+        x = torch.randn(size, dtype=parameter.dtype, device=parameter.device)
+        with alone(module) as element:
+            cache.used[key] = _timed(element, x, precision)
     return keys
 
 

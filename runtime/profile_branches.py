@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from anabranch.blocks.branch_sum import BranchSum, branch_sums
+from anabranch.runtime.countdown import OnProgress, silent
 from anabranch.runtime.element_run import alone, input_shapes, run
 from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.rank_batch import RankBatch
@@ -19,17 +20,21 @@ _CLEARLY = 1.25  # times the others'
 
 
 def branch_seconds(
-    network: ParallelNetwork, image_shape: tuple[int, ...], rows: RankBatch, precision: str
-) -> dict[str, dict[int, float]]:
+    network: ParallelNetwork, image_shape: tuple[int, ...], rows: RankBatch, precision: str,
+    on_progress: OnProgress = silent,
+) -> dict[str, dict[int, float]]:  # fmt: skip
     """Seconds forward and backward by block and branch, where this rank runs several branches that may be unequal.
 
     Branches that are stacked in one tensor are equal work, they are not timed. In a block of several sums the branches
     of one number run together. Each figure is the best of some rounds, with `enter` and `join` and without exchanges;
-    nothing of the network changes. image_shape: (C, H, W). rows: a micro-batch.
+    nothing of the network changes. image_shape: (C, H, W). rows: a micro-batch. on_progress: is told how many blocks
+    are done.
     """
     like = next(network.parameters())
     found: dict[str, dict[int, float]] = {}
-    for name, block, wanted, shape in input_shapes(network.elements(), image_shape, like):
+    elements = list(network.elements())
+    for done, (name, block, wanted, shape) in enumerate(input_shapes(elements, image_shape, like)):
+        on_progress(done, len(elements))
         num_rows = len(rows.range_of(wanted))
         with alone(block):
             sides = _single_branches(block)

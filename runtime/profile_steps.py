@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from anabranch.runtime.countdown import countdown
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.exchange import all_gather
 from anabranch.runtime.parallel_network import ParallelNetwork
@@ -64,8 +65,8 @@ def profile_steps(
     trainer._set_up()
     trainer._compile()
     on_network(trainer.network)
-    trainer.context.publish(phase="timing branches")
-    single = branch_seconds(trainer.network, *trainer._input(), trainer.config.train.precision)
+    told_of = countdown(trainer.context.publish, "timing branches")
+    single = branch_seconds(trainer.network, *trainer._input(), trainer.config.train.precision, told_of)
     recorder, device = trainer.network.recorder, trainer.device
     fewest, most = _OVERHEAD_ROUNDS
     rounds = min(max(steps, fewest), most)

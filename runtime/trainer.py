@@ -30,6 +30,7 @@ from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.compiling import compile_blocks
 from anabranch.runtime.config import Config
+from anabranch.runtime.countdown import countdown
 from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.drift import DriftWatch
@@ -182,7 +183,12 @@ class Trainer:
         if told and names == set(told["execution"]):
             return HowToRun.from_dict(told)
         mesh, precision = self.config.mesh, self.config.train.precision
-        return how_to_run(self.network, *self._input(), mesh, precision=precision, ours=ours)
+        told_of = countdown(self.context.publish, "timing blocks")
+        found = how_to_run(
+            self.network, *self._input(), mesh, precision=precision, ours=ours, on_progress=told_of
+        )
+        self.context.publish(phase="building")
+        return found
 
     def _input(self) -> tuple[tuple[int, ...], RankBatch]:
         """(C, H, W) of an image, and this rank's rows of a whole step's first micro-batch."""

@@ -68,7 +68,11 @@ def chosen(rank: int, size: int, cache: str) -> dict[str, Any]:
     with mock.patch.object(execution, "_timed", side_effect=execution._timed) as timed:
         slow = WithSlow()
         parallel, rows = placed(slow, {"0": ((0,), (1,)), "1": ((0, 1), ())})
-        first = how_to_run(parallel, (3, 8, 8), rows, auto, precision="fp32", ours=is_ours(slow))
+        progress: list[tuple[int, int]] = []
+        first = how_to_run(
+            parallel, (3, 8, 8), rows, auto, precision="fp32", ours=is_ours(slow),
+            on_progress=lambda done, total: progress.append((done, total)),
+        )  # fmt: skip
         first.apply(parallel)
         ran = {name: one.execution for name, one in parallel.named_modules() if isinstance(one, BranchSum)}
         calls = [timed.call_count]
@@ -92,6 +96,7 @@ def chosen(rank: int, size: int, cache: str) -> dict[str, Any]:
             "again": again.to_dict(),
             "ran": ran,
             "calls": calls,
+            "progress": progress,
             "third": third.to_dict(),
             "moved": moved,
             "told": told.to_dict(),

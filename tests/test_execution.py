@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+import pytest
+import torch
 from execution_ranks import chosen, chosen_chunks
 from ranks import run_ranks
+from torch import Tensor, nn
 
+from anabranch.blocks.branch_sum import branch_sums
+from anabranch.blocks.multi_residual import MultiResidual
+from anabranch.runtime import execution
 from anabranch.runtime.execution import HowToRun
 
 
@@ -20,6 +27,7 @@ def test_the_faster_way_is_chosen_and_kept(tmp_path: Path) -> None:
     assert one["first"]["execution"]["1"] == one["ran"]["blocks.1"] == "looped"
     assert one["first"]["memory_format"] == "contiguous"  # written by a user
     assert one["calls"][0] >= 4
+    assert one["progress"] == [(done, one["calls"][0]) for done in range(one["calls"][0])]
     assert one["calls"][1] == one["calls"][0], "what was measured is kept"
     assert one["again"] == one["first"]
     assert not one["moved"], "measuring leaves the network as it was"
@@ -39,6 +47,22 @@ def test_chunks_that_are_clearly_faster_are_chosen(tmp_path: Path) -> None:
     assert ranks[0]["wide"] in (2, 4)
     assert ranks[0]["late"] == 1
     assert ranks[0]["told"] == 3
+
+
+def test_a_form_that_is_clearly_slower_is_not_timed_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {("fused", False): 0.10, ("looped", False): 0.11, ("fused", True): 0.14, ("looped", True): 0.12}
+    runs: Counter[tuple[str, bool]] = Counter()
+
+    def run(side: nn.Module, x: Tensor, precision: str) -> float:
+        (one,) = (each for _, each in branch_sums(side))
+        way = one.execution, next(side.parameters()).is_contiguous(memory_format=torch.channels_last)
+        runs[way] += len(x) > 2  # two samples: to set the kernels up
+        return taken[way]
+
+    monkeypatch.setattr(execution, "run", run)
+    block = MultiResidual([nn.Conv2d(3, 3, 3, padding=1) for _ in range(2)])
+    assert execution._timed(block, torch.randn(8, 3, 4, 4), "fp32") == list(taken.values())
+    assert runs == {("fused", False): 10, ("looped", False): 10, ("fused", True): 3, ("looped", True): 10}
 
 
 def test_json() -> None:

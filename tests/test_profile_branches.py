@@ -94,7 +94,9 @@ def test_timing_branches_changes_nothing(alone: Any) -> None:
     parallel = parallelize(prepare(network(0)), *alone)
     before = {name: tensor.clone() for name, tensor in parallel.state_dict().items()}
     rows = parallel.rank_batch(deal_step(16, bn_batch_size=8, data=1, branch=1)[0], 16)
-    seconds = branch_seconds(parallel, (1, 8, 8), rows, "fp32")
+    progress = []
+    seconds = branch_seconds(parallel, (1, 8, 8), rows, "fp32", lambda *done: progress.append(done))
+    assert progress == [(done, 5) for done in range(5)]  # stem, blocks, head
     assert {name: sorted(of) for name, of in seconds.items()} == {
         f"stage1.block{i}": [0, 1, 2, 3] for i in (1, 2, 3)
     }
