@@ -25,6 +25,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # without AVX512 bf16 is slow
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),

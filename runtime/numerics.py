@@ -1,10 +1,12 @@
-"""What float32 means on a GPU.
+"""What float32 means on a GPU, and where bf16 is no help.
 
 TF32 rounds the factors of a product to 10 bits of mantissa and sums in float32. Left alone, cuDNN's convolutions use it
 and matrix products do not: "fp32" would be neither. On CPUs both precisions are the same. Needs no torch to be read.
 """
 
 from __future__ import annotations
+
+import platform
 
 
 def numerics(precision: str) -> dict[str, object]:
@@ -18,3 +20,17 @@ def use_numerics(precision: str) -> None:
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def slowness(precision: str, device_type: str) -> str:
+    """Why a `train.precision` is slow on this machine, "" where nothing is known of it."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    if precision != "bf16" or device_type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return ""
+    if capability.startswith("AVX512"):
+        return ""
+    return (
+        f'this CPU ({capability}) computes bf16 several times slower than fp32: set train.precision to "fp32"'
+    )

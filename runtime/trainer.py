@@ -44,6 +44,7 @@ from anabranch.runtime.loss import LossFunction
 from anabranch.runtime.lr_schedule import Plateau, last_step, learning_rate
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.numerics import slowness
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import parallelize
 from anabranch.runtime.position import Position
@@ -219,6 +220,8 @@ class Trainer:
         """
         config, context = self.config, self.context
         context.publish(phase="building", num_steps=self.last_step, num_epochs=config.train.epochs)
+        if text := slowness(config.train.precision, self.device.type):
+            context.publish(warning=text)
         while True:
             generation = Generation(context, config.launch.timeout_s, config.train.precision)
             formed = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from anabranch.runtime.launch import alone
-from anabranch.runtime.numerics import numerics
+from anabranch.runtime.numerics import numerics, slowness
 from anabranch.runtime.process_group import process_group
 
 
@@ -35,3 +36,22 @@ def test_a_workers_flags_are_those_of_the_precision(precision: str) -> None:
                     assert told["cudnn_tf32"] == (precision == "tf32")
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "device", "machine", "is_slow"),
+    [
+        ("AVX2", "bf16", "cpu", "x86_64", True),
+        ("AVX2", "fp32", "cpu", "x86_64", False),
+        ("AVX512", "bf16", "cpu", "x86_64", False),
+        ("AVX2", "bf16", "cuda", "x86_64", False),
+        ("DEFAULT", "bf16", "cpu", "aarch64", False),  # not known
+    ],
+)
+def test_bf16_on_a_cpu_without_it_is_told(
+    capability: str, precision: str, device: str, machine: str, is_slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    text = slowness(precision, device)
+    assert (capability in text and "fp32" in text) if is_slow else text == ""
