@@ -98,7 +98,8 @@ def test_learns_the_digits_with_branches_on_two_workers(tmp_path: Path) -> None:
         "checkpoint": {"every_epochs": 1},
     }
     result = train(config(tmp_path / "run", layer))
-    assert result["test_accuracy"] > 0.9
+    # eight seeds: 0.894 to 0.950, and another kind of CPU rounds otherwise; chance is 0.1
+    assert result["test_accuracy"] > 0.85
     assert result["steps"] == 2 * 45
     assert 0 < result["median_step_s"] < result["train_seconds"]
     assert result["run_dir"] == str(tmp_path / "run")
