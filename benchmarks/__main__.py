@@ -34,6 +34,7 @@ def table5(
     variants: str = "",
     fold: int = 1,
     plan_budget_s: float = 20.0,
+    compiled: Annotated[bool, Parameter(name="--compile", negative=())] = False,
     predict: Annotated[bool, Parameter(negative=())] = False,
     resume: Annotated[bool, Parameter(negative=())] = False,
     out: Out = None,
@@ -62,6 +63,8 @@ def table5(
         Divide the depth of all networks by 1, 2, 3, 6, 9 or 18: quick, and no longer Table V's networks.
     plan_budget_s
         Seconds for measuring before an automatic plan is searched.
+    compiled
+        Blocks through torch.compile where that is faster, in (b), (d), (e), (f); plans are made without.
     predict
         Predict (e) and (f) from every rank alone, as on too few GPUs.
     resume
@@ -72,7 +75,7 @@ def table5(
     from anabranch.benchmarks.table5_report import print_table, write_pictures
 
     precisions = ["fp32", "bf16"] if precision == "both" else [precision]
-    chosen = case.parse_rows(rows or case.ROWS, precisions, workers, fold)
+    chosen = case.parse_rows(rows or case.ROWS, precisions, workers, fold, compiled=compiled)
     console = _console(json, quiet)
     record = case.run(
         chosen, case.parse_variants(variants), rounds=rounds, steps=steps, plan_budget_s=plan_budget_s,

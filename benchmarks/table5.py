@@ -45,7 +45,9 @@ _REFERENCE = "b"
 _FOLDS = (1, 2, 3, 6, 9, 18)  # of 18 blocks a stage
 
 
-def parse_rows(text: str, precisions: Sequence[str], workers: int, fold: int) -> list[Row]:
+def parse_rows(
+    text: str, precisions: Sequence[str], workers: int, fold: int, *, compiled: bool = False
+) -> list[Row]:
     """Rows from "32x4,128x2:2x2" (batch x branches, :mesh of (e), else 1 x workers). Raises ConfigError."""
     if fold not in _FOLDS:
         raise ConfigError(f"--fold {fold} does not divide the 18 blocks of a stage: give one of {_FOLDS}")
@@ -67,7 +69,7 @@ def parse_rows(text: str, precisions: Sequence[str], workers: int, fold: int) ->
                 "give a multiple, and positive numbers"
             )
         found.append((batch, num_branches, shape))
-    return [Row(*one, precision, fold) for precision in precisions for one in found]
+    return [Row(*one, precision, fold, compiled=compiled) for precision in precisions for one in found]
 
 
 def parse_variants(text: str) -> list[str]:
@@ -95,7 +97,10 @@ def run(
     predicted: as where there are fewer GPUs than ranks. Raises ConfigError where a record of other settings would be
     mixed with this one.
     """
-    settings = {"rounds": rounds, "steps": steps, "variants": [*variants], "predicted": predicted}
+    settings = {
+        "rounds": rounds, "steps": steps, "variants": [*variants], "predicted": predicted,
+        "compiled": any(row.compiled for row in rows),
+    }  # fmt: skip
     path = folder / "table5.json"
     kept = _kept(path, settings) if resume else []
     todo = [row for row in rows if not any(_is_of(entry, row) for entry in kept)]

@@ -39,7 +39,7 @@ def plan_of(
     if dist.get_backend() == "fake":
         found = _predicted_plan(row, short, cluster, facts)
     else:
-        setting = setting_of(row, memory_format)
+        setting = setting_of(replace(row, compiled=False), memory_format)
         found = _automatic_plan(short.to(device), setting, cluster, budget_s, facts)
     plan = _drawn_out(found, spec)
     same = [name for name, other in (("d", data), ("e", even)) if _is_same(plan, other)]

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from anabranch.runtime.compiling import COMPILED
 from anabranch.runtime.report_svg import number, ticks
 
 _STYLE = """<style>
@@ -101,7 +102,16 @@ def _note(entry: Entry) -> str:
     notes = [] if entry["label"] == "measured" else [entry["label"]]
     notes += [] if entry["is_papers_network"] else ["not the paper's"]
     notes += [f"= {entry['same_as']}"] if entry.get("same_as") else []
+    notes += filter(None, [_compiled(entry)])
     return ", ".join(notes)
+
+
+def _compiled(entry: Entry) -> str:
+    """What became of torch.compile, where it was asked for."""
+    found = entry.get("compiled") or entry.get("how_to_run", {}).get("compiled")
+    if not found or isinstance(found, str):
+        return found or ""
+    return f"{sum(one == COMPILED for one in found.values())} of {len(found)} blocks compiled"
 
 
 def _kind(entry: Entry) -> str:

@@ -85,6 +85,8 @@ def _built(
     """A variant's side, warmed up by two steps; facts: gets loss, traffic and how blocks run. Collective."""
     is_alone = dist.get_backend() == "fake"
     side = _side(row, variant, plan, meshes, device, facts["memory_format"])
+    if isinstance(side, DdpSide) and side.compiled:
+        facts["compiled"] = side.compiled
     side()
     first_loss = side.loss
     side.counted()
@@ -108,14 +110,19 @@ def _side(
         return OurSide(network, setting, plan, meshes[plan.data])
     world, rank, is_alone = dist.get_world_size(), dist.get_rank(), dist.get_backend() == "fake"
     part = slice(rank * row.batch // world, (rank + 1) * row.batch // world)
-    return DdpSide(network, setting, part, device, tuned=variant != "a", wrapped=not is_alone)
+    compiled = row.compiled and variant == "b" and not is_alone
+    return DdpSide(
+        network, setting, part, device, tuned=variant != "a", wrapped=not is_alone, compiled=compiled
+    )
 
 
 def measure_peak(rank: int, row: Row, variant: str, memory_format: str, plan_text: str | None) -> int | None:
     """Most bytes that a rank has while it builds a variant and takes two steps; None: unknown (no Linux). Collective.
 
     To be run in processes that have done nothing else: what others have left there would be used again for nothing.
+    Blocks run as they are: a compiler's own memory would be most of it.
     """
+    row = replace(row, compiled=False)
     device = device_of(rank)
     _first_use(device)
     plan, meshes = None, dict[int, Mesh]()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from anabranch.benchmarks.plain_resnet import plain_pre_resnet
+from anabranch.benchmarks.plain_resnet import PlainBlock, plain_pre_resnet
 from anabranch.benchmarks.steps import images, through_shared_memory
 from anabranch.blocks import build
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.convert import prepare
+from anabranch.runtime.compiling import BACKEND, COMPILED
 from anabranch.runtime.config import Config
 from anabranch.runtime.execution import CLEARLY
 from anabranch.runtime.loss import cross_entropy
@@ -48,7 +51,8 @@ _DEPTH = 18  # blocks of a stage in the paper's Multi-ResNet-110
 class Row:
     """A row: batch samples a step, k branches a block, the mesh of (e), precision, and what its depth is divided by.
 
-    whole_groups: a BN group is the whole batch, as on one GPU, instead of batch ÷ ranks.
+    whole_groups: a BN group is the whole batch, as on one GPU, instead of batch ÷ ranks. compiled: blocks through
+    torch.compile where that is measured faster, in all variants but (a) and (c).
     """
 
     batch: int
@@ -57,6 +61,7 @@ class Row:
     precision: str = "fp32"
     fold: int = 1
     whole_groups: bool = False
+    compiled: bool = False
 
     @property
     def bn_batch_size(self) -> int:
@@ -129,6 +134,7 @@ def setting_of(row: Row, memory_format: str) -> StepSetting:
             "mesh": {
                 "memory_format": memory_format,
                 "execution": "fused" if dist.get_backend() == "fake" else "auto",
+                "compile": "on" if row.compiled and dist.get_backend() != "fake" else "off",
             },
             "optimizer": {"lr": 0.01},  # noise is learnt by heart without blowing up
         }
@@ -140,15 +146,17 @@ class DdpSide:
     """Steps of torch DDP (wrapped=False: of its network alone, without anything sent) on a rank's part of the batch.
 
     `loss` is that of the last step, this rank's mean. exchanges: collective, bytes, ranks of a step. sent_bytes: by a
-    rank in a step.
+    rank in a step. compiled: what became of the blocks (see `compile_plain`), "" where nobody asked.
     """
 
     def __init__(
         self, network: nn.Module, setting: StepSetting, part: slice, device: torch.device, *,
-        tuned: bool, wrapped: bool = True,
+        tuned: bool, wrapped: bool = True, compiled: bool = False,
     ) -> None:  # fmt: skip
         self.x, self.target = setting.x[part].to(device), setting.target[part].to(device)
         self.network: nn.Module = network.to(device)
+        precision = setting.config.train.precision
+        self.compiled = compile_plain(network, self.x, self.target, precision) if compiled else ""
         world = dist.get_world_size()
         self.exchanges = [("all_reduce", sum(p.nbytes for p in network.parameters()), world)]
         self.sent_bytes = ring_bytes(*self.exchanges[0])
@@ -161,7 +169,7 @@ class DdpSide:
             if tuned and device.type == "cpu":
                 through_shared_memory(ddp)
             self.network = ddp
-        self.precision, self.loss = setting.config.train.precision, 0.0
+        self.precision, self.loss = precision, 0.0
         self.optimizer = make_optimizer(setting.config.optimizer, self.network.parameters())
 
     def __call__(self) -> None:
@@ -228,7 +236,7 @@ def probe_formats(row: Row, families: Sequence[str], device: torch.device) -> di
             network = network_of(row, variant_of[kind], name, (2, 2, 2)).to(device)
             x, target = images(row.batch // row.world_size)
             x, target = x.to(device).to(memory_format=memory_format), target.to(device)
-            runs.append(_forward_backward(network, x, target, row))
+            runs.append(_forward_backward(network, x, target, row.precision))
             runs[-1]()
         best = torch.full((len(FORMATS),), torch.inf, dtype=torch.float64, device=device)
         for turn in range(_MOST_PROBES):
@@ -248,10 +256,44 @@ def faster_format(seconds: Mapping[str, float]) -> str:
     return "channels_last" if is_faster else "contiguous"
 
 
-def _forward_backward(network: nn.Module, x: Tensor, target: Tensor, row: Row) -> Callable[[], None]:
+def compile_plain(network: nn.Module, x: Tensor, target: Tensor, precision: str) -> str:
+    """A plain network's blocks through torch.compile, distinct ones once, if a step is faster for it. Collective.
+
+    "compiled", or why not, as `runtime.compiling` says it of ours.
+    """
+    torch._dynamo.config.recompile_limit = 64  # all blocks share their code, a graph for each distinct one
+    backend = os.environ.get(BACKEND, "inductor")
+
+    def compile_blocks(whole: nn.Module) -> None:
+        for block in whole.children():
+            if isinstance(block, PlainBlock):
+                block.compile(fullgraph=True, dynamic=False, backend=backend)
+
+    trial, failed = copy.deepcopy(network), ""
+    sides = [_forward_backward(one, x, target, precision) for one in (copy.deepcopy(network), trial)]
+    try:
+        compile_blocks(trial)
+        for side in sides:
+            side()
+    except Exception as error:  # whatever a backend raises
+        failed, sides = f"torch.compile failed: {type(error).__name__}: {error}"[:300], sides[:1] * 2
+    rounds = [[_timed(side, x.device) for side in sides] for _ in range(_PROBES)]
+    best = torch.tensor(rounds, dtype=torch.float64, device=x.device).amin(0)
+    best[1] = torch.inf if failed else best[1]
+    dist.all_reduce(best)
+    eager, compiled = best.tolist()
+    if failed:
+        return failed
+    if compiled == torch.inf or (BACKEND not in os.environ and compiled >= CLEARLY * eager):
+        return f"not faster: {compiled / eager:.2f} of the time"
+    compile_blocks(network)
+    return COMPILED
+
+
+def _forward_backward(network: nn.Module, x: Tensor, target: Tensor, precision: str) -> Callable[[], None]:
     def run() -> None:
         network.zero_grad(set_to_none=True)
-        with autocast(row.precision, x.device):
+        with autocast(precision, x.device):
             loss = F.cross_entropy(network(x), target)
         loss.backward()
 

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from anabranch.benchmarks.steps import images
 from anabranch.benchmarks.table5_row import measure_row
-from anabranch.benchmarks.table5_sides import Row
+from anabranch.benchmarks.table5_sides import Row, compile_plain, network_of
 from anabranch.runtime import audit
+from anabranch.runtime.compiling import BACKEND
 
 
 def row(rank: int, world_size: int, variants: list[str]) -> dict[str, dict[str, Any]]:
     """A row of Table V, two rounds, plans timed in as few as there may be; told: nothing."""
     with mock.patch.object(audit, "time_plans", partial(audit.time_plans, rounds=8)):
         return measure_row(rank, Row(8, 2, fold=18), variants, 2, 1, 1.0, 0.0, False)
+
+
+def compiled_baseline(rank: int, world_size: int) -> tuple[list[float], list[str], list[bool]]:
+    """A short baseline's losses as it is and compiled, what was said of it, and of each layer whether it is compiled.
+
+    By a backend that gets every graph that inductor would get, then by one that fails.
+    """
+    row = Row(8, 2, fold=18, compiled=True)
+    x, target = images(8)
+    networks = [network_of(row, "b", blocks_per_stage=(1, 1, 1)) for _ in range(3)]
+    told = []
+    for backend, network in zip(("aot_eager", "no such backend"), networks[1:], strict=True):
+        os.environ[BACKEND] = backend
+        told.append(compile_plain(network, x, target, "fp32"))
+    losses = [float(F.cross_entropy(network(x), target)) for network in networks]
+    layers = [layer for network in networks for layer in network.children()]
+    return losses, told, [layer._compiled_call_impl is not None for layer in layers]
 
 
 def row_alone(rank: int, world_size: int, variants: list[str]) -> list[dict[str, dict[str, Any]]]:

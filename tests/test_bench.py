@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_ranks import row, row_alone
+from bench_ranks import compiled_baseline, row, row_alone
 from ranks import run_ranks
 from rich.console import Console
 
@@ -148,6 +149,35 @@ def test_ranks_that_are_not_here_are_predicted() -> None:
     assert done["transfer_s"] == pytest.approx(2e-5 + moved[0] / 3.5e9)
     (entry,) = table5._entries(TINY, {"e": done}, {"b": done}, "predicted", 2)
     assert (entry["predicted"], entry["label"]) == (True, "predicted")
+
+
+def test_the_baseline_is_compiled_as_ours_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks alone, into the same function; one that cannot be is told, and runs as it is."""
+    ((losses, told, is_compiled),) = run_ranks(1, compiled_baseline)
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
+    assert told[0] == "compiled"
+    assert told[1].startswith("torch.compile failed: ")
+    num = len(is_compiled) // 3
+    assert sum(is_compiled[num : 2 * num]) == 3
+    assert not any(is_compiled[:num] + is_compiled[2 * num :])
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    assert setting_of(replace(TINY, compiled=True), "contiguous").config.mesh.compile == "on"
+    assert setting_of(TINY, "contiguous").config.mesh.compile == "off"
+
+
+@pytest.mark.optin
+def test_a_compiled_row(tmp_path: Path) -> None:
+    """By the compiler itself: kept where it is faster, told where it is not."""
+    rows = table5.parse_rows("8x2", ["fp32"], 2, 18, compiled=True)
+    record = table5.run(rows, ["b", "d"], rounds=2, told=False, folder=tmp_path)
+    base, ours = record["rows"]
+    told = [base["compiled"], *ours["how_to_run"]["compiled"].values()]
+    assert all(re.fullmatch(r"compiled|not faster: \d+\.\d\d of the time", text) for text in told)
+    assert record["compiled"]
+    with pytest.raises(ConfigError, match="was measured with compiled = True, now it is False"):
+        table5.run(
+            table5.parse_rows("8x2", ["fp32"], 2, 18), ["b", "d"], rounds=2, resume=True, told=False, folder=tmp_path
+        )  # fmt: skip
 
 
 def children(pid: int) -> list[int]:
