@@ -111,8 +111,14 @@ def run(
     for index, row in enumerate(todo):
         rest = sum(map(_weight, todo[index + 1 :])) / _weight(row)
         kept += _measured(row, variants, rounds, steps, plan_budget_s, predicted, rest, told)
+        kept.sort(key=lambda entry: _place(entry, rows))
         write_bytes(path, (json.dumps({**record, "rows": kept}, indent=1) + "\n").encode())
     return {**record, "rows": kept, "path": str(path)}
+
+
+def _place(entry: Mapping[str, Any], rows: Sequence[Row]) -> int:
+    """Of an entry's row among those asked for; behind them all where it is none of them."""
+    return next((index for index, row in enumerate(rows) if _is_of(entry, row)), len(rows))
 
 
 def _weight(row: Row) -> float:

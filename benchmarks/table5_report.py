@@ -109,9 +109,9 @@ def _note(entry: Entry) -> str:
 def _compiled(entry: Entry) -> str:
     """What became of torch.compile, where it was asked for."""
     found = entry.get("compiled") or entry.get("how_to_run", {}).get("compiled")
-    if not found or isinstance(found, str):
-        return found or ""
-    return f"{sum(one == COMPILED for one in found.values())} of {len(found)} blocks compiled"
+    if isinstance(found, str):
+        return COMPILED if found == COMPILED else "not compiled"
+    return f"{sum(one == COMPILED for one in found.values())}/{len(found)} compiled" if found else ""
 
 
 def _kind(entry: Entry) -> str:

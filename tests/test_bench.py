@@ -237,6 +237,8 @@ def test_a_kill_loses_one_row(tmp_path: Path) -> None:
     assert [entry["batch"] for entry in record["rows"]] == [8, 16]
     assert all(entry["peak_memory_bytes"] > 2**20 for entry in record["rows"])
     assert table5.run(rows, ["b"], **settings)["rows"] == record["rows"]  # nothing is left to do
+    entries = [{**entry, "batch": size} for entry in first for size in (32, 16, 8)]
+    assert [table5._place(entry, rows) for entry in entries] == [2, 1, 0]
 
 
 @pytest.mark.parametrize(
