@@ -42,8 +42,12 @@ VARIANTS = {
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _TUNED = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
-_PROBES, _MOST_PROBES = 5, 15  # rounds; more of them while the formats are close
-_CLOSE = 0.9
+_FEW_PROBES, _PROBES, _MOST_PROBES = (
+    2,
+    5,
+    15,
+)  # rounds: where formats are far apart, most often, while they are close
+_FAR, _CLOSE = 0.7, 0.9
 _DEPTH = 18  # blocks of a stage in the paper's Multi-ResNet-110
 
 
@@ -226,7 +230,7 @@ def probe_formats(row: Row, families: Sequence[str], device: torch.device) -> di
     """Seconds of forward and backward by family and memory format, all ranks' sum. Collective.
 
     Of short networks (two blocks a stage) on a rank's samples of this row; the best of five rounds, the formats in
-    turn, or of up to fifteen while they are close.
+    turn: of two where they are far apart, of up to fifteen while they are close.
     """
     variant_of = {"plain": "b", "looped": "c", "fused": "d", "shared": "d_shared"}
     found: dict[str, dict[str, float]] = {}
@@ -244,7 +248,8 @@ def probe_formats(row: Row, families: Sequence[str], device: torch.device) -> di
             best = torch.minimum(best, seconds)
             together = best.clone()
             dist.all_reduce(together)
-            if turn >= _PROBES - 1 and together.min() < _CLOSE * together.max():
+            ratio = together.min() / together.max()
+            if (turn >= _FEW_PROBES - 1 and ratio < _FAR) or (turn >= _PROBES - 1 and ratio < _CLOSE):
                 break
         found[kind] = dict(zip(FORMATS, together.tolist(), strict=True))
     return found
