@@ -149,6 +149,8 @@ class Checkpoints:
         When it returns the checkpoint is on the disk. Raises as `save`, for what failed in between.
         """
         pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.hurry()
         mesh, device = network.mesh, next(network.parameters()).device
         what = f"write {pending.folder if pending else self.folder}"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+
+from anabranch.runtime.tensor_file import save_file
 
 _CHUNK = 8 << 20  # bytes: in small ones a thread that hashes would wait for the interpreter at each
 
@@ -42,20 +42,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_copies(path, {key: own_copy(tensor) for key, tensor in tensors.items()})
 
 
-def write_copies(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """The same of contiguous tensors on the CPU, each in memory of its own; the file's bytes and sha256."""
+def write_copies(
+    path: Path, tensors: Mapping[str, Tensor], rest: Callable[[], object] = lambda: None
+) -> tuple[int, str]:
+    """The same of contiguous tensors on the CPU; the file's bytes and sha256. rest: called after every piece."""
     aside = aside_of(path)
-    aside.touch()
-    mode = aside.stat().st_mode
     try:
-        save_file(dict(tensors), aside)
-    except SafetensorError as error:  # a full disk too
-        aside.unlink()
-        raise OSError(f"{path} cannot be written: {error}") from error
-    aside.chmod(mode)  # safetensors makes files that only their owner can read, whatever the umask
-    size, found = aside.stat().st_size, sha256(aside)
+        written = save_file(tensors, aside, rest)
+    except OSError:  # a full disk is no fuller for it
+        aside.unlink(missing_ok=True)
+        raise
     replace_file(path, aside)
-    return size, found
+    return written
 
 
 def sha256(path: Path) -> str:

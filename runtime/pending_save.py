@@ -26,6 +26,7 @@ from torch import Tensor
 
 from anabranch.runtime.checksum import checksum
 from anabranch.runtime.manifest import file_name
+from anabranch.runtime.pace import Pace
 from anabranch.runtime.storage import Folder
 
 _POLL_S = 0.05
@@ -65,7 +66,7 @@ class PendingSave:
         self.folder, self.attempt = folder, attempt
         self._rank, self._others, self._commit = rank, others, commit
         self._tensors, self._written, self._summed = tensors, written, summed
-        self._on_failure = on_failure
+        self._on_failure, self._pace = on_failure, Pace()
         self._error: BaseException | None = None
         self._given_up = ""
         self._deadline = float("inf")
@@ -75,9 +76,14 @@ class PendingSave:
 
     def join(self) -> None:
         """Waits for the end; raises what this rank's part raised."""
+        self.hurry()
         self._thread.join()
         if self._error is not None:
             raise self._error
+
+    def hurry(self) -> None:
+        """Somebody will wait for it: it leaves no time to the training any more."""
+        self._pace.hurry()
 
     def others_are_done(self) -> None:
         """What they have written is there, or will not be: from now on rank 0 waits only until it is seen."""
@@ -113,11 +119,16 @@ class PendingSave:
 
     def _work(self) -> Record:
         """Writes this rank's part; its record."""
-        sums = {key: checksum(self._tensors[key]) for key in self._summed}
+        self._pace.start()
+        sums = {}
+        for key in self._summed:
+            sums[key] = checksum(self._tensors[key])
+            self._pace.rest()
         if not self._written:
             return {"sums": sums, "file": None}
         name = file_name(self._rank, self.attempt)
-        size, sha256 = self.folder.write_tensors(name, {key: self._tensors[key] for key in self._written})
+        mine = {key: self._tensors[key] for key in self._written}
+        size, sha256 = self.folder.write_tensors(name, mine, self._pace.rest)
         return {
             "sums": sums,
             "file": {"name": name, "bytes": size, "sha256": sha256, "keys": list(self._written)},

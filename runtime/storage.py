@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,8 +61,10 @@ class Folder(ABC):
         """A small file, in place of what was there."""
 
     @abstractmethod
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-        """A safetensors file of contiguous tensors on the CPU: its bytes, its sha256."""
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], rest: Callable[[], object] = lambda: None
+    ) -> tuple[int, str]:
+        """A safetensors file of contiguous tensors on the CPU: its bytes, its sha256. rest: after every piece."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -117,8 +119,10 @@ class LocalFolder(Folder):
     def write(self, name: str, content: bytes) -> None:
         write_bytes(self.path / name, content)
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-        return write_copies(self.path / name, tensors)
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], rest: Callable[[], object] = lambda: None
+    ) -> tuple[int, str]:
+        return write_copies(self.path / name, tensors, rest)
 
     def delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -207,10 +211,12 @@ class UrlFolder(Folder):
         with _os_errors():
             self._fs.pipe_file(self._at(name), content)
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], rest: Callable[[], object] = lambda: None
+    ) -> tuple[int, str]:
         with tempfile.TemporaryDirectory(prefix="anabranch-") as folder:
             path = Path(folder, name)
-            written = write_copies(path, tensors)
+            written = write_copies(path, tensors, rest)
             with _os_errors():
                 self._fs.put_file(str(path), self._at(name))
         return written

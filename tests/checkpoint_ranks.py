@@ -19,7 +19,7 @@ import fsspec  # type: ignore[import-untyped]
 import torch
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from parity_cases import seeded
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from anabranch.blocks.convert import prepare
@@ -41,6 +41,7 @@ from anabranch.runtime.pending_save import PendingSave, Record
 from anabranch.runtime.reference import ReferenceStep
 from anabranch.runtime.step import TrainStep
 from anabranch.runtime.storage import Folder, open_folder
+from anabranch.runtime.tensor_file import save_file
 from anabranch.runtime.verify import Trial, micro_batches
 from anabranch.schedulers import BranchPlacement, Plan
 
@@ -312,11 +313,12 @@ def crashes_at(moment: int, save: Callable[[], object], thread: int | None = Non
             raise Crash
         return real_write_bytes(path, content)
 
-    def half_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-        real_save_file(tensors, path)
+    def half_tensors(tensors: dict[str, Tensor], path: Path, rest: Callable[[], object]) -> tuple[int, str]:
+        written = real_save_file(tensors, path, rest)
         if tick():
             os.truncate(path, path.stat().st_size // 2)
             raise Crash
+        return written
 
     real_write_bytes, real_save_file = Path.write_bytes, save_file
     with ExitStack() as patches:
@@ -385,14 +387,16 @@ def save_behind(rank: int, world_size: int, run_dir: Path) -> list[str]:
     network, optimizer = tuple_place(world_size)
     told: list[str] = []
     saved = Checkpoints(run_dir, on_failure=told.append)
-    allowed, held = {step: threading.Event() for step in (1, 2, 3, 4)}, real_save_file_of(durable)
+    allowed = {step: threading.Event() for step in (1, 2, 3, 4)}
 
-    def save_file_when_allowed(tensors: dict[str, Tensor], path: Path) -> None:
+    def save_file_when_allowed(
+        tensors: dict[str, Tensor], path: Path, rest: Callable[[], object]
+    ) -> tuple[int, str]:
         step = step_of(path.parent.name) or 0
         assert allowed[step].wait(60), "the save was not meant to be waited for"
         if step == (2 if rank else 3):
             raise OSError(28, "No space left on device")
-        held(tensors, path)
+        return save_file(tensors, path, rest)
 
     ended = []
     with mock.patch.object(durable, "save_file", save_file_when_allowed):
@@ -405,11 +409,6 @@ def save_behind(rank: int, world_size: int, run_dir: Path) -> list[str]:
             if step >= 3:
                 ended.append(message_of(lambda: saved.finish(network)))
     return [*told, *ended]
-
-
-def real_save_file_of(module: Any) -> Callable[[dict[str, Tensor], Path], None]:
-    function: Callable[[dict[str, Tensor], Path], None] = module.save_file
-    return function
 
 
 def replaced_behind(rank: int, world_size: int, run_dir: Path) -> str:
