@@ -1,7 +1,8 @@
 """What a step pays for a checkpoint that is begun at it, against copying the state to the host's memory alone.
 
 One process, and two CPU workers of one thread each with all blocks split by samples. In every round, in turn: a step; a
-save and the step after it, beside which the state is written; the copy alone. The stall is the save's call and what
+save and the step after it, beside which the state is written; the copy alone, of what a rank writes or has compared with
+other ranks' copies. The stall is the save's call and what
 the step after it takes longer than a plain one. What the call spends is timed inside it.
 """
 
@@ -29,7 +30,7 @@ from anabranch.runtime import checkpoints as saving
 from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.intervals import median_interval
-from anabranch.runtime.keyed_state import written_by_this_rank
+from anabranch.runtime.keyed_state import held_elsewhere_too, written_by_this_rank
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.pending_save import host_copies
 from anabranch.schedulers import Plan
@@ -103,7 +104,7 @@ def _measure(rank: int, rounds: int, width: int, batch_size: int, place: str) ->
         )
 
     def copy() -> None:
-        host_copies(written_by_this_rank(step.network, step.optimizer))
+        host_copies(held_elsewhere_too(step.network) | written_by_this_rank(step.network, step.optimizer))
 
     def saved() -> None:
         nonlocal number
