@@ -1,9 +1,9 @@
 """What a step pays for a checkpoint that is begun at it, against copying the state to the host's memory alone.
 
 One process, and two CPU workers of one thread each with all blocks split by samples. In every round, in turn: a step; a
-save and the step after it, beside which the state is written; the copy alone, of what a rank writes or has compared with
-other ranks' copies. The stall is the save's call and what
-the step after it takes longer than a plain one. What the call spends is timed inside it.
+save and the step after it, beside which the state is written; the copy alone, of what a rank writes or has compared
+with other ranks' copies. The stall is the save's call and what the step after it takes longer than a plain one. What
+the call spends is timed inside it.
 """
 
 from __future__ import annotations

@@ -159,15 +159,6 @@ class Checkpoints:
                 pending.join()
             return pending.attempt if pending else ""
 
-        def commit() -> dict[str, str]:
-            if pending is None:
-                return {"saved": ""}
-            try:
-                pending.join()
-            except ReplicaError as error:  # for all ranks to raise
-                return {"differ": str(error)}
-            return {"saved": str(pending.folder)}
-
         try:
             attempts = set(on_all_ranks(mesh, device, own_part, what))
             if len(attempts) > 1:
@@ -178,8 +169,17 @@ class Checkpoints:
                 with suppress(OSError):
                     pending.join()
             raise
-        if pending is not None:
-            pending.others_are_done()
+        if pending is None:
+            return ""
+        pending.others_are_done()
+
+        def commit() -> dict[str, str]:
+            try:
+                pending.join()
+            except ReplicaError as error:  # for all ranks to raise
+                return {"differ": str(error)}
+            return {"saved": str(pending.folder)}
+
         told: dict[str, str] = on_all_ranks(mesh, device, lambda: {} if mesh.rank else commit(), what)[0]
         if "differ" in told:
             raise ReplicaError(told["differ"])
