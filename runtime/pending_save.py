@@ -12,9 +12,7 @@ No collective runs here: the training's run meanwhile, and two threads must not 
 from __future__ import annotations
 
 import json
-import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -31,9 +29,6 @@ from anabranch.runtime.storage import Folder
 
 _POLL_S = 0.05
 _VISIBLE_S = 60.0  # for what another host has written to be seen here (NFS keeps names for up to a minute)
-_NICE = (
-    19  # on a CPU that the step needs too: 1.4 % of it; who waits for the save sleeps, and leaves it the CPU
-)
 _EXIT_S = 5.0  # for the other ranks, once the program is ending
 
 Record = dict[str, Any]
@@ -94,9 +89,7 @@ class PendingSave:
         self._given_up = reason
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own: the step's come first
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        self._pace.start()
         try:
             record = self._work()
             self._tensors = {}
@@ -119,7 +112,6 @@ class PendingSave:
 
     def _work(self) -> Record:
         """Writes this rank's part; its record."""
-        self._pace.start()
         sums = {}
         for key in self._summed:
             sums[key] = checksum(self._tensors[key])
