@@ -20,13 +20,14 @@ from anabranch.benchmarks.steps import images, through_shared_memory
 from anabranch.blocks import build
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.convert import prepare
-from anabranch.runtime.compiling import BACKEND, COMPILED
+from anabranch.runtime.compiling import BACKEND, COMPILED, FAILED, said, verdict
 from anabranch.runtime.config import Config
 from anabranch.runtime.execution import CLEARLY
 from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.plan_step import PlanStep, StepSetting
+from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.step import autocast
 from anabranch.schedulers import Plan
 
@@ -42,11 +43,8 @@ VARIANTS = {
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _TUNED = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
-_FEW_PROBES, _PROBES, _MOST_PROBES = (
-    2,
-    5,
-    15,
-)  # rounds: where formats are far apart, most often, while they are close
+# Rounds: where formats are far apart, most often, while they are close.
+_FEW_PROBES, _PROBES, _MOST_PROBES = 2, 5, 15
 _FAR, _CLOSE = 0.7, 0.9
 _DEPTH = 18  # blocks of a stage in the paper's Multi-ResNet-110
 
@@ -274,25 +272,27 @@ def compile_plain(network: nn.Module, x: Tensor, target: Tensor, precision: str)
             if isinstance(block, PlainBlock):
                 block.compile(fullgraph=True, dynamic=False, backend=backend)
 
-    trial, failed = copy.deepcopy(network), ""
+    trial = copy.deepcopy(network)
     sides = [_forward_backward(one, x, target, precision) for one in (copy.deepcopy(network), trial)]
+    mine: str | list[float] = [0.0, 0.0]
     try:
         compile_blocks(trial)
         for side in sides:
             side()
-    except Exception as error:  # whatever a backend raises
-        failed, sides = f"torch.compile failed: {type(error).__name__}: {error}"[:300], sides[:1] * 2
-    rounds = [[_timed(side, x.device) for side in sides] for _ in range(_PROBES)]
-    best = torch.tensor(rounds, dtype=torch.float64, device=x.device).amin(0)
-    best[1] = torch.inf if failed else best[1]
-    dist.all_reduce(best)
-    eager, compiled = best.tolist()
-    if failed:
-        return failed
-    if compiled == torch.inf or (BACKEND not in os.environ and compiled >= CLEARLY * eager):
-        return f"not faster: {compiled / eager:.2f} of the time"
-    compile_blocks(network)
-    return COMPILED
+    except (
+        Exception
+    ) as error:  # whatever a backend raises: ranks must still agree, and the row goes on without
+        mine = FAILED + said(error)
+    if BACKEND not in os.environ and not any(isinstance(one, str) for one in gather_json(mine, x.device)):
+        mine = [min(column) for column in zip(*_rounds(sides, x.device), strict=True)]
+    found = verdict(gather_json(mine, x.device))
+    if found == COMPILED:
+        compile_blocks(network)
+    return found
+
+
+def _rounds(sides: Sequence[Callable[[], None]], device: torch.device) -> list[list[float]]:
+    return [[_timed(side, device) for side in sides] for _ in range(_PROBES)]
 
 
 def _forward_backward(network: nn.Module, x: Tensor, target: Tensor, precision: str) -> Callable[[], None]:

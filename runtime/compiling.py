@@ -31,7 +31,7 @@ from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.step import autocast
 
-COMPILED = "compiled"
+COMPILED, FAILED = "compiled", "torch.compile failed: "
 BACKEND = "ANABRANCH_COMPILE_BACKEND"  # another one of torch.compile's, for tests: whatever compiles is used, not timed
 _REPEATS = 5
 
@@ -114,7 +114,7 @@ class CompiledBlock:
                 norm.stage_found()
             return y
         except torch._dynamo.exc.TorchDynamoException as error:  # nothing has run yet
-            self.reason = _said(error)
+            self.reason = said(error)
         finally:  # also where activations are made again, which ends with an exception of torch's own
             for norm in norms:
                 norm.found = None
@@ -159,19 +159,16 @@ def compile_blocks(
     # What is known is compiled by a rank that comes to others too, which take no part in it.
     known = mine.keys() <= how.compiled.keys()
     told = [mine] if known else gather_json(mine, next(network.parameters()).device)
-    compiled = {name: _verdict([one[name] for one in told]) for name in mine}
+    compiled = {name: verdict([one[name] for one in told]) for name in mine}
     network.compiled = {name: one for name, one in made.items() if compiled[name] == COMPILED}
-    for reason in sorted({text for text in compiled.values() if text.startswith(_FAILED)}):
+    for reason in sorted({text for text in compiled.values() if text.startswith(FAILED)}):
         names = [name for name, text in compiled.items() if text == reason]
         on_eager(f"{', '.join(names)}: {reason}: mesh.compile changes nothing there, they run as they are")
     return replace(how, compiled=compiled)
 
 
-_FAILED = "torch.compile failed: "
-
-
-def _verdict(told: list[Any]) -> str:
-    """Of a block, over all ranks: "compiled", or why not."""
+def verdict(told: list[Any]) -> str:
+    """Of what every rank timed, [seconds as it is, compiled] (zeros: not timed) or a text: "compiled", or why not."""
     reasons = [one for one in told if isinstance(one, str)]
     if reasons:
         return str(reasons[0])
@@ -226,9 +223,9 @@ def _timed(
         try:
             run(compiled, x, precision, layout=trial, block=side)
         except Exception as error:  # whatever a backend raises
-            return _FAILED + _said(error)
+            return FAILED + said(error)
         if compiled.reason:
-            return _FAILED + compiled.reason
+            return FAILED + compiled.reason
     if not repeats:
         return [0.0, 0.0]
     samples: list[list[float]] = [[], []]
@@ -239,7 +236,7 @@ def _timed(
     return [min(seconds) for seconds in samples]
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """What an error of torch.compile says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     both = " ".join(lines[:2])  # the first may name no more than the backend
