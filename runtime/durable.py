@@ -11,8 +11,6 @@ from torch import Tensor
 
 from anabranch.runtime.tensor_file import save_file
 
-_CHUNK = 8 << 20  # bytes: in small ones a thread that hashes would wait for the interpreter at each
-
 
 def sync(path: Path) -> None:
     """Waits until a file's contents, or a folder's list of names, are on the disk."""
@@ -58,11 +56,8 @@ def write_copies(
 
 def sha256(path: Path) -> str:
     """Of a file's contents, in hexadecimal digits."""
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(chunk):
-            digest.update(chunk[:num_bytes])
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def aside_of(path: Path) -> Path:

@@ -193,14 +193,8 @@ class _Cache:
             torch.get_num_threads(),
             precision,
             os.environ.get("LD_PRELOAD", ""),
-            (
-                _FEW_REPEATS,
-                _HOPELESS,
-                _REPEATS,
-                _MOST_REPEATS,
-                _ENOUGH_S,
-                _LONG_S,
-            ),  # figures made in another way are others
+            # figures made in another way are others
+            (_FEW_REPEATS, _HOPELESS, _REPEATS, _MOST_REPEATS, _ENOUGH_S, _LONG_S),
         ]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self._folder = cache_folder() / f"execution-{digest}"

@@ -9,9 +9,7 @@ import time
 from contextlib import suppress
 
 _NICE = 19  # on a core that the step needs too: 1.4 % of it; who waits for the thread sleeps, and leaves it the core
-_REST = (
-    3  # times what it computed: a step of 0.2 s beside 400 MB that are written is then not measurably longer
-)
+_REST = 3  # times what it computed: beside 400 MB a step of 0.2 s is then not measurably longer
 
 
 class Pace:

@@ -52,7 +52,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_thread_rests_three_times_what_it_computed_until_it_is_waited_for() -> None:
-    pace, seconds = Pace(), []
+    pace, seconds, first_is_over = Pace(), list[float](), threading.Event()
 
     def work() -> None:
         pace.start()
@@ -63,11 +63,11 @@ def test_a_thread_rests_three_times_what_it_computed_until_it_is_waited_for() ->
             begun = time.perf_counter()
             pace.rest()
             seconds.append(time.perf_counter() - begun)
+            first_is_over.set()
 
     thread = threading.Thread(target=work)
     thread.start()
-    while not seconds:
-        time.sleep(0.01)
+    assert first_is_over.wait(60)
     pace.hurry()  # in the second round, or its rest
     thread.join()
     first, _, last = seconds
