@@ -6,7 +6,7 @@ Shapes: N samples, K branches held, C channels in and O channels out of one bran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,6 +54,10 @@ class StackedConv2d(nn.Module):
         """All branches at once. is_last: the result is the block's partial sum as it travels."""
         groups = x.shape[1] // self.channels if self.role == "each" else 1
         return conv2d(x, self.weight, self.stride, self.padding, groups, is_last=is_last)
+
+    def one_by_one(self, parts: Iterable[Tensor]) -> Tensor:
+        """All branches of role "each", from one input (N, C, H, W) each: as `forward`, by a convolution a branch."""
+        return torch.cat([self.one(part, index) for index, part in enumerate(parts)], 1)
 
     def one(self, x: Tensor, index: int) -> Tensor:
         """The index-th held branch alone, from its own input (N, C, H, W)."""
@@ -106,34 +110,45 @@ class _AffineReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, y = ctx.saved_tensors
-        channels = x.shape[1]
-        x_view, k_dim = _branch_view(x, channels)
-        last = k_dim == 2
-        grad = torch.ops.aten.threshold_backward(grads[0], y, 0)
-        if last:
-            grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_view, _ = _branch_view(grad, channels)
-        dims = (0, 1) if last else (0, 3)
-        by_branch = weight.view((-1, channels) if last else (-1, channels, 1))
-        half = grad.element_size() == 2
-        if half:  # `sum` adds in float32
-            grad_x = (grad_view * by_branch).sum(k_dim)
-        else:  # one pass a branch: the products with all branches' weights need not be stored
-            grad_x = grad_view.select(k_dim, 0) * by_branch[0]
-            for index in range(1, len(by_branch)):
-                grad_x.addcmul_(grad_view.select(k_dim, index), by_branch[index])
-        if last and channels <= _NARROW and not half:
-            # the wanted C numbers a branch are the diagonals of C × C products, which cost less than a pass over memory
-            products = x_view.reshape(-1, channels).t() @ grad_view.reshape(-1, weight.numel())
-            grad_weight = products.view(channels, -1, channels).diagonal(dim1=0, dim2=2)
-        else:
-            grad_weight = (grad_view * x_view).sum(dims)
-        grad_bias = grad_view.sum(dims)
-        return _image(grad_x, x.shape, k_dim), grad_weight.reshape(-1), grad_bias.reshape(-1)
+        if x.is_cpu and len(x):  # the kernel used there divides by the number of samples
+            return _by_branch(grads[0], x, weight, y)
+        return _at_once(grads[0], x, weight, y)
+
+
+def _at_once(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in few kernels, each over all branches: a GPU's time goes into starting them."""
+    x_view, k_dim = _branch_view(x, x.shape[1])
+    last = k_dim == 2
+    grad = torch.ops.aten.threshold_backward(grad_y, y, 0)
+    if last:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    grad_view, _ = _branch_view(grad, x.shape[1])
+    dims = (0, 1) if last else (0, 3)
+    grad_x = (grad_view * weight.view((-1, x.shape[1]) if last else (-1, x.shape[1], 1))).sum(k_dim)
+    grad_weight, grad_bias = (grad_view * x_view).sum(dims), grad_view.sum(dims)
+    return _image(grad_x, x.shape, k_dim), grad_weight.reshape(-1), grad_bias.reshape(-1)
+
+
+def _by_branch(grad_y: Tensor, x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients branch by branch: what one kernel leaves in a CPU's cache, the next reads."""
+    channels, shape = x.shape[1], (-1, *[1] * (x.dim() - 2))
+    mean, var, grad_x, sums = weight.new_zeros(channels), weight.new_ones(channels), None, []
+    parts = grad_y.split(channels, 1), y.split(channels, 1), weight.split(channels)
+    for grad_k, y_k, weight_k in zip(*parts, strict=True):
+        grad = torch.ops.aten.threshold_backward(grad_k, y_k, 0)
+        # BatchNorm's backward, of statistics that x has no part in: Σ grad·x and Σ grad in one pass
+        _, *sums_k = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight_k, mean, var, None, None, False, 0.0, [False, True, True]
+        )
+        sums.append(sums_k)
+        scale = weight_k.view(shape)
+        grad_x = grad * scale if grad_x is None else grad_x.addcmul_(grad, scale)
+    assert grad_x is not None, "a copy without branches does not come here"
+    grad_weight, grad_bias = map(torch.cat, zip(*sums, strict=True))
+    return grad_x, grad_weight, grad_bias
 
 
 _affine_relu: Callable[[Tensor, Tensor, Tensor], Tensor] = _AffineReLU.apply
-_NARROW = 32  # channels
 
 
 def _branch_view(x: Tensor, channels: int) -> tuple[Tensor, int]:
