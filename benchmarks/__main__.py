@@ -410,16 +410,18 @@ def save_stall(
 
 @app.command
 def fused(*, rounds: Rounds = 24) -> None:
-    """Local branches fused against one after another, all stages, batch 32 and 128: what the choice made costs."""
+    """Local branches fused, mixed and one after another, all stages, batch 32 and 128: what the choice made costs."""
     from anabranch.benchmarks import step_parts
 
     record = step_parts.fused(rounds=rounds)
     for row in record["rows"]:
-        low, high = row["interval_95"]
-        print(
-            f"batch {row['batch']}, stage {row['stage']}: fused / looped {row['fused_over_looped']:.3f} "
-            f"({low:.3f} to {high:.3f}), chosen: {row['chosen']}, {row['memory_format']}"
+        over = ", ".join(
+            f"{ratio:.3f} ({low:.3f} to {high:.3f}) of {way}"
+            for (way, ratio), (low, high) in zip(
+                row["chosen_over"].items(), row["interval_95"].values(), strict=True
+            )
         )
+        print(f"batch {row['batch']}, stage {row['stage']}: {row['chosen']}, {row['memory_format']}: {over}")
     print(f"the choice is at worst {record['worst_chosen_over_best']:.3f} times the better; {record['path']}")
 
 

@@ -19,7 +19,7 @@ from anabranch.benchmarks.record import RESULTS, write_record
 from anabranch.benchmarks.steps import OurStep, images
 from anabranch.benchmarks.workers import interleaved, run_workers
 from anabranch.blocks import build
-from anabranch.blocks.branch_sum import branch_sums
+from anabranch.blocks.branch_sum import Execution, branch_sums
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime.config import MeshConfig
 from anabranch.runtime.deal import deal_step
@@ -33,13 +33,11 @@ from anabranch.runtime.wire import Wire
 from anabranch.schedulers import BranchPlacement, Plan
 from anabranch.schedulers.plan import SAMPLE
 
-_WAYS = ("fused", "looped")
-
 
 def fused(
     *, rounds: int = 24, branches: int = 4, batches: tuple[int, ...] = (32, 128), folder: Path = RESULTS
 ) -> dict[str, Any]:
-    """Each stage's repeated block, fused and looped, in the memory format that was chosen: what the choice costs."""
+    """Each stage's repeated block in all its forms, in the memory format that was chosen: what the choice costs."""
     rows = [row for batch in batches for row in run_workers(1, _fused, branches, batch, rounds, threads=1)]
     worst = max(row["chosen_over_best"] for row in rows)
     record = {"num_branches": branches, "rows": rows, "worst_chosen_over_best": worst}
@@ -64,25 +62,31 @@ def _fused(rank: int, branches: int, batch: int, rounds: int) -> list[dict[str, 
         parallel.use_memory_format(channels_last=channels_last)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        samples = interleaved({way: _block_step(copy.deepcopy(block), x, way) for way in _WAYS}, rounds, 2)
-        ratio, low, high = median_interval(
-            [a / b for a, b in zip(samples["fused"], samples["looped"], strict=True)]
-        )
-        chosen = how.execution[name]
+        (block_sum,) = (one for _, one in branch_sums(block))
+        forms: dict[str, Callable[[], None]] = {
+            form: _block_step(copy.deepcopy(block), x, form) for form in block_sum.executions
+        }
+        samples, chosen = interleaved(forms, rounds, 2), how.execution[name]
+        over = {
+            way: median_interval([a / b for a, b in zip(samples[chosen], seconds, strict=True)])
+            for way, seconds in samples.items()
+            if way != chosen
+        }
         rows.append(
             {
                 "stage": stage, "batch": batch, "memory_format": how.memory_format, "chosen": chosen,
-                "fused_s": samples["fused"], "looped_s": samples["looped"],
-                "fused_over_looped": ratio, "interval_95": [low, high],
-                "chosen_over_best": max(1.0, ratio if chosen == "fused" else 1 / ratio),
+                "samples_s": samples,
+                "chosen_over": {way: ratio for way, (ratio, _, _) in over.items()},
+                "interval_95": {way: [low, high] for way, (_, low, high) in over.items()},
+                "chosen_over_best": max(1.0, *(ratio for ratio, _, _ in over.values())),
             }
         )  # fmt: skip
     return rows
 
 
-def _block_step(block: nn.Module, x: Tensor, way: str) -> Callable[[], None]:
+def _block_step(block: nn.Module, x: Tensor, way: Execution) -> Callable[[], None]:
     for _, one in branch_sums(block):
-        one.execution = way  # type: ignore[assignment]
+        one.execution = way
 
     def step() -> None:
         leaf = x.detach().requires_grad_()

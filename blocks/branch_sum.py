@@ -28,7 +28,7 @@ from anabranch.blocks.errors import ModelError
 from anabranch.blocks.norm import BatchNorm
 
 Hidden = Tensor | tuple[Tensor, ...]
-Execution = Literal["fused", "looped"]
+Execution = Literal["fused", "mixed", "looped"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BranchSum(nn.Module):
     edge: set while a runtime wants some rows of y, where `ends_in_sum`. Called as edge(partial_sum, h, skip), where
         skip() is for all rows, it returns them.
     execution: "fused" runs the held branches as one wide computation where the class can, "looped" one after
-        another; equal up to rounding.
+        another, "mixed" as fused but for grouped convolutions, which it runs branch by branch; equal up to rounding.
     """
 
     exchange: Callable[[Callable[[Hidden], Tensor], Hidden], Tensor] | None = None
@@ -92,6 +92,11 @@ class BranchSum(nn.Module):
     def join(self, x: Tensor, h: Hidden, s: Tensor) -> Tensor:
         """The output from the input, the hidden form and the whole sum; skip_term(x, h) + s unless overridden."""
         return self.skip_term(x, h) + s
+
+    @property
+    def executions(self) -> tuple[Execution, ...]:
+        """Those that are not the same here; any other runs as the first."""
+        return ("fused", "looped") if len(self.held) > 1 else ("fused",)
 
     @property
     def ends_in_sum(self) -> bool:

@@ -81,7 +81,7 @@ class FilterSum(BranchSum):
 
     def branches(self, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
-        if self.execution == "fused":
+        if self.execution != "looped":
             a = self._act(self.norm(self.basis(h, self.held)))
             if self.inner is not None and self.inner_norm is not None:
                 a = self._act(self.inner_norm(self.inner(a)))

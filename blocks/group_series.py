@@ -205,7 +205,7 @@ class GroupSeriesConv(BranchSum):
     def branches(self, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
         _, r, q = self.approximation(self.active_size())
-        if self.execution == "fused":
+        if self.execution != "looped":
             return self._terms(h, r, q, self.held)
         width = self.sizes[0]
         parts = zip(r.split(width), q.split(width, 1), self.held, strict=True)

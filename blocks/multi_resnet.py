@@ -11,12 +11,13 @@ each branch keeps only its affine map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Hidden
+from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, Hidden
 from anabranch.blocks.errors import ModelError
 from anabranch.blocks.network import Head, Network, conv2d, make_stem
 from anabranch.blocks.norm import BatchNorm
@@ -84,17 +85,36 @@ class PreactResidual(BranchSum):
         """One branch in all and here: its affine map is the BatchNorm's own, in one kernel."""
         return self.preact == "branch" and self.num_branches == 1 and self.exchange is None
 
+    @property
+    def executions(self) -> tuple[Execution, ...]:
+        if len(self.held) < 2:
+            return ("fused",)
+        is_grouped = any(conv.role == "each" for conv in self._stacked())
+        return ("fused", "mixed", "looped") if is_grouped else ("fused", "looped")
+
     def branches(self, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
-        if self.execution == "fused":
-            a: Tensor = self.affine(h) if self.preact == "branch" and not self._plain else h
-            for conv, norm in zip(self.convs, [*self.norms, None], strict=True):
-                a = conv(a, is_last=True) if norm is None else F.relu_(norm(conv(a)))
-            return a
-        total = self._branch(h, 0)
-        for index in range(1, len(self.held)):
-            total = total + self._branch(h, index)
-        return total
+        if self.execution == "looped":
+            total = self._branch(h, 0)
+            for index in range(1, len(self.held)):
+                total = total + self._branch(h, index)
+            return total
+        mixed, last = self.execution == "mixed" and len(self.held) > 1, self.convs[-1]
+        a = h
+        for norm, conv in zip([None, *self.norms], self._stacked(), strict=True):
+            one_by_one = mixed and conv.role == "each"
+            if norm is not None:
+                a = F.relu_(norm(a))
+                parts = a.split(conv.channels, 1) if one_by_one else ()
+            elif self.preact == "branch" and not self._plain:
+                if (
+                    one_by_one
+                ):  # a branch's map just before its convolution, which finds the result in the cache
+                    parts = map(partial(self.affine.one, h), range(len(self.held)))
+                else:
+                    a = self.affine(h)
+            a = conv.one_by_one(parts) if one_by_one else conv(a, is_last=conv is last)
+        return a
 
     def _branch(self, h: Tensor, index: int) -> Tensor:
         a = self.affine.one(h, index) if self.preact == "branch" and not self._plain else h

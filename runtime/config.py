@@ -164,9 +164,10 @@ class MeshConfig:
     """Of auto: most bytes (in 1e9) of live tensors that a worker may have; 0: what its device has, where known."""
     audit: bool = True
     """Of auto: time the best plans against data parallelism, which is left only where that is surely slower."""
-    execution: Literal["auto", "fused", "looped"] = "auto"
-    """fused: the branches of a worker in one grouped convolution; looped: one after another; auto: per block what a
-    measurement at the start says, kept in ~/.cache/anabranch. Equal up to rounding."""
+    execution: Literal["auto", "fused", "mixed", "looped"] = "auto"
+    """fused: the branches of a worker as one wide computation; looped: one after another; mixed: as fused, but grouped
+    convolutions branch by branch; auto: per block what a measurement at the start says, kept in ~/.cache/anabranch.
+    Equal up to rounding."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Where an image's channels lie in memory; auto: as measured, and contiguous for your own networks."""
     wire: Literal["fp32", "bf16"] = "fp32"

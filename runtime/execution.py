@@ -1,4 +1,4 @@
-"""How each block runs here, chosen by measurement: fused or looped branches, and where channels lie in memory.
+"""How each block runs here, chosen by measurement: branches fused, mixed or looped, and where channels lie in memory.
 
 Each *distinct* block (modules, shapes, branches held, input) is run forward and backward in all ways, once per machine:
 the figures are kept in the cache, so that a run that is repeated or resumed runs in the same way to the last bit.
@@ -15,12 +15,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from anabranch.blocks.branch_sum import BranchSum, Execution, branch_sums
+from anabranch.blocks.branch_sum import Execution, branch_sums
 from anabranch.blocks.network import Network
 from anabranch.runtime.chunks import fastest_chunks
 from anabranch.runtime.countdown import OnProgress, silent
@@ -32,9 +32,10 @@ from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.rank_batch import RankBatch
 
 MemoryFormat = Literal["contiguous", "channels_last"]
-_WAYS: list[tuple[Execution, MemoryFormat]] = [
-    (execution, layout) for layout in ("contiguous", "channels_last") for execution in ("fused", "looped")
-]
+_Way = tuple[Execution, MemoryFormat]
+_FORMS: tuple[Execution, ...] = get_args(Execution)
+_FIRST = _FORMS[0]  # taken where no other is clearly faster
+_WAYS: list[_Way] = [(form, layout) for layout in get_args(MemoryFormat) for form in _FORMS]
 _REPEATS, _MOST_REPEATS = 5, 10  # more of them while two forms are close, for _ENOUGH_S at most
 _CLOSE = 0.9
 _FEW_REPEATS, _HOPELESS = 3, 1.3  # a form that takes so much more than the fastest after so many is left out
@@ -48,8 +49,8 @@ class HowToRun:
     """The same on all ranks. execution: by block name. memory_format: of the whole network. Others: as in `[mesh]`.
 
     compiled: by block what became of `mesh.compile` ("compiled", or why it runs as it is); empty where it is off.
-    Looped branches leave their weight gradients to autograd, so that `overlap` hides nothing behind them: only fused
-    ones are computed while the input's gradient travels.
+    Branches one by one leave their weight gradients to autograd, so that `overlap` hides nothing behind them: only
+    those of wide convolutions are computed while the input's gradient travels.
     """
 
     execution: dict[str, Execution]
@@ -144,7 +145,7 @@ def _ways_to_run(
     elif not ours or len(image_shape) != 3:
         formats = ["contiguous"]
     if execution != "auto" and len(formats) == 1:
-        return settle(dict.fromkeys(names, "looped" if execution == "looped" else "fused"), formats[0])
+        return settle(dict.fromkeys(names, _told(execution)), formats[0])
     cache = _Cache(network, precision)
     num_rows = {"own": len(rows.own_range), "group": len(rows.group_range)}
     keys = _measured(network, image_shape, num_rows, precision, cache, on_progress)
@@ -164,13 +165,19 @@ def _ways_to_run(
 
     def best(name: str, layout: MemoryFormat) -> Execution:
         if execution != "auto":
-            return "looped" if execution == "looped" else "fused"
-        fused, looped = seconds(name, ("fused", layout)), seconds(name, ("looped", layout))
-        return "looped" if looped < CLEARLY * fused else "fused"
+            return _told(execution)
+        by_form = {form: seconds(name, (form, layout)) for form in _FORMS}
+        fastest = min(_FORMS, key=by_form.__getitem__)
+        return fastest if by_form[fastest] < CLEARLY * by_form[_FIRST] else _FIRST
 
     totals = [sum(seconds(name, (best(name, layout), layout)) for name in names) for layout in formats]
     chosen = formats[1] if len(formats) > 1 and totals[1] < CLEARLY * totals[0] else formats[0]
     return settle({name: best(name, chosen) for name in names}, chosen)
+
+
+def _told(execution: str) -> Execution:
+    """A configuration's, which may also say "auto": then nothing is to be measured."""
+    return next((form for form in _FORMS if form == execution), _FIRST)
 
 
 def is_ours(network: nn.Module) -> bool:
@@ -194,7 +201,7 @@ class _Cache:
             precision,
             os.environ.get("LD_PRELOAD", ""),
             # figures made in another way are others
-            (_FEW_REPEATS, _HOPELESS, _REPEATS, _MOST_REPEATS, _ENOUGH_S, _LONG_S),
+            (_WAYS, _FEW_REPEATS, _HOPELESS, _REPEATS, _MOST_REPEATS, _ENOUGH_S, _LONG_S),
         ]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self._folder = cache_folder() / f"execution-{digest}"
@@ -250,41 +257,38 @@ def _measured(
 
 
 def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
-    """Seconds forward and backward, for each of `_WAYS`."""
-    sides = []
+    """Seconds forward and backward, for each of `_WAYS`; forms that do not differ take what the first takes."""
+    forms = {form for _, one in branch_sums(element) for form in one.executions} | {_FIRST}
+    sides: dict[_Way, nn.Module] = {}
     for execution, layout in _WAYS:
-        side = copy.deepcopy(element)
+        if execution not in forms:
+            continue
+        sides[execution, layout] = side = copy.deepcopy(element)
         set_memory_format(side, channels_last=layout == "channels_last")
-        for module in side.modules():
-            if isinstance(module, BranchSum):
-                module.execution = execution
-        sides.append(side)
-    for side in sides:
+        for _, block_sum in branch_sums(side):
+            block_sum.execution = execution
+    for side in sides.values():
         run(side, x[:2], precision)  # the first run of a shape sets its kernels up
-    x = x[: max(2, int(_LONG_S / (run(sides[0], x[:2], precision) / 2)))]
-    fused_alone = all(len(one.held) < 2 for _, one in branch_sums(element))
-    samples: list[list[float]] = [[] for _ in _WAYS]
+    x = x[: max(2, int(_LONG_S / (run(sides[_WAYS[0]], x[:2], precision) / 2)))]
+    images = {"contiguous": x, "channels_last": x}
+    if x.dim() == 4:
+        images["channels_last"] = x.contiguous(memory_format=torch.channels_last)
+    samples: dict[_Way, list[float]] = {way: [] for way in sides}
     begun = time.perf_counter()
     for turn in range(_MOST_REPEATS):
         if turn >= _REPEATS and (not _any_close(samples) or time.perf_counter() - begun > _ENOUGH_S):
             break
-        for index, (side, (execution, layout)) in enumerate(zip(sides, _WAYS, strict=True)):
-            if execution == "looped" and fused_alone:
+        for way, side in sides.items():
+            if turn >= _FEW_REPEATS and min(samples[way]) > _HOPELESS * min(map(min, samples.values())):
                 continue
-            if turn >= _FEW_REPEATS and min(samples[index]) > _HOPELESS * min(
-                map(min, filter(None, samples))
-            ):
-                continue
-            image = (
-                x.contiguous(memory_format=torch.channels_last)
-                if layout == "channels_last" and x.dim() == 4
-                else x
-            )
-            samples[index].append(run(side, image, precision))
-    return [min(samples[index] or samples[index - 1]) for index in range(len(_WAYS))]
+            samples[way].append(run(side, images[way[1]], precision))
+    return [min(samples.get((execution, layout)) or samples[_FIRST, layout]) for execution, layout in _WAYS]
 
 
-def _any_close(samples: Sequence[Sequence[float]]) -> bool:
-    """Whether fused and looped take nearly the same in a memory format."""
-    pairs = [sorted(map(min, pair)) for pair in (samples[:2], samples[2:]) if all(pair)]
-    return any(less > _CLOSE * more for less, more in pairs)
+def _any_close(samples: Mapping[_Way, Sequence[float]]) -> bool:
+    """Whether the two fastest forms take nearly the same in a memory format."""
+    for layout in get_args(MemoryFormat):
+        fastest = sorted(min(seconds) for (_, of), seconds in samples.items() if of == layout)
+        if len(fastest) > 1 and fastest[0] > _CLOSE * fastest[1]:
+            return True
+    return False

@@ -89,7 +89,7 @@ def test_a_row(tmp_path: Path) -> None:
         assert low <= entry["speed_up"] <= high
     by = {entry["variant"]: entry for entry in entries}
     for name in "def":
-        assert set(by[name]["how_to_run"]["execution"].values()) <= {"fused", "looped"}
+        assert set(by[name]["how_to_run"]["execution"].values()) <= {"fused", "mixed", "looped"}
         assert by[name]["first_loss"] == pytest.approx(by["c"]["first_loss"], rel=1e-5)
     assert by["a"]["first_loss"] == pytest.approx(by["b"]["first_loss"], rel=1e-5)
     assert by["a"]["first_loss"] != pytest.approx(by["c"]["first_loss"], rel=1e-3)
@@ -309,9 +309,12 @@ def test_parts_of_the_step(tmp_path: Path) -> None:
     found = step_parts.fused(rounds=2, branches=2, batches=(2,), folder=tmp_path)
     assert [one["stage"] for one in found["rows"]] == [1, 2, 3]
     for one in found["rows"]:
-        pairs = zip(one["fused_s"], one["looped_s"], strict=True)
-        assert one["fused_over_looped"] == pytest.approx(sum(a / b for a, b in pairs) / 2)
-        assert one["chosen_over_best"] >= 1
+        chosen = one["samples_s"].pop(one["chosen"])
+        assert {one["chosen"], *one["samples_s"]} == {"fused", "mixed", "looped"}
+        for way, samples in one["samples_s"].items():
+            pairs = zip(chosen, samples, strict=True)
+            assert one["chosen_over"][way] == pytest.approx(sum(a / b for a, b in pairs) / 2)
+        assert one["chosen_over_best"] == max(1, *one["chosen_over"].values())
     assert found["worst_chosen_over_best"] == max(one["chosen_over_best"] for one in found["rows"])
     found = step_parts.exchange(rounds=2, depth=8, branches=2, batch=4, folder=tmp_path)
     assert {*found["samples_s"]} == {"step", "compute", "collectives"}

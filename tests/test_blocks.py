@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from anabranch.blocks.branch_sum import branch_sums, closing_sum
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
+from anabranch.blocks.stacked import StackedConv2d, _at_once, _by_branch
 from anabranch.runtime.branch_state import branch_of, by_branch, entries
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.parallel_network import branch_tensors
@@ -126,7 +128,7 @@ STRUCTURES: dict[str, tuple[int, list[tuple[int, int, int]], str, str, bool]] = 
 }
 
 
-@pytest.mark.parametrize("execution", ["fused", "looped"])
+@pytest.mark.parametrize("execution", ["fused", "mixed", "looped"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_blocks_are_the_papers(structure: str, execution: Any) -> None:
     channels, chain, preact, shortcut, reads_h = STRUCTURES[structure]
@@ -223,21 +225,55 @@ def _trained(network: nn.Module, execution: Any, groups: tuple[int, ...] | None)
 
 @pytest.mark.parametrize("groups", [None, (6,), (2, 3, 1)], ids=str)
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "shared", "imagenet"])
-def test_fused_equals_looped(name: str, groups: tuple[int, ...] | None) -> None:
+def test_fused_equals_mixed_and_looped(name: str, groups: tuple[int, ...] | None) -> None:
     if name == "imagenet" and groups == (2, 3, 1):
         groups = (3, 3)  # one pixel is left at its end: a group of one sample has no variance there
     network = seeded(name).double()
-    fused, looped = (_trained(network, execution, groups) for execution in ("fused", "looped"))
-    assert fused.keys() == looped.keys()
-    for key, value in looped.items():
-        bound = 1e-12 * max(float(value.abs().max()), 1.0)
-        assert float((fused[key] - value).abs().max()) <= bound, key
+    forms = {form for _, block_sum in branch_sums(network) for form in block_sum.executions}
+    assert forms == {"fused", "looped"} | ({"mixed"} if name != "shared" else set())
+    fused, *others = (_trained(network, execution, groups) for execution in sorted(forms))
+    for other in others:
+        assert fused.keys() == other.keys()
+        for key, value in other.items():
+            bound = 1e-12 * max(float(value.abs().max()), 1.0)
+            assert float((fused[key] - value).abs().max()) <= bound, key
+
+
+@pytest.mark.parametrize(("execution", "alone"), [("fused", 0), ("mixed", 2), ("looped", 3)])
+def test_mixed_takes_grouped_convolutions_apart(execution: Any, alone: int) -> None:
+    """A bottleneck's first two are grouped, its last is dense. alone: of the three, those run by branch."""
+    block = dict(named_blocks(build("multi_resnet", depth=20, num_branches=3, block="bottleneck")))[
+        "stage1.block2"
+    ]
+    assert isinstance(block, PreactResidual)
+    block.execution = execution
+    with mock.patch.object(StackedConv2d, "one", autospec=True, side_effect=StackedConv2d.one) as one:
+        block(torch.randn(2, block.in_channels, 8, 8))
+    assert one.call_count == 3 * alone
+
+
+def test_affine_gradients_are_those_of_both_kinds_of_device() -> None:
+    """`_by_branch` is a CPU's, `_at_once` a GPU's; both against autograd."""
+    for channels_last in (False, True):
+        x, weight, bias, grad_y = (
+            torch.randn(size, dtype=torch.float64) for size in ((3, 4, 5, 6), (8,), (8,), (3, 8, 5, 6))
+        )
+        if channels_last:
+            x, grad_y = (one.contiguous(memory_format=torch.channels_last) for one in (x, grad_y))
+        leaves = [one.clone().requires_grad_() for one in (x, weight, bias)]
+        shape = (1, -1, 1, 1)
+        y = (leaves[0].repeat(1, 2, 1, 1) * leaves[1].view(shape) + leaves[2].view(shape)).relu()
+        expected = torch.autograd.grad(y, leaves, grad_y)
+        for gradients in (_by_branch, _at_once):
+            found = gradients(grad_y, x, weight, y.detach())
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 # ---- shards
 
 
-@pytest.mark.parametrize("execution", ["fused", "looped"])
+@pytest.mark.parametrize("execution", ["fused", "mixed", "looped"])
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "shared", "unequal", "tuple"])
 def test_shards_sum_to_the_whole(name: str, execution: Any) -> None:
     network = prepare(seeded(name).double()).eval()

@@ -18,7 +18,7 @@ EVERYTHING = {
 }  # fmt: skip
 CASES = [
     # counts: even, uneven, none at all; every pair of edges
-    Case("basic4", (1, 2), ((2, 2),), "rr"),
+    Case("basic4", (1, 2), ((2, 2),), "rr", trial={"execution": "mixed"}),
     Case("basic", (1, 2), ((3, 2),), "ss"),
     Case("basic", (1, 2), ((2, 3),), "sr", trial={"execution": "looped"}),
     Case("basic4", (1, 2), ((4, 0),), "rs"),
@@ -34,7 +34,7 @@ CASES = [
     # the other networks
     Case("shared", (1, 2), ((2, 1),), "rr"),
     Case("shared", (1, 2), (S, (1, 2), (2, 1), S), "ss", trial={"execution": "looped"}),
-    Case("bottleneck", (1, 2), ((2, 1), S, (0, 3), (1, 2)), "rr"),
+    Case("bottleneck", (1, 2), ((2, 1), S, (0, 3), (1, 2)), "rr", trial={"execution": "mixed"}),
     Case("bottleneck", (1, 2), ((2, 1),), "ss", trial={"execution": "looped"}),
     Case(
         "imagenet",
