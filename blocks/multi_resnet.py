@@ -11,7 +11,6 @@ each branch keeps only its affine map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -87,10 +86,9 @@ class PreactResidual(BranchSum):
 
     @property
     def executions(self) -> tuple[Execution, ...]:
-        if len(self.held) < 2:
-            return ("fused",)
+        forms = super().executions
         is_grouped = any(conv.role == "each" for conv in self._stacked())
-        return ("fused", "mixed", "looped") if is_grouped else ("fused", "looped")
+        return ("fused", "mixed", "looped") if len(forms) > 1 and is_grouped else forms
 
     def branches(self, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
@@ -99,21 +97,19 @@ class PreactResidual(BranchSum):
             for index in range(1, len(self.held)):
                 total = total + self._branch(h, index)
             return total
-        mixed, last = self.execution == "mixed" and len(self.held) > 1, self.convs[-1]
-        a = h
-        for norm, conv in zip([None, *self.norms], self._stacked(), strict=True):
-            one_by_one = mixed and conv.role == "each"
-            if norm is not None:
-                a = F.relu_(norm(a))
-                parts = a.split(conv.channels, 1) if one_by_one else ()
-            elif self.preact == "branch" and not self._plain:
-                if (
-                    one_by_one
-                ):  # a branch's map just before its convolution, which finds the result in the cache
-                    parts = map(partial(self.affine.one, h), range(len(self.held)))
-                else:
-                    a = self.affine(h)
-            a = conv.one_by_one(parts) if one_by_one else conv(a, is_last=conv is last)
+        mixed, (first, *rest) = self.execution == "mixed" and len(self.held) > 1, self._stacked()
+        if mixed and first.role == "each":
+            # a branch's map just before its convolution, which finds the result in the cache
+            a = first.one_by_one(self.affine.one(h, index) for index in range(len(self.held)))
+        else:
+            has_maps = self.preact == "branch" and not self._plain
+            a = first(self.affine(h) if has_maps else h, is_last=not rest)
+        for norm, conv in zip(self.norms, rest, strict=True):
+            a = F.relu_(norm(a))
+            if mixed and conv.role == "each":
+                a = conv.one_by_one(a.split(conv.channels, 1))
+            else:
+                a = conv(a, is_last=conv is rest[-1])
         return a
 
     def _branch(self, h: Tensor, index: int) -> Tensor:

@@ -252,22 +252,23 @@ def test_mixed_takes_grouped_convolutions_apart(execution: Any, alone: int) -> N
     assert one.call_count == 3 * alone
 
 
-def test_affine_gradients_are_those_of_both_kinds_of_device() -> None:
-    """`_by_branch` is a CPU's, `_at_once` a GPU's; both against autograd."""
-    for channels_last in (False, True):
-        x, weight, bias, grad_y = (
-            torch.randn(size, dtype=torch.float64) for size in ((3, 4, 5, 6), (8,), (8,), (3, 8, 5, 6))
-        )
-        if channels_last:
-            x, grad_y = (one.contiguous(memory_format=torch.channels_last) for one in (x, grad_y))
-        leaves = [one.clone().requires_grad_() for one in (x, weight, bias)]
-        shape = (1, -1, 1, 1)
-        y = (leaves[0].repeat(1, 2, 1, 1) * leaves[1].view(shape) + leaves[2].view(shape)).relu()
-        expected = torch.autograd.grad(y, leaves, grad_y)
-        for gradients in (_by_branch, _at_once):
-            found = gradients(grad_y, x, weight, y.detach())
-            for one, other in zip(found, expected, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize(
+    "channels_last", [(False, False), (True, True), (True, False), (False, True)], ids=str
+)
+def test_affine_gradients_are_those_of_both_kinds_of_device(channels_last: tuple[bool, bool]) -> None:
+    """`_by_branch` is a CPU's, `_at_once` a GPU's; both against autograd. channels_last: of x and of the gradient."""
+    x, weight, bias, grad_y = (
+        torch.randn(size, dtype=torch.float64) for size in ((3, 4, 5, 6), (8,), (8,), (3, 8, 5, 6))
+    )
+    formats = [torch.channels_last if one else torch.contiguous_format for one in channels_last]
+    x, grad_y = (one.contiguous(memory_format=kind) for one, kind in zip((x, grad_y), formats, strict=True))
+    leaves = [one.clone().requires_grad_() for one in (x, weight, bias)]
+    y = (leaves[0].repeat(1, 2, 1, 1) * leaves[1].view(-1, 1, 1) + leaves[2].view(-1, 1, 1)).relu()
+    expected = torch.autograd.grad(y, leaves, grad_y)
+    for gradients in (_by_branch, _at_once):
+        found = gradients(grad_y, x, weight, y.detach().contiguous(memory_format=formats[0]))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 # ---- shards
