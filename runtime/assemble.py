@@ -21,6 +21,8 @@ from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.loss import LossFunction, cross_entropy
 from anabranch.runtime.regularizer import OrthogonalityPenalty
 from anabranch.schedulers import Cluster, Device, ModelSpec, Plan, PlanFile, read_plan, schedule
+from anabranch.schedulers.cost_file import read_costs
+from anabranch.schedulers.costs import Batch, Costs
 
 AUTO = "auto"  # `mesh.plan`, or a plan file's scheduler: measured and timed on the workers
 
@@ -95,20 +97,21 @@ def make_penalty(config: Config) -> OrthogonalityPenalty | None:
 
 
 def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
-    """The plan of `[mesh]` for a network on a cluster: a plan file's, or a scheduler's.
+    """The plan of `[mesh]` for a network on a cluster: a plan file's, or a scheduler's, which is given `mesh.costs`.
 
     Raises PlanError, or ConfigError where num_workers contradicts it.
     """
     mesh = mesh_axes(config.mesh.shape)
     named = config.mesh.plan
+    costs, batch = _costs(config, spec, cluster)
     partial = read_plan(Path(named)) if _is_file(named) else None
     if partial is not None:
-        plan = partial.resolve(spec, cluster, mesh=mesh)
+        plan = partial.resolve(spec, cluster, mesh=mesh, costs=costs, batch=batch)
     else:
         if mesh is None and config.mesh.num_workers:
             num = config.mesh.num_workers
             cluster = _first(cluster, (num, 1) if named == "data" else (1, num))
-        plan = schedule(named, spec, cluster, mesh=mesh)
+        plan = schedule(named, spec, cluster, mesh=mesh, costs=costs, batch=batch)
     wanted = config.mesh.num_workers
     if wanted and plan.world_size != wanted:
         raise ConfigError(
@@ -116,6 +119,18 @@ def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
             "leave one of them out, or make them equal"
         )
     return plan
+
+
+def _costs(config: Config, spec: ModelSpec, cluster: Cluster) -> tuple[Costs | None, Batch]:
+    """For schedulers that predict: the cost file's figures, if one is named, and a step's samples."""
+    train, source = config.train, config.mesh.costs
+    group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // len(cluster.devices))
+    batch = Batch(train.batch_size, group, train.accumulation)
+    if not source:
+        return None, batch
+    costs = read_costs(source)
+    costs.check(spec, frozenset(device.kind for device in cluster.devices), source)
+    return costs, batch
 
 
 def auto_partial(config: Config) -> tuple[bool, PlanFile | None]:

@@ -223,7 +223,7 @@ def plan(
     interconnect: str = "",
     cluster: str = "",
     explain: Explain = False,
-    output: Path = Path("plan.toml"),
+    output: Path | None = None,
     json: Json = False,
     quiet: Quiet = False,
     **given: Any,
@@ -234,7 +234,7 @@ def plan(
     best plans timed against plain data parallelism. `train --plan auto` does that before training.
 
     JSON: plan (TOML), predicted_step_s, measured_step_s, data_parallel_step_s, search_s, memory_bytes (by rank), label,
-    gap, plans (each with its prediction and measurement), traffic, explain.
+    gap, plans (each with its prediction and measurement), costs (the file of what was measured), traffic, explain.
 
     Parameters
     ----------
@@ -245,7 +245,7 @@ def plan(
     cluster
         TOML file of hosts and links to plan for.
     output
-        Plan file to write.
+        Plan file to write, replaced if it is there. Default: plan.toml, which is not replaced.
     """
     arguments = {
         "config": config_from_flags(config, given),

@@ -240,12 +240,25 @@ def plan(
     interconnect: str,
     cluster: str,
     explain: bool,
-    output: Path,
+    output: Path | None,
     console: Console,
 ) -> dict[str, Any] | None:
-    """Plans, for the cluster that stands or for machines that are not here; see `plan_command`."""
+    """Plans, for the cluster that stands or for machines that are not here; see `plan_command`.
+
+    output: None: plan.toml, which may be the user's own: it is not replaced.
+    """
     from anabranch.runtime.plan_command import plan_elsewhere, plan_here
 
+    if output is None:
+        output = Path("plan.toml")
+        if output.exists():
+            raise ConfigError(
+                "plan.toml is here already: name another file with --output, or give --output plan.toml to replace it"
+            )
+    if not output.parent.is_dir():
+        raise ConfigError(
+            f"{output} cannot be written: there is no folder {output.parent}; give another --output"
+        )
     if devices and cluster:
         raise ConfigError("--devices and --cluster both name machines: give one of them")
     if interconnect and not devices:
@@ -372,7 +385,7 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
             )
         if url and Checkpoints(Path(given), url=url).newest(on_bad=partial(_warn, console)):
             raise ConfigError(
-                f"checkpoint.url {url} holds a run's checkpoints already: go on with it (--resume auto), "
+                f"checkpoint.url {url} holds a run's checkpoints already: go on with it (--resume auto --run-dir DIR), "
                 "or choose another URL"
             )
         return config, None

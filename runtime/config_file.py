@@ -34,19 +34,24 @@ def load_config(name_or_path: str, given: Mapping[str, Mapping[str, Any]] | None
     return config
 
 
+_PLACE = {"num_workers", "shape", "plan"}  # of [mesh]: which workers run which branches
+
+
 def load_resumed(run: Path, given: Mapping[str, Mapping[str, Any]], *, made_plan: bool = True) -> Config:
     """The configuration of a run that goes on, with the given values over it, checked.
 
-    What the run learns is the run's; where it runs is the user's: a given mesh or plan replaces the run's own, and the
-    launch starts from the defaults, in the run's folder. made_plan: the plan is the one in the folder.
+    What the run learns is the run's; where it runs is the user's: a mesh, number of workers or plan that is given
+    replaces all three of the run's, and the launch starts from the defaults, in the run's folder. made_plan: the plan
+    is the one in the folder.
     """
     path = run / "config.toml"
     if not path.is_file():
         raise ConfigError(f"checkpoint.resume {run} is no run: it has no config.toml; give a run's folder")
     _, data = read_toml(path)
-    for section in ("launch", *(["mesh"] if "mesh" in given else [])):
-        data.pop(section, None)
-    if made_plan and "mesh" not in given and (run / "plan.toml").is_file():
+    data.pop("launch", None)
+    if _PLACE & given.get("mesh", {}).keys():
+        data["mesh"] = {name: value for name, value in data["mesh"].items() if name not in _PLACE}
+    elif made_plan and (run / "plan.toml").is_file():
         data["mesh"]["plan"] = str(run / "plan.toml")
     config = Config.from_dict(data, given)
     config.check()

@@ -1,15 +1,22 @@
-"""Which devices of a cluster a run takes where the user says how many."""
+"""Which devices of a cluster a run takes where the user says how many; what a scheduler is given."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from anabranch.blocks import build
+from anabranch.blocks.convert import prepare
 from anabranch.runtime.assemble import make_plan, provisional_plan
 from anabranch.runtime.config import Config
-from anabranch.schedulers import BlockSpec, Cluster, Device, ModelSpec
+from anabranch.runtime.model_shape import model_shape
+from anabranch.runtime.model_spec import spec_of
+from anabranch.schedulers import BlockSpec, Cluster, Device, Link, ModelSpec, PlanError
+from anabranch.schedulers.analytic import analytic_costs
+from anabranch.schedulers.cost_file import write_costs
 
 SPEC = ModelSpec(tuple(BlockSpec(f"stage1.block{i}", 4) for i in (1, 2)))
 
@@ -40,3 +47,27 @@ def test_replicas_are_on_several_hosts(
     make = provisional_plan if mesh["plan"] == "auto" else make_plan
     plan = make(config, SPEC, cluster(**hosts))
     assert sorted(name for row in plan.devices or () for name in row) == expected
+
+
+def test_a_scheduler_that_predicts_is_given_the_cost_file(tmp_path: Path) -> None:
+    network = prepare(build("multi_resnet", depth=8, num_branches=2))
+    spec, path = spec_of(network), tmp_path / "costs.json"
+    write_costs(analytic_costs(model_shape(network, spec), ("cpu",)), path)
+    mesh, here = (
+        replace(Config().mesh, plan="optimal", num_workers=2),
+        replace(cluster(a=2), local=Link(1e-5, 1e9)),
+    )
+    with pytest.raises(PlanError, match="the search needs costs"):
+        make_plan(replace(Config(), mesh=mesh), spec, here)
+    plan = make_plan(replace(Config(), mesh=replace(mesh, costs=str(path))), spec, here)
+    assert (plan.scheduler, plan.world_size) == ("optimal", 2)
+    partial = tmp_path / "plan.toml"
+    partial.write_text(
+        '[mesh]\ndata = 1\nbranch = 2\nscheduler = "optimal"\n'
+        '[[blocks]]\nmatch = "stage1.*"\nsplit = "branch"\nbranches = "even"\n'
+    )
+    mesh = replace(mesh, plan=str(partial), costs=str(path))
+    plan = make_plan(replace(Config(), mesh=mesh), spec, here)
+    assert plan.blocks["stage1.block1"].split == "branch"
+    with pytest.raises(PlanError, match=r"costs\.json: there is .*they are the costs of another network"):
+        make_plan(replace(Config(), mesh=mesh), SPEC, here)

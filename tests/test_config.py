@@ -16,7 +16,7 @@ from anabranch.blocks import build
 from anabranch.runtime import config as config_module
 from anabranch.runtime import gross_config
 from anabranch.runtime.config import SECTIONS, Config, ModelConfig
-from anabranch.runtime.config_file import line_of, load_config, shipped_configs
+from anabranch.runtime.config_file import line_of, load_config, load_resumed, shipped_configs
 from anabranch.runtime.config_rules import RANGES, mesh_axes
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.schema import FieldError, field_docs
@@ -277,3 +277,19 @@ def test_mesh_axes() -> None:
 def test_errors_cross_processes() -> None:
     error = pickle.loads(pickle.dumps(FieldError("train.epochs is 0", "train.epochs")))
     assert (str(error), error.key) == ("train.epochs is 0", "train.epochs")
+
+
+def test_a_run_that_goes_on_keeps_how_blocks_run(tmp_path: Path) -> None:
+    """A mesh, number of workers or plan that is given replaces all three; other fields of [mesh] replace themselves."""
+    own = {"num_workers": 2, "shape": "1x2", "plan": "data", "execution": "looped"}
+    (tmp_path / "config.toml").write_text(Config.from_dict({"mesh": own}).to_toml())
+    (tmp_path / "plan.toml").write_text("")
+    plan = str(tmp_path / "plan.toml")
+    for changed, expected in (
+        ({}, ("fp32", "looped", "1x2", 2, plan)),
+        ({"wire": "bf16"}, ("bf16", "looped", "1x2", 2, plan)),
+        ({"shape": "2x1"}, ("fp32", "looped", "2x1", 0, "even")),
+        ({"plan": "auto", "execution": "fused"}, ("fp32", "fused", "", 0, "auto")),
+    ):
+        mesh = load_resumed(tmp_path, {"mesh": changed} if changed else {}).mesh
+        assert (mesh.wire, mesh.execution, mesh.shape, mesh.num_workers, mesh.plan) == expected

@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def plan(output: Path, *layers: dict[str, Any], **given: Any) -> dict[str, Any]:
+def plan(output: Path | None, *layers: dict[str, Any], **given: Any) -> dict[str, Any]:
     arguments = {"devices": "", "interconnect": "", "cluster": "", "explain": False, **given}
     result = commands.plan(
         Config.from_dict(CONFIG, *layers), **arguments, output=output, console=Console(quiet=True)
@@ -130,6 +130,24 @@ def test_the_table_marks_the_chosen_plan() -> None:
     assert "0.800 (0.700 to 0.900)" in text
     assert "-10 %" in text
     assert "note: a note" in text
+
+
+def test_what_is_there_is_replaced_only_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "plan.toml"
+    own.write_text("by hand")
+    with pytest.raises(ConfigError, match=r"plan\.toml is here already: .*--output plan\.toml to replace it"):
+        plan(None, devices="2xA100")
+    assert own.read_text() == "by hand"
+    plan(Path("plan.toml"), devices="2xA100")
+    assert read_plan(own).mesh is not None
+    own.unlink()
+    plan(None, devices="2xA100")
+    assert own.is_file()
+    with pytest.raises(ConfigError, match="there is no folder nowhere; give another --output"):
+        plan(Path("nowhere/plan.toml"), devices="2xA100")
 
 
 def test_neither_torch_nor_ray_for_help_and_json_is_one_line(tmp_path: Path) -> None:
