@@ -111,8 +111,15 @@ def _side(
     world, rank, is_alone = dist.get_world_size(), dist.get_rank(), dist.get_backend() == "fake"
     part = slice(rank * row.batch // world, (rank + 1) * row.batch // world)
     compiled = row.compiled and variant == "b" and not is_alone
+    # Over one rank DDP copies every gradient into its buckets and sums nothing: no baseline of ours, which skips both.
     return DdpSide(
-        network, setting, part, device, tuned=variant != "a", wrapped=not is_alone, compiled=compiled
+        network,
+        setting,
+        part,
+        device,
+        tuned=variant != "a",
+        wrapped=world > 1 and not is_alone,
+        compiled=compiled,
     )
 
 

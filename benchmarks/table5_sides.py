@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,8 @@ VARIANTS = {
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _TUNED = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
+if "batched_grad_copy" in signature(DistributedDataParallel).parameters:  # newer than torch 2.11
+    _TUNED["batched_grad_copy"] = True
 # Rounds: where formats are far apart, most often, while they are close.
 _FEW_PROBES, _PROBES, _MOST_PROBES = 2, 5, 15
 _FAR, _CLOSE = 0.7, 0.9
@@ -132,10 +135,9 @@ def setting_of(row: Row, memory_format: str) -> StepSetting:
                 "bn_batch_size": row.bn_batch_size,
                 "precision": row.precision,
             },
-            # fused or looped as the start-up's measurement says, where all ranks are there to agree on it
             "mesh": {
                 "memory_format": memory_format,
-                "execution": "fused" if dist.get_backend() == "fake" else "auto",
+                "execution": "auto",
                 "compile": "on" if row.compiled and dist.get_backend() != "fake" else "off",
             },
             "optimizer": {"lr": 0.01},  # noise is learnt by heart without blowing up

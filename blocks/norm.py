@@ -115,10 +115,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.staged is None:
             return
         shares = [size / layout.num_samples for size in layout.group_sizes]
-        if len(shares) == 1:
-            self.staged[:2, channels].add_(stats[:, 0], alpha=shares[0])
-        elif shares:
-            self.staged[:2, channels].add_(torch.tensordot(stats.new_tensor(shares), stats, dims=([0], [1])))
+        for group, share in enumerate(shares):
+            self.staged[:2, channels].add_(stats[:, group], alpha=share)
         self.staged[2, channels].add_(sum(shares))
 
 
@@ -245,7 +243,9 @@ class _SyncedGroupNorm(torch.autograd.Function):
         for group, rows in _local_groups(sizes, sync):
             mean = wide[rows].mean(dims)
             m2 = (wide[rows] - _per_channel(mean, x)).square().sum(dims)
-            count = mean.new_tensor([wide[rows].shape[0] * per_sample])
+            count = mean.new_full(
+                (1,), wide[rows].shape[0] * per_sample
+            )  # of a list, a GPU would be waited for
             slots[sync.part, group] = torch.cat([mean, m2, count])
         slots = sync.all_reduce(slots)
         means, m2s, counts = slots[..., :channels], slots[..., channels:-1], slots[..., -1:]

@@ -122,9 +122,7 @@ def time_plans(
         mine = []
         for name in names:
             dist.barrier()
-            begun = time.perf_counter()
-            steps[name]()
-            mine.append(time.perf_counter() - begun)
+            mine.append(steps[name].timed())
         everyone = gather_json([mine, time.perf_counter() - started], device)
         for place, name in enumerate(names):
             samples[name].append(max(of_rank[0][place] for of_rank in everyone))

@@ -169,9 +169,7 @@ def _within(
     """The setting with as much of the batch as the budget lets, and the label of what is measured so."""
     step = PlanStep(copy.deepcopy(network), plan, meshes[1], setting)
     step()
-    begun = time.perf_counter()
-    step()
-    once = _agreed_max(time.perf_counter() - begun, meshes[1])
+    once = _agreed_max(step.timed(), meshes[1])
     parts, train = 1, setting.config.train
     least = train.bn_batch_size * meshes[1].world_size  # a BN group a rank
     while once / parts * trials * (WARM_UP + _LEAST) > budget_s and len(setting.x) // (2 * parts) >= least:

@@ -112,9 +112,7 @@ def occupancy(step: PlanStep, rounds: int = 5) -> float:
         for overlap, samples in ((True, hidden), (False, exposed)):
             reducer.overlap = overlap
             dist.barrier()
-            begun = time.perf_counter()
-            step()
-            samples.append(time.perf_counter() - begun)
+            samples.append(step.timed())
             if not overlap:
                 transfers.append(recorder.times()[4])
     mine = [statistics.median(values) for values in (hidden, exposed, transfers)]

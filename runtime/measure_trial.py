@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -32,9 +31,7 @@ class Trial:
         self.parallel = self.step.train.network
         self.step.train.reducer.overlap = False
         for _ in range(WARM_UP):
-            begun = time.perf_counter()
-            self.step()
-            self.once_s = time.perf_counter() - begun
+            self.once_s = self.step.timed()
         self.memory, updating = _memory(self.step)
         self.num_bytes = sum(p.numel() * p.element_size() for p in self.parallel.parameters()) or 1
         self.update_copies = updating / self.num_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class PlanStep:
 
     def __init__(self, network: nn.Module, plan: Plan, mesh: Mesh, setting: StepSetting) -> None:
         config, device = setting.config, torch.device(mesh.device_mesh.device_type)
-        ours = is_ours(network)
+        ours, self.device = is_ours(network), device
         parallel = parallelize(network, plan, mesh).to(device)
         num = len(setting.x)
         deals = deal_step(
@@ -66,3 +67,11 @@ class PlanStep:
     def __call__(self) -> None:
         self.train.gradients(self.batches)
         self.train.apply(self.train.optimizer.param_groups[0]["lr"])
+
+    def timed(self) -> float:
+        """Seconds of one step, until the device has done it."""
+        begun = time.perf_counter()
+        self()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - begun

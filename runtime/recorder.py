@@ -187,7 +187,9 @@ class Recorder:
         return [seconds[part] for part in PARTS]
 
     def spans(self) -> list[Span]:
-        """Every interval of the last step that ended, in seconds of time.perf_counter."""
+        """Every interval of the last step that ended, in seconds of time.perf_counter. Waits for the device."""
+        if self._cuda and self._ended is not None:
+            self._ended[1].synchronize()
         return [self._span(interval) for interval in self._last]
 
     def keep(self) -> None:
