@@ -250,16 +250,19 @@ class Case:
         )
 
 
-def parity(rank: int, world_size: int, cases: Sequence[Case]) -> list[Report]:
+def parity(rank: int, world_size: int, cases: Sequence[Case], device: str = "cpu") -> list[Report]:
     """Each case verified on these ranks."""
     os.environ[compiling.BACKEND] = "aot_eager"  # every graph that inductor would get, and no compiler
     warnings.filterwarnings("error", message=".*as it is|.*as they are")
-    return [verify(case) for case in cases]
+    return [verify(case, device=device) for case in cases]
 
 
-def verify(case: Case, sabotage: Callable[[ParallelNetwork], None] = lambda network: None) -> Report:
-    mesh = make_mesh(*case.mesh)
-    return verify_plan(seeded(case.network), case.plan(), mesh, case.made_trial(), sabotage=sabotage)
+def verify(
+    case: Case, sabotage: Callable[[ParallelNetwork], None] = lambda network: None, device: str = "cpu"
+) -> Report:
+    mesh = make_mesh(*case.mesh, torch.device(device).type)
+    network = seeded(case.network)
+    return verify_plan(network, case.plan(), mesh, case.made_trial(), device=device, sabotage=sabotage)
 
 
 def sabotaged(rank: int, world_size: int, case: Case, defects: Sequence[str]) -> list[Report]:

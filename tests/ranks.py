@@ -1,4 +1,4 @@
-"""Runs a function on several real ranks: processes with a gloo process group, results by rank.
+"""Runs a function on several real ranks: processes with a process group, results by rank.
 
 Processes come from a fork server that has imported torch already, so a group of four stands in a fraction of a second.
 The function must be importable (defined in a module, not in a test body).
@@ -7,6 +7,7 @@ The function must be importable (defined in a module, not in a test body).
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import pickle
 import tempfile
 import traceback
@@ -21,9 +22,16 @@ _context.set_forkserver_preload(["torch", "torch._dynamo", "anabranch.runtime.ve
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 100.0
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 100.0,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """[function(rank, world_size, *args) on each rank]; raises AssertionError with a failed rank's traceback."""
+    """[function(rank, world_size, *args) on each rank]; raises AssertionError with a failed rank's traceback.
+
+    backend: "nccl": all ranks on the first GPU.
+    """
     pipes: list[Connection] = []
     processes = []
     results: dict[int, Any] = {}
@@ -31,7 +39,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(world_size):
             mine, theirs = _context.Pipe()
-            started = (rank, world_size, str(Path(folder, "store")), theirs, function, args)
+            started = (rank, world_size, str(Path(folder, "store")), backend, theirs, function, args)
             process = _context.Process(target=_run, args=started, daemon=True)
             process.start()
             theirs.close()
@@ -63,6 +71,7 @@ def _run(
     rank: int,
     world_size: int,
     store: str,
+    backend: str,
     pipe: Connection,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -72,8 +81,11 @@ def _run(
 
     torch.set_num_threads(1)
     try:
+        if backend == "nccl":
+            os.environ["NCCL_HOSTID"] = f"rank-{rank}"  # it refuses two ranks of one host on one GPU
+            torch.cuda.set_device(0)
         rendezvous = torch._C._distributed_c10d.FileStore(store, world_size)
-        dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=rendezvous, rank=rank, world_size=world_size)
         answer = (True, function(rank, world_size, *args))
     except BaseException:
         answer = (False, traceback.format_exc())
