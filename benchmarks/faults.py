@@ -45,7 +45,9 @@ def run(
     console = console or Console()
     wanted = [c for c in cells() if not only or any(fnmatch.fnmatch(c.name, p) for p in only)]
     if not wanted:
-        raise ValueError(f"no cell is called {', '.join(only)}: they are listed in benchmarks/README.md")
+        raise ValueError(
+            f"no cell is called {', '.join(only)}: fault_cells.py has them all; patterns work, as in kill-*"
+        )
     record, path = _recorded(folder) if resume or only else {}, folder / "faults.json"
     with ExitStack() as stack:
         root = Path(tempfile.mkdtemp(prefix="faults-"))

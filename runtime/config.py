@@ -24,8 +24,9 @@ class ModelConfig:
     name: str = "multi_resnet"
     """A family (multi_resnet), a ready name (`anabranch models`), or your own factory "package.module:MyNet"."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the family or factory, e.g. `--model.options.depth 20`. in_channels and num_classes come
-    from the data unless given here. A source that gives model.name starts without the options of those below it."""
+    """Keyword arguments of the family or factory, e.g. `--model.options.depth 20`. A family's in_channels and
+    num_classes come from the data unless given here; your own factory gets what is given. A source that gives
+    model.name starts without the options of those below it."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,12 @@ class MeshConfig:
     """Mesh as data x branch, e.g. "2x2"; its product is num_workers. Empty: the plan's own."""
     plan: str = "even"
     """even (branches of every block dealt over the workers), data (every worker runs all branches on its samples),
-    auto (measured and timed on the workers), another scheduler's name, or a plan file."""
+    auto (measured and timed on the workers), another scheduler's name (optimal: with `mesh.costs`), or a plan file."""
     plan_budget_s: float = 60.0
     """Of auto: seconds for measuring; what does not fit is measured on a part of the batch and drawn out."""
     costs: str = ""
-    """Of auto: a cost file to plan from; empty: measured once, then kept in ~/.cache/anabranch."""
+    """Of auto, and of schedulers that predict: a cost file to plan from; empty: measured once, then kept in
+    ~/.cache/anabranch."""
     remeasure: bool = False
     """Of auto: measure again, whatever is kept."""
     replan: bool = False
@@ -163,7 +165,7 @@ class MeshConfig:
     memory_gb: float = 0.0
     """Of auto: most bytes (in 1e9) of live tensors that a worker may have; 0: what its device has, where known."""
     audit: bool = True
-    """Of auto: time the best plans against data parallelism, which is left only where that is surely slower."""
+    """Of auto: time the best plans against data parallelism, and take another only where that is surely faster."""
     execution: Literal["auto", "fused", "mixed", "looped"] = "auto"
     """fused: the branches of a worker as one wide computation; looped: one after another; mixed: as fused, but grouped
     convolutions branch by branch; auto: per block what a measurement at the start says, kept in ~/.cache/anabranch.
@@ -183,7 +185,7 @@ class MeshConfig:
     faster; those whose branches are split over workers, and what cannot be compiled, run as they are, which is told."""
     recompute: bool = False
     """Keep only what each block reads and run it again in backward: less memory, more time (two CPU workers: a quarter
-    of the peak, 1.14 of the time, as measured)."""
+    of the peak, 1.26 of the time, as measured)."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,9 @@ class CheckpointConfig:
     """Where checkpoints go instead of run_dir, as "s3://bucket/run"; one run's own. What its protocol needs (s3fs,
     gcsfs) is to be installed, and credentials are the environment's. Empty: run_dir."""
     resume: str = ""
-    """Run folder to go on from, or "auto": the newest checkpoint in run_dir, if there is one. Empty: start anew."""
+    """Run folder to go on from, or "auto": the newest checkpoint in run_dir, if there is one. Empty: start anew. With a
+    folder and no CONFIG the run's configuration is taken, but for [launch]: say again where and with how many spares it
+    is to run. A mesh, a number of workers or a plan that is given replaces all three of the run's."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,8 @@ class LaunchConfig:
 
     launcher: Literal["", "ray", "env", "none"] = ""
     """ray (actors on a cluster), env (torchrun or srun started this process as one rank), or none (one worker, in this
-    process). Empty: env where RANK and WORLD_SIZE are set and no address is given, else ray."""
+    process). Empty: env under torchrun (RANK and WORLD_SIZE are set) or srun of several tasks, where no address is
+    given, else ray."""
     address: str = ""
     """Address of the Ray cluster, HOST:PORT, or auto (this host's); ray:// and http:// ones are answered with the job
     to submit. Empty: the running one (RAY_ADDRESS), else one on this machine for the run."""

@@ -125,4 +125,4 @@ def _check(table: dict[str, Any], keys: dict[str, Any], what: str) -> None:
                 f"{what} has no key {quote(key[:200])}{did_you_mean(key, keys)}; it has {', '.join(keys)}"
             )
         if not isinstance(value, keys[key]) or isinstance(value, bool):
-            raise PlanError(f"{key} is {shown(value)}: see the example in the documentation of cluster files")
+            raise PlanError(f"{key} is {shown(value)}: see the example in schedulers/README.md")
