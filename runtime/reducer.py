@@ -1,8 +1,9 @@
 """The gradient reduction: bucketed, started during backward, one fixed order.
 
 Gradients become ready roughly in the reverse order of the parameters. A bucket is sent as soon as all its
-gradients are there *and* all earlier buckets have been sent: every rank of a group sends the same buckets in
-the same order, whatever is ready first.
+gradients are there *and* all earlier buckets of its group have been sent: every rank of a group sends the same
+buckets in the same order, whatever is ready first. Another group's do not hold it up: ranks that hold other branches
+would then send theirs at another place among the group's other exchanges (BatchNorm's).
 
     backward    ──► p9 p8 p7 ──► p6 p5 ──► p4 p3 p2 p1
     sent              └ bucket 0 (world)       └ bucket 1 (data)      … ──► finish(): the rest, wait, hand out
@@ -71,8 +72,9 @@ class GradientReducer:
         parameters = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in parameters]
         self._buckets = list(self._make_buckets(list(reversed(parameters)), bucket_bytes))
-        self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.parameters)}
-        self._next, self._armed = 0, False
+        self._of_group = {over: [b for b in self._buckets if b.over == over] for over in self._groups}
+        self._where = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
+        self._next, self._armed = dict.fromkeys(self._groups, 0), False
         self.overlap = True  # False: nothing leaves before `finish`, for measuring
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._on_ready)
@@ -101,8 +103,8 @@ class GradientReducer:
 
         for name, parameter in named:
             over = self.network.roles[name].over
-            if self._groups[over].size() == 1:
-                continue  # nobody to sum with
+            if self._groups[over].size() == 1 or not parameter.numel():
+                continue  # nobody to sum with, or nothing: of a block whose branches are all elsewhere
             key: _Kind = (over, parameter.dtype)
             waiting.setdefault(key, []).append((name, parameter))
             held = sum(p.numel() * p.element_size() for _, p in waiting[key])
@@ -136,18 +138,19 @@ class GradientReducer:
         for bucket in self._buckets:
             bucket.pending = {id(p) for p in bucket.parameters}
             bucket.work = None
-        self._next, self._armed = 0, self.overlap
+        self._next, self._armed = dict.fromkeys(self._groups, 0), self.overlap
 
     def _on_ready(self, parameter: nn.Parameter) -> None:
         if not self._armed:
             return  # an earlier micro-batch: its gradient stays in .grad and is added to
         if id(parameter) not in self._where:
             return  # nobody to sum with
-        bucket, _ = self._where[id(parameter)]
+        bucket = self._where[id(parameter)]
         bucket.pending.discard(id(parameter))
-        while self._next < len(self._buckets) and not self._buckets[self._next].pending:
-            self._send(self._buckets[self._next])
-            self._next += 1
+        over, in_order = bucket.over, self._of_group[bucket.over]
+        while self._next[over] < len(in_order) and not in_order[self._next[over]].pending:
+            self._send(in_order[self._next[over]])
+            self._next[over] += 1
 
     def _send(self, bucket: _Bucket) -> None:
         grads = [p.grad for p in bucket.parameters]
@@ -174,9 +177,9 @@ class GradientReducer:
         A parameter that no rank used keeps grad None everywhere; one used anywhere is summed with zeros.
         """
         self._armed = False
-        for bucket in self._buckets[self._next :]:
-            self._send(bucket)
-        self._next = len(self._buckets)
+        for bucket in self._buckets:
+            if bucket.work is None:
+                self._send(bucket)
         works, recorder = [], self.network.recorder
         for over, statistics in self._statistics.items():
             if over == "world" and self._share is not None:

@@ -265,6 +265,14 @@ def verify(
     return verify_plan(network, case.plan(), mesh, case.made_trial(), device=device, sabotage=sabotage)
 
 
+def with_small_buckets(rank: int, world_size: int, case: Case) -> Report:
+    """The case with a gradient bucket for every few parameters, as a network of many MiB has them."""
+    defaults = GradientReducer.__init__.__kwdefaults__
+    assert defaults is not None
+    with mock.patch.dict(defaults, bucket_bytes=256):
+        return verify(case)
+
+
 def sabotaged(rank: int, world_size: int, case: Case, defects: Sequence[str]) -> list[Report]:
     """The case once with each planted defect."""
     return [_sabotaged(rank, world_size, case, defect) for defect in defects]
