@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anabranch.runtime.data.augment import ten_crops
+from anabranch.runtime.exchange import wait_for
 from anabranch.runtime.feed import Feed, batches_of
 from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.rank_batch import RankBatch
@@ -35,6 +36,7 @@ def evaluate(feed: Feed, loss: LossFunction, output_share: float) -> dict[str, f
         sums[1] += num_correct(output, target)
     sums *= output_share
     dist.all_reduce(sums)
+    wait_for(sums.device)
     test_loss, hits = sums.tolist()
     return {"test_loss": test_loss, "test_accuracy": hits / num}
 

@@ -67,6 +67,12 @@ def reduce_scatter(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) ->
     return begin_sum(x, group, sizes)
 
 
+def wait_for(device: torch.device) -> None:
+    """Until exchanges on a GPU are done: whoever looks at this thread's stack then sees what it waits for."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def begin_sum(x: Tensor, group: dist.ProcessGroup, sizes: Sequence[int] | None = None) -> Work:
     """What every sum goes through: `reduce_scatter` with sizes, else `all_reduce`."""
     if group in _shared and x.device.type == "cpu":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -99,13 +100,22 @@ class Generation:
         self.context.abort()
 
 
+def _abort_group(group: dist.ProcessGroup) -> None:
+    with suppress(RuntimeError):  # it may have failed by itself
+        group.abort()
+
+
 def _abort(connections: Iterable[_Socket]) -> None:
     """Only connected sockets: gloo's listener ends the process where it is shut down."""
     exchange.shut_down()
     if torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
-        for group in list(dist.distributed_c10d._world.pg_names):
-            with suppress(RuntimeError):  # it may have failed by itself
-                group.abort()
+        # all at once: one's end may wait for what another still runs on the GPU
+        groups = list(dist.distributed_c10d._world.pg_names)
+        threads = [threading.Thread(target=_abort_group, args=(group,), daemon=True) for group in groups]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     for each in connections:
         with suppress(OSError):  # closed meanwhile
             if os.fstat(each.number).st_ino == each.inode:

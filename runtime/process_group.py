@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -39,6 +40,10 @@ def process_group(
     else:
         keep_freed_memory()
     torch.set_num_threads(context.num_threads)
+    if (
+        context.recovers
+    ):  # else torch ends this process where a peer is gone, and nothing of it is left to go on with
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     timeout = timedelta(seconds=timeout_s)
     _forget_groups()
     if context.init_method.startswith("tcp://"):
@@ -125,4 +130,5 @@ def _gather_bytes(
 ) -> list[bytes]:
     """Every rank's bytes; sizes: how many, by rank."""
     rows = exchange.all_gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device), sizes, group)
+    exchange.wait_for(rows.device)
     return [row.numpy().tobytes() for row in rows.cpu().split(sizes)]

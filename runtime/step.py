@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anabranch.runtime.exchange import wait_for
 from anabranch.runtime.loss import LossFunction, step_share
 from anabranch.runtime.optimizer import clip_gradients
 from anabranch.runtime.parallel_network import ParallelNetwork
@@ -107,6 +108,7 @@ class TrainStep:
             if recorder.enabled:
                 self.tell_times(batches[0].x.device)
             self.reducer.finish()
+            wait_for(extra.device)
             loss, hits, stops, *told = extra.tolist()
             rows = [told[first : first + _WIDTH] for first in range(0, len(told), _WIDTH)]
             times, memory_bytes = [row[:-1] for row in rows], [round(row[-1] * _MIB) for row in rows]

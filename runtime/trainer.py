@@ -354,6 +354,7 @@ class Trainer:
                 step, ids, micro_batches = prepared
                 begun = time.perf_counter()
                 outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
+                self._check_groups()
                 with recorder.span("idle"):
                     for callback in self._callbacks:
                         callback.on_gradients(step, self.network)
@@ -380,7 +381,14 @@ class Trainer:
             exchange.all_reduce(ballot, self.mesh.world_group).wait()
             if self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
-        elif self.context.aborted:  # alone, no collective tells it that others are to join
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Raises where the groups were given up meanwhile, so that what they gave is nothing to go on from.
+
+        NCCL's exchanges then end without an error and without a result; alone, no collective tells that others join.
+        """
+        if self.context.aborted:
             raise ConnectionError("process group: given up")
 
     def _commit(self, kept: _Prepared) -> None:
@@ -489,6 +497,7 @@ class Trainer:
     def _evaluate(self, step: int = 0) -> dict[str, Any]:
         self.context.publish(phase="evaluating")
         metrics = evaluate(self.feed, self.loss, self.step.output_share)
+        self._check_groups()
         self.context.publish(**metrics)
         self._tell("on_evaluation", {"step": step, "epoch": step / self.steps_per_epoch, **metrics})
         return metrics

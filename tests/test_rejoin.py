@@ -19,6 +19,7 @@ from anabranch.runtime.callbacks import Callback
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.launch import alone
 from anabranch.runtime.process_group import process_group
+from anabranch.runtime.step import StepResult, TrainStep
 
 CONFIG = {
     "train": {"batch_size": 8, "epochs": 1},
@@ -47,21 +48,22 @@ class LosesAPeer(Callback):
 class FailsToJoin(Trainer):
     """Once, in the first generation that is formed again."""
 
-    error: Exception
+    error: Exception | None
 
     def _join(self) -> None:
-        if self.context.generation == 1:
+        if self.context.generation == 1 and self.error is not None:
             raise self.error
         super()._join()
 
 
-def controller(context: WorkerContext) -> None:
+def controller(context: WorkerContext, states: list[dict[str, Any]], times: int = 2) -> None:
     """Lets the one rank go on where it stands, whenever it waits."""
-    for generation in range(2):
+    for generation in range(times):
         while context.status()["waits"] != generation:
             time.sleep(0.01)
         state = context.quiesce(generation, 30.0)
         assert state is not None, "it waits"
+        states.append(state)
         order = {
             "action": "discard",
             "step": state["committed"],
@@ -73,7 +75,7 @@ def controller(context: WorkerContext) -> None:
         context.give_order({**order, "place": {"generation": generation + 1}})
 
 
-def trainer(error: Exception) -> tuple[FailsToJoin, LosesAPeer]:
+def trainer(error: Exception | None) -> tuple[FailsToJoin, LosesAPeer]:
     torch.manual_seed(0)
     context = replace(alone(environ={"OMP_NUM_THREADS": "1"}), recovers=True)
     images = [(torch.zeros(1, 8, 8, dtype=torch.uint8), index % 2) for index in range(8 * NUM_STEPS)]
@@ -88,7 +90,7 @@ def trainer(error: Exception) -> tuple[FailsToJoin, LosesAPeer]:
 
 def test_it_waits_and_goes_on_with_the_next_order() -> None:
     made, losing = trainer(RuntimeError("an odd end of a store"))
-    threading.Thread(target=controller, args=(made.context,), daemon=True).start()
+    threading.Thread(target=controller, args=(made.context, []), daemon=True).start()
     result = made.fit()
     assert (result["steps"], made.context.generation) == (NUM_STEPS, 2)
     assert losing.steps == [1, 2, 3, 4]
@@ -97,9 +99,29 @@ def test_it_waits_and_goes_on_with_the_next_order() -> None:
     )
 
 
+def test_a_step_whose_groups_were_given_up_is_not_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's exchanges end then without an error, and without a sum."""
+    made, losing = trainer(None)
+    losing.has_lost = True
+    context, states, gradients = made.context, list[dict[str, Any]](), TrainStep.gradients
+
+    def ends_without_an_error(step: TrainStep, *arguments: Any, **options: Any) -> StepResult:
+        if losing.steps == [1, 2] and context.generation == 0:
+            threading.Thread(target=context.quiesce, args=(0, 30.0), daemon=True).start()
+            while not context.aborted:
+                time.sleep(0.001)
+        return gradients(step, *arguments, **options)
+
+    monkeypatch.setattr(TrainStep, "gradients", ends_without_an_error)
+    threading.Thread(target=controller, args=(context, states, 1), daemon=True).start()
+    assert made.fit()["steps"] == NUM_STEPS
+    assert [(state["committed"], state["prepared"]) for state in states] == [(2, 2)]
+    assert losing.steps == [1, 2, 3, 4]
+
+
 def test_wrong_input_is_not_tried_again() -> None:
     made, _ = trainer(ConfigError("another network"))
-    threading.Thread(target=controller, args=(made.context,), daemon=True).start()
+    threading.Thread(target=controller, args=(made.context, []), daemon=True).start()
     with pytest.raises(ConfigError, match="another network"):
         made.fit()
 
