@@ -108,7 +108,11 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return 1.0 / float(self.num_batches_tracked or 1)  # nn.BatchNorm's cumulative average
 
     def _stat_dtype(self, x: Tensor) -> torch.dtype:
-        return self.running_mean.dtype if self.running_mean is not None else x.dtype
+        if self.running_mean is not None:
+            return self.running_mean.dtype
+        return torch.promote_types(
+            x.dtype, torch.float32
+        )  # what kernels keep statistics of half precisions in
 
     @torch.no_grad()
     def _stage(self, stats: Tensor, layout: BatchLayout, channels: slice) -> None:

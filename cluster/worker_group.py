@@ -173,12 +173,15 @@ class WorkerGroup:
         }
         member.ref = counted("run", member.actor.run.remote, self._target, place, member.gpu)
 
-    def _newcomer(self, host: Host, bundle: int | None, num_threads: int = 0) -> Member:
-        """A process without a place: it loads what it can, then waits for an order."""
+    def _newcomer(
+        self, host: Host, bundle: int | None, num_threads: int = 0, gpu: str | None = None
+    ) -> Member:
+        """A process without a place: it loads what it can, then waits for an order. gpu: of whom it follows there."""
         alike = (seat.num_threads for seat in self.seats if seat.host.node_id == host.node_id)
         num_threads = num_threads or next(alike, 1)
         seat = Seat(-1, host, 0, num_threads)
         member = Member(seat, bundle, self._create(bundle, self._share, num_threads, host))
+        member.gpu = gpu
         self._run(member, generation=-1, init_method="")
         return member
 
@@ -206,7 +209,7 @@ class WorkerGroup:
             self._spares.remove(spare)
             new = spare
         elif is_there:
-            new = self._newcomer(seat.host, lost.bundle, seat.num_threads)
+            new = self._newcomer(seat.host, lost.bundle, seat.num_threads, lost.gpu)
         else:
             try:
                 host = self._elsewhere()
@@ -221,7 +224,7 @@ class WorkerGroup:
         self.members[rank] = new
         new.begin()
         if spare and is_there:
-            self._spares.append(self._newcomer(seat.host, lost.bundle))
+            self._spares.append(self._newcomer(seat.host, lost.bundle, gpu=lost.gpu))
         return new.ref, spare is not None
 
     def room(self, branch: int, most: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,12 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_samples, generator=generator)
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: memory that was freed is used again on its own stream only."""
+    return torch.cuda.Stream(device)
+
+
 def batches(
     source: BatchSource,
     plan: Iterable[Tensor],
@@ -51,7 +58,7 @@ def batches(
     ends the thread. Without a thread, and between the steps, where `source.in_background` is false.
     """
     device = torch.device(device)
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = _side_stream(device) if device.type == "cuda" else None
 
     def make(index: int, indices: Tensor) -> _Made:
         batch = Batch(indices, *source.fetch(indices, epoch))
