@@ -33,7 +33,7 @@ def run(
     *, rounds: int = 40, steps: int = 3, batch_size: int = 32, folder: Path | None = None
 ) -> dict[str, Any]:
     """Measures and writes the record: paired ratios ours ÷ DDP by round, their median with its 95 % interval."""
-    samples = run_workers(_WORKERS, _measure, rounds, steps, batch_size, threads=1)
+    samples = run_workers(_WORKERS, _measure, rounds, steps, batch_size, threads=1, on_cpu=True)
     ours, ddp, shared = samples["ours"], samples["ddp"], samples["ddp_shared"]
     median, low, high = median_interval([a / b for a, b in zip(ours, ddp, strict=True)])
     of_shared = median_interval([a / b for a, b in zip(ours, shared, strict=True)])

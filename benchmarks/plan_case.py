@@ -77,7 +77,9 @@ class Case:
             hosts = stack.enter_context(two_hosts(self.mbit_per_s)) if self.mbit_per_s else ()
             places = [host for host in hosts for _ in range(workers // 2)]
             cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="anabranch-costs-"))
-            return run_workers(workers, _with_own_cache, cache, measured, self, rounds, hosts=places)
+            return run_workers(
+                workers, _with_own_cache, cache, measured, self, rounds, hosts=places, on_cpu=True
+            )
 
     def check(self, workers: int) -> None:
         """Raises ValueError or RuntimeError where the hosts cannot be made, or the workers not halved."""

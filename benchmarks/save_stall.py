@@ -56,7 +56,7 @@ def run(
     rows = []
     for num in workers:
         with tempfile.TemporaryDirectory() as place:
-            samples = run_workers(num, _measure, rounds, width, batch_size, place, threads=1)
+            samples = run_workers(num, _measure, rounds, width, batch_size, place, threads=1, on_cpu=True)
         rows.append({"workers": num, **_figures(samples), **samples})
     record = {"width": width, "batch_size": batch_size, "rounds": rounds, "rows": rows}
     return {**record, "path": str(write_record("save_stall", record, folder))}

@@ -38,7 +38,11 @@ def fused(
     *, rounds: int = 24, branches: int = 4, batches: tuple[int, ...] = (32, 128), folder: Path = RESULTS
 ) -> dict[str, Any]:
     """Each stage's repeated block in all its forms, in the memory format that was chosen: what the choice costs."""
-    rows = [row for batch in batches for row in run_workers(1, _fused, branches, batch, rounds, threads=1)]
+    rows = [
+        row
+        for batch in batches
+        for row in run_workers(1, _fused, branches, batch, rounds, threads=1, on_cpu=True)
+    ]
     worst = max(row["chosen_over_best"] for row in rows)
     record = {"num_branches": branches, "rows": rows, "worst_chosen_over_best": worst}
     return {**record, "path": str(write_record("fused", record, folder))}
@@ -113,7 +117,7 @@ def exchange(
     *, rounds: int = 12, depth: int = 20, branches: int = 4, batch: int = 32, folder: Path = RESULTS
 ) -> dict[str, Any]:
     """All branches split over two workers: the step against compute alone plus the same collectives alone."""
-    found: dict[str, Any] = run_workers(2, _exchange, rounds, depth, branches, batch, threads=1)
+    found: dict[str, Any] = run_workers(2, _exchange, rounds, depth, branches, batch, threads=1, on_cpu=True)
     samples = found["samples"]
     added = [a + b for a, b in zip(samples["compute"], samples["collectives"], strict=True)]
     ratio, low, high = median_interval([a / b for a, b in zip(samples["step"], added, strict=True)])
@@ -175,7 +179,7 @@ def recompute(
     *, rounds: int = 8, depth: int = 44, branches: int = 4, batch: int = 64, folder: Path = RESULTS
 ) -> dict[str, Any]:
     """Peak of a rank's live tensors and step time, with activations kept and made again."""
-    found: dict[str, Any] = run_workers(2, _recompute, rounds, depth, branches, batch, threads=1)
+    found: dict[str, Any] = run_workers(2, _recompute, rounds, depth, branches, batch, threads=1, on_cpu=True)
     samples, peaks = found["samples"], found["peaks"]
     ratio, low, high = median_interval(
         [a / b for a, b in zip(samples["again"], samples["kept"], strict=True)]

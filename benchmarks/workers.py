@@ -31,14 +31,15 @@ def run_workers(
     *arguments: Any,
     threads: int = 0,
     hosts: Sequence[Host] = (),
+    on_cpu: bool = False,
 ) -> Any:
     """function(rank, *arguments) in as many processes with a process group; rank 0's result.
 
     The group is NCCL's where there are as many GPUs, one each; else gloo's on the CPU (one worker: on a GPU if there is
-    one). threads: of each; 0: its share of the cores. hosts: each worker's, of `two_hosts`. Raises RuntimeError when a
-    worker fails (its traceback is printed).
+    one). threads: of each; 0: its share of the cores. hosts: each worker's, of `two_hosts`. on_cpu: whatever GPUs there
+    are. Raises RuntimeError when a worker fails (its traceback is printed).
     """
-    backend = "nccl" if torch.cuda.device_count() >= num_workers else "gloo"
+    backend = "gloo" if on_cpu or torch.cuda.device_count() < num_workers else "nccl"
     return _run(range(num_workers), num_workers, backend, threads, function, arguments, hosts)[0]
 
 
@@ -141,7 +142,7 @@ def _worker(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     use_numerics("fp32")
-    if not torch.cuda.is_available():
+    if backend == "gloo" or not torch.cuda.is_available():
         keep_freed_memory()  # as the runtime does, for all sides alike
     if backend == "fake":
         from torch.testing._internal.distributed.fake_pg import FakeStore

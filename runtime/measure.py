@@ -63,7 +63,9 @@ def measure_costs(
     kinds = [cluster.by_name[name].kind for name in devices]
     spec, alike = spec_of(network), alike_blocks(network, setting.x[:2])
     reduced = reduced_network(network, alike)
-    meshes = {m: make_mesh(world // m, m, _device_type()) for m in range(1, world + 1) if world % m == 0}
+    meshes = {
+        m: make_mesh(world // m, m, _device(network).type) for m in range(1, world + 1) if world % m == 0
+    }
     trials = list(trial_plans(spec_of(reduced), unequal_blocks(reduced), world))
     setting, label = _within(reduced, trials[0], meshes, setting, budget_s / 2, len(trials))
     running = [Trial(copy.deepcopy(reduced), plan, meshes[plan.branch], setting) for plan in trials]
@@ -205,10 +207,6 @@ def _agreed_min(value: float, mesh: Mesh) -> float:
 
 def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
-
-
-def _device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _digest(text: str) -> str:
