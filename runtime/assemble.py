@@ -24,6 +24,12 @@ from anabranch.schedulers import Cluster, Device, ModelSpec, Plan, PlanFile, rea
 from anabranch.schedulers.cost_file import read_costs
 from anabranch.schedulers.costs import Batch, Costs
 
+_PREDICT_NOTHING = (
+    "",
+    "even",
+    "data",
+    "manual",
+)  # of the schedulers; costs kept with a run are not theirs to refuse
 AUTO = "auto"  # `mesh.plan`, or a plan file's scheduler: measured and timed on the workers
 
 
@@ -103,14 +109,15 @@ def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
     """
     mesh = mesh_axes(config.mesh.shape)
     named = config.mesh.plan
-    costs, batch = _costs(config, spec, cluster)
     partial = read_plan(Path(named)) if _is_file(named) else None
     if partial is not None:
+        costs, batch = _costs(config, spec, cluster, partial.scheduler or "", partial.mesh)
         plan = partial.resolve(spec, cluster, mesh=mesh, costs=costs, batch=batch)
     else:
         if mesh is None and config.mesh.num_workers:
             num = config.mesh.num_workers
             cluster = _first(cluster, (num, 1) if named == "data" else (1, num))
+        costs, batch = _costs(config, spec, cluster, named, mesh)
         plan = schedule(named, spec, cluster, mesh=mesh, costs=costs, batch=batch)
     wanted = config.mesh.num_workers
     if wanted and plan.world_size != wanted:
@@ -121,12 +128,15 @@ def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
     return plan
 
 
-def _costs(config: Config, spec: ModelSpec, cluster: Cluster) -> tuple[Costs | None, Batch]:
-    """For schedulers that predict: the cost file's figures, if one is named, and a step's samples."""
+def _costs(
+    config: Config, spec: ModelSpec, cluster: Cluster, scheduler: str, mesh: tuple[int, int] | None
+) -> tuple[Costs | None, Batch]:
+    """For a scheduler that may predict: the cost file's figures, if one is named, and a step's samples as `settle`."""
     train, source = config.train, config.mesh.costs
-    group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // len(cluster.devices))
+    num = math.prod(mesh) if mesh else len(cluster.devices)
+    group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // num)
     batch = Batch(train.batch_size, group, train.accumulation)
-    if not source:
+    if not source or scheduler in _PREDICT_NOTHING:
         return None, batch
     costs = read_costs(source)
     costs.check(spec, frozenset(device.kind for device in cluster.devices), source)

@@ -109,6 +109,7 @@ class Driver:
 
     def _make_plan(self) -> None:
         from anabranch.runtime.assemble import (
+            AUTO,
             auto_partial,
             local_cluster,
             make_plan,
@@ -125,6 +126,8 @@ class Driver:
             )
         cluster = self._cluster() if self.launcher == "ray" else local_cluster(1, "localhost")
         self.is_auto, _ = auto_partial(config)
+        # what planning anew asks for, where a plan that was found before is gone on with
+        self._asked = config.mesh if self.is_auto else replace(config.mesh, plan=AUTO, shape="")
         self.plan = (provisional_plan if self.is_auto else make_plan)(config, self.model, cluster)
         check_replicas_wanted(config, self.plan)
         names = {name for row in self.plan.devices or () for name in row}

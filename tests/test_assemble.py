@@ -69,5 +69,9 @@ def test_a_scheduler_that_predicts_is_given_the_cost_file(tmp_path: Path) -> Non
     mesh = replace(mesh, plan=str(partial), costs=str(path))
     plan = make_plan(replace(Config(), mesh=mesh), spec, here)
     assert plan.blocks["stage1.block1"].split == "branch"
+    path.unlink()  # kept with a run, and no concern of a plan that predicts nothing
+    for plain in ("data", "even"):
+        make_plan(replace(Config(), mesh=replace(mesh, plan=plain)), spec, here)
+    write_costs(analytic_costs(model_shape(network, spec), ("cpu",)), path)
     with pytest.raises(PlanError, match=r"costs\.json: there is .*they are the costs of another network"):
         make_plan(replace(Config(), mesh=mesh), SPEC, here)
