@@ -71,6 +71,20 @@ class HowToRun:
             for _, block_sum in branch_sums(block):
                 block_sum.execution = self.execution[name]
 
+    def differs_from(self, settings: Settings) -> list[str]:
+        """Fields that settings state otherwise; what they leave open ("auto", chunks 0) is no other."""
+        stated: dict[str, Any] = {"wire": settings.wire, "recompute": settings.recompute}
+        if settings.chunks:
+            stated["chunks"] = settings.chunks
+        if settings.memory_format != "auto":
+            stated["memory_format"] = settings.memory_format
+        if settings.overlap != "auto":
+            stated["overlap"] = settings.overlap == "on"
+        found = [name for name, value in stated.items() if value != getattr(self, name)]
+        if settings.execution not in ("auto", *self.execution.values()):
+            found.append("execution")
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, which `from_dict` reads."""
         return asdict(self)

@@ -35,6 +35,7 @@ from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.drift import DriftWatch
 from anabranch.runtime.evaluation import evaluate
+from anabranch.runtime.exchange import wait_for
 from anabranch.runtime.execution import HowToRun, how_to_run, is_ours
 from anabranch.runtime.feed import Feed
 from anabranch.runtime.fill import fill
@@ -182,7 +183,11 @@ class Trainer:
         told = self.resume.position.get("how_to_run") if self.resume else None
         names = {name for name, _, _ in self.network.elements()}
         if told and names == set(told["execution"]):
-            return HowToRun.from_dict(told)
+            kept = HowToRun.from_dict(told)
+            if (others := kept.differs_from(self.config.mesh)) and self.context.rank == 0:
+                text = f"the run goes on as it ran: mesh.{others[0]} stays {getattr(kept, others[0])!r}"
+                self.context.publish(warning=text)
+            return kept
         mesh, precision = self.config.mesh, self.config.train.precision
         told_of = countdown(self.context.publish, "timing blocks")
         found = how_to_run(
@@ -291,6 +296,8 @@ class Trainer:
             peers = {source for rank, source in sources.items() if self._same_branches(rank)}
             for source in peers:
                 fill(self.network, self.optimizer, source, is_new=before is None)
+            wait_for(self.device)
+            self._check_groups()
             # a save that had begun may have lost a part: the last one is made again, or found whole
             self.position = Position(**{**told["position"], "saved_at": -1})
         recorder = self.network.recorder
@@ -354,11 +361,13 @@ class Trainer:
                 step, ids, micro_batches = prepared
                 begun = time.perf_counter()
                 outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
-                self._check_groups()
                 with recorder.span("idle"):
                     for callback in self._callbacks:
                         callback.on_gradients(step, self.network)
                 self.step.clip()
+                if self.context.recovers:  # clipping and regularizers exchange too
+                    wait_for(self.device)
+                    self._check_groups()
                 lr = self._plateau.scale * learning_rate(
                     config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps
                 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.multi_residual import MultiResidual
 from anabranch.runtime import execution
+from anabranch.runtime.config import MeshConfig
 from anabranch.runtime.execution import HowToRun
 
 
@@ -67,6 +68,21 @@ def test_a_form_that_is_clearly_slower_is_not_timed_to_the_end(monkeypatch: pyte
             assert found[way, layout] == taken[way, layout == "channels_last"]
         assert found["mixed", layout] == found["fused", layout], "it has no grouped convolutions"
     assert runs == {("fused", False): 10, ("looped", False): 10, ("fused", True): 3, ("looped", True): 10}
+
+
+def test_what_a_run_that_goes_on_keeps_is_told_where_it_is_not_what_was_asked() -> None:
+    how = HowToRun({"0": "looped", "1": "fused"}, "channels_last", wire="bf16", overlap=True, chunks=2)
+    assert how.differs_from(MeshConfig(wire="bf16", chunks=0)) == []
+    assert how.differs_from(MeshConfig(wire="bf16", chunks=2, overlap="on", execution="looped")) == []
+    asked = MeshConfig(execution="mixed", memory_format="contiguous", overlap="off", recompute=True)
+    assert {*how.differs_from(asked)} == {
+        "wire",
+        "recompute",
+        "chunks",
+        "memory_format",
+        "overlap",
+        "execution",
+    }
 
 
 def test_json() -> None:
