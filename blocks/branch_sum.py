@@ -61,8 +61,8 @@ class BranchSum(nn.Module):
         returns the sum over all branches.
     edge: set while a runtime wants some rows of y, where `ends_in_sum`. Called as edge(partial_sum, h, skip), where
         skip() is for all rows, it returns them.
-    execution: "fused" runs the held branches as one wide computation where the class can, "looped" one after
-        another, "mixed" as fused but for grouped convolutions, which it runs branch by branch; equal up to rounding.
+    execution: "fused" runs the held branches as one wide computation where the class can, "looped" one after another,
+        "mixed" (where the class can) as fused, but grouped convolutions branch by branch; equal up to rounding.
     """
 
     exchange: Callable[[Callable[[Hidden], Tensor], Hidden], Tensor] | None = None

@@ -51,7 +51,9 @@ class WorkerGroup:
         self._share, self._spare_places = share, list(enumerate(spares, first_spare))
         self._spares: list[Member] = []
         self.joining: list[Member] = []
-        self._idle: list[tuple[int, Host]] = []  # bundles of ours that nobody is in
+        self._idle: list[
+            tuple[int, Host, str | None]
+        ] = []  # bundles of ours that nobody is in, and the GPU used there
         self._placement = counted(
             "placement_group",
             placement_group,
@@ -233,21 +235,22 @@ class WorkerGroup:
 
     def _places(self, branch: int, most: int) -> list[Host]:
         found = living(tuple(host for host in look() if self._may_have_room(host)))
-        idle = [host.node_id for _, host in self._idle]
+        idle = [host.node_id for _, host, _ in self._idle]
         return place_more(found, idle, branch, most, "GPU" in self._share, self._share["CPU"])
 
     def _may_have_room(self, host: Host) -> bool:
-        idle = any(where.node_id == host.node_id for _, where in self._idle)
+        idle = any(where.node_id == host.node_id for _, where, _ in self._idle)
         return idle or host.free_cpus >= self._share["CPU"]
 
     def enlist(self, branch: int, num_groups: int) -> list[Any]:
         """Start processes for whole branch groups more, `joining` until they are seated; refs of their runs."""
         places = self._places(branch, num_groups)
         for host in places:
-            bundle = next((b for b, where in self._idle if where.node_id == host.node_id), None)
-            self._idle = [(b, where) for b, where in self._idle if b != bundle]
+            found = next((idle for idle in self._idle if idle[1].node_id == host.node_id), None)
+            self._idle = [idle for idle in self._idle if idle is not found]
+            bundle, _, gpu = found or (None, host, None)
             here = sum(each.node_id == host.node_id for each in places)
-            self.joining.append(self._newcomer(host, bundle, thread_share(host.cpus, here)))
+            self.joining.append(self._newcomer(host, bundle, thread_share(host.cpus, here), gpu))
         return [member.ref for member in self.joining]
 
     def dismiss(self) -> None:
@@ -283,7 +286,7 @@ class WorkerGroup:
 
         counted("kill", ray.kill, member.actor)
         if member.bundle is not None:
-            self._idle.append((member.bundle, member.seat.host))
+            self._idle.append((member.bundle, member.seat.host, member.gpu))
 
     def _is_over(self, ref: Any) -> bool:
         import ray

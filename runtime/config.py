@@ -167,9 +167,9 @@ class MeshConfig:
     audit: bool = True
     """Of auto: time the best plans against data parallelism, and take another only where that is surely faster."""
     execution: Literal["auto", "fused", "mixed", "looped"] = "auto"
-    """fused: the branches of a worker as one wide computation; looped: one after another; mixed: as fused, but grouped
-    convolutions branch by branch; auto: per block what a measurement at the start says, kept in ~/.cache/anabranch.
-    Equal up to rounding."""
+    """fused: the branches of a worker as one wide computation; looped: one after another; mixed (of Multi-ResNets): as
+    fused, but grouped convolutions branch by branch; auto: per block what a measurement at the start says, kept in
+    ~/.cache/anabranch. Equal up to rounding."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """Where an image's channels lie in memory; auto: as measured, and contiguous for your own networks."""
     wire: Literal["fp32", "bf16"] = "fp32"
