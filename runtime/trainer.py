@@ -365,8 +365,8 @@ class Trainer:
                     for callback in self._callbacks:
                         callback.on_gradients(step, self.network)
                 self.step.clip()
-                if self.context.recovers:  # clipping and regularizers exchange too
-                    wait_for(self.device)
+                if self.context.recovers and self.mesh.world_size > 1:  # alone, its gradients are whole
+                    wait_for(self.device)  # clipping and regularizers exchange too
                     self._check_groups()
                 lr = self._plateau.scale * learning_rate(
                     config.lr_schedule, config.optimizer.lr, step, self.steps_per_epoch, self.num_steps

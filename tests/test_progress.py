@@ -107,7 +107,15 @@ COMMANDS = {
         "--float64",  # fp32 rounds as the forms chosen on this machine do
     ],
     "doctor: asking every host": ["doctor", "--address", "localhost:1"],
-    "planning: searching step 0/": ["plan", "--devices", "2x2xL4", "--interconnect", "10Gbit/s"],
+    "planning: searching step 0/": [
+        "plan",
+        "--devices",
+        "2x2xL4",
+        "--interconnect",
+        "10Gbit/s",
+        "--output",
+        "plan.toml",
+    ],
 }
 
 
