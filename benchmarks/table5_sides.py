@@ -229,29 +229,31 @@ def ring_bytes(collective: str, num_bytes: float, size: int) -> float:
 def probe_formats(row: Row, families: Sequence[str], device: torch.device) -> dict[str, dict[str, float]]:
     """Seconds of forward and backward by family and memory format, all ranks' sum. Collective.
 
-    Of short networks (two blocks a stage) on a rank's samples of this row; the best of five rounds, the formats in
-    turn: of two where they are far apart, of up to fifteen while they are close.
+    Of short networks (two blocks a stage) on a rank's samples of this row; the best of five rounds: of two where a
+    family's formats are far apart, of up to fifteen while they are close. All families and formats are in each round,
+    so that who disturbs the machine for seconds does not decide for one of them.
     """
     variant_of = {"plain": "b", "looped": "c", "fused": "d", "shared": "d_shared"}
-    found: dict[str, dict[str, float]] = {}
-    for kind in families:
-        runs = []
+    runs: dict[str, list[Callable[[], None]]] = {kind: [] for kind in families}
+    for kind, of_kind in runs.items():
         for name, memory_format in FORMATS.items():
             network = network_of(row, variant_of[kind], name, (2, 2, 2)).to(device)
             x, target = images(row.batch // row.world_size)
             x, target = x.to(device).to(memory_format=memory_format), target.to(device)
-            runs.append(_forward_backward(network, x, target, row.precision))
-            runs[-1]()
-        best = torch.full((len(FORMATS),), torch.inf, dtype=torch.float64, device=device)
-        for turn in range(_MOST_PROBES):
-            seconds = torch.tensor([_timed(run, device) for run in runs], dtype=torch.float64, device=device)
-            best = torch.minimum(best, seconds)
-            together = best.clone()
+            of_kind.append(_forward_backward(network, x, target, row.precision))
+            of_kind[-1]()
+    best = {kind: torch.full((len(FORMATS),), torch.inf, dtype=torch.float64, device=device) for kind in runs}
+    found: dict[str, dict[str, float]] = {}
+    for turn in range(_MOST_PROBES):
+        for kind in [kind for kind in families if kind in runs]:
+            seconds = [_timed(run, device) for run in runs[kind]]
+            best[kind] = torch.minimum(best[kind], torch.tensor(seconds, dtype=torch.float64, device=device))
+            together = best[kind].clone()
             dist.all_reduce(together)
+            found[kind] = dict(zip(FORMATS, together.tolist(), strict=True))
             ratio = together.min() / together.max()
             if (turn >= _FEW_PROBES - 1 and ratio < _FAR) or (turn >= _PROBES - 1 and ratio < _CLOSE):
-                break
-        found[kind] = dict(zip(FORMATS, together.tolist(), strict=True))
+                del runs[kind]
     return found
 
 
