@@ -51,9 +51,8 @@ class WorkerGroup:
         self._share, self._spare_places = share, list(enumerate(spares, first_spare))
         self._spares: list[Member] = []
         self.joining: list[Member] = []
-        self._idle: list[
-            tuple[int, Host, str | None]
-        ] = []  # bundles of ours that nobody is in, and the GPU used there
+        # bundles of ours that nobody is in, and the GPU that was used there
+        self._idle: list[tuple[int, Host, str | None]] = []
         self._placement = counted(
             "placement_group",
             placement_group,

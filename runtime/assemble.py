@@ -24,12 +24,8 @@ from anabranch.schedulers import Cluster, Device, ModelSpec, Plan, PlanFile, rea
 from anabranch.schedulers.cost_file import read_costs
 from anabranch.schedulers.costs import Batch, Costs
 
-_PREDICT_NOTHING = (
-    "",
-    "even",
-    "data",
-    "manual",
-)  # of the schedulers; costs kept with a run are not theirs to refuse
+# of the schedulers; costs kept with a run are not theirs to refuse
+_PREDICT_NOTHING = ("", "even", "data", "manual")
 AUTO = "auto"  # `mesh.plan`, or a plan file's scheduler: measured and timed on the workers
 
 
@@ -134,8 +130,7 @@ def _costs(
     """For a scheduler that may predict: the cost file's figures, if one is named, and a step's samples as `settle`."""
     train, source = config.train, config.mesh.costs
     num = math.prod(mesh) if mesh else len(cluster.devices)
-    group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // num)
-    batch = Batch(train.batch_size, group, train.accumulation)
+    batch = Batch(train.batch_size, bn_batch_size(config, num), train.accumulation)
     if not source or scheduler in _PREDICT_NOTHING:
         return None, batch
     costs = read_costs(source)
@@ -162,6 +157,12 @@ def provisional_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
     return schedule("data", spec, _first(cluster, axes), mesh=(math.prod(axes), 1))
 
 
+def bn_batch_size(config: Config, num_workers: int) -> int:
+    """Samples of a BN group: as configured, else what data parallelism over the workers has."""
+    train = config.train
+    return train.bn_batch_size or max(1, train.batch_size // train.accumulation // num_workers)
+
+
 def settle(config: Config, plan: Plan) -> Config:
     """The configuration with what was chosen for it: numbers of workers and of samples in a BN group.
 
@@ -169,14 +170,14 @@ def settle(config: Config, plan: Plan) -> Config:
     """
     train = config.train
     micro_batch = train.batch_size // train.accumulation
-    bn_batch_size = train.bn_batch_size or max(1, micro_batch // plan.world_size)
-    if bn_batch_size > micro_batch:
+    group = bn_batch_size(config, plan.world_size)
+    if group > micro_batch:
         raise ConfigError(
-            f"train.bn_batch_size is {bn_batch_size}, a micro-batch has {micro_batch} samples (batch_size "
+            f"train.bn_batch_size is {group}, a micro-batch has {micro_batch} samples (batch_size "
             f"{train.batch_size} / accumulation {train.accumulation}): make it {micro_batch} or smaller"
         )
     mesh = replace(config.mesh, num_workers=plan.world_size, shape=f"{plan.data}x{plan.branch}")
-    return replace(config, train=replace(train, bn_batch_size=bn_batch_size), mesh=mesh)
+    return replace(config, train=replace(train, bn_batch_size=group), mesh=mesh)
 
 
 def _is_file(named: str) -> bool:

@@ -81,7 +81,7 @@ class HowToRun:
         if settings.overlap != "auto":
             stated["overlap"] = settings.overlap == "on"
         found = [name for name, value in stated.items() if value != getattr(self, name)]
-        if settings.execution not in ("auto", *self.execution.values()):
+        if settings.execution != "auto" and {*self.execution.values()} - {settings.execution}:
             found.append("execution")
         return found
 

@@ -79,7 +79,7 @@ def plan_elsewhere(
 ) -> dict[str, Any]:
     """Searches for machines that are not here: from a cost file, else from data sheets (labelled so). No Ray."""
     from anabranch.blocks.convert import prepare
-    from anabranch.runtime.assemble import make_data, make_network
+    from anabranch.runtime.assemble import bn_batch_size, make_data, make_network
     from anabranch.runtime.config_rules import mesh_axes
     from anabranch.runtime.model_shape import model_shape, shared_bytes
     from anabranch.runtime.model_spec import spec_of
@@ -109,7 +109,7 @@ def plan_elsewhere(
                 fused=config.mesh.execution != "looped",
             )  # fmt: skip
         train = config.train
-        group = train.bn_batch_size or max(1, train.batch_size // train.accumulation // len(cluster.devices))
+        group = bn_batch_size(config, len(cluster.devices))
         batch = Batch(train.batch_size, group, train.accumulation)
         partial = _partial(config)
         request = make_request(

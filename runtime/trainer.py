@@ -185,7 +185,7 @@ class Trainer:
         if told and names == set(told["execution"]):
             kept = HowToRun.from_dict(told)
             if (others := kept.differs_from(self.config.mesh)) and self.context.rank == 0:
-                text = f"the run goes on as it ran: mesh.{others[0]} stays {getattr(kept, others[0])!r}"
+                text = f"the run goes on as it ran, whatever is asked of mesh.{', mesh.'.join(others)} now"
                 self.context.publish(warning=text)
             return kept
         mesh, precision = self.config.mesh, self.config.train.precision

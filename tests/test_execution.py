@@ -73,7 +73,9 @@ def test_a_form_that_is_clearly_slower_is_not_timed_to_the_end(monkeypatch: pyte
 def test_what_a_run_that_goes_on_keeps_is_told_where_it_is_not_what_was_asked() -> None:
     how = HowToRun({"0": "looped", "1": "fused"}, "channels_last", wire="bf16", overlap=True, chunks=2)
     assert how.differs_from(MeshConfig(wire="bf16", chunks=0)) == []
-    assert how.differs_from(MeshConfig(wire="bf16", chunks=2, overlap="on", execution="looped")) == []
+    assert how.differs_from(MeshConfig(wire="bf16", chunks=2, overlap="on", execution="looped")) == [
+        "execution"
+    ]
     asked = MeshConfig(execution="mixed", memory_format="contiguous", overlap="off", recompute=True)
     assert {*how.differs_from(asked)} == {
         "wire",
