@@ -426,6 +426,28 @@ def fused(*, rounds: Rounds = 24) -> None:
 
 
 @app.command
+def launches(
+    *,
+    batch: Annotated[int, Parameter(help="Samples a step.")] = 32,
+    branches: Annotated[int, Parameter(help="Of each block.")] = 4,
+    precision: Annotated[Literal["fp32", "bf16"], Parameter(help="Of the step.")] = "fp32",
+    fold: Annotated[int, Parameter(help="Divide the depth by 1, 2, 3, 6, 9 or 18.")] = 1,
+    rounds: Rounds = 9,
+    compiled: Annotated[
+        bool, Parameter(name="--compile", help="Also: blocks through torch.compile.", negative=())
+    ] = False,
+) -> None:
+    """Kernels of a step and the gaps between them, branches one after another and as chosen, from torch's profiler."""
+    from anabranch.benchmarks import launches as case
+
+    record = case.run(
+        batch=batch, branches=branches, precision=precision, fold=fold, rounds=rounds, compiled=compiled
+    )
+    case.print_table(record, _console(json=False, quiet=False))
+    print(record["path"])
+
+
+@app.command
 def exchange(*, rounds: Rounds = 12) -> None:
     """All branches split over two workers: the step against compute alone plus the same collectives alone."""
     from anabranch.benchmarks import step_parts
