@@ -58,9 +58,10 @@ def table5(
     workers
         Ranks; on fewer GPUs than these (e) and (f) are predicted.
     variants
-        As in b,f,f_shared; default: all.
+        As in b,f,f_shared; default: all, with --fold 18 but the shared ones, which are then the others again.
     fold
-        Divide the depth of all networks by 1, 2, 3, 6, 9 or 18: quick, and no longer Table V's networks.
+        Divide the depth of all networks by 1, 2, 3, 6, 9 or 18: quick, and no longer Table V's networks. More of
+        their blocks begin a stage, and those have a shared pre-activation, which is faster.
     plan_budget_s
         Seconds for measuring before an automatic plan is searched.
     compiled
@@ -78,7 +79,7 @@ def table5(
     chosen = case.parse_rows(rows or case.ROWS, precisions, workers, fold, compiled=compiled)
     console = _console(json, quiet)
     record = case.run(
-        chosen, case.parse_variants(variants), rounds=rounds, steps=steps, plan_budget_s=plan_budget_s,
+        chosen, case.parse_variants(variants, fold), rounds=rounds, steps=steps, plan_budget_s=plan_budget_s,
         predicted=predict, resume=resume, told=not quiet, folder=out or RESULTS,
     )  # fmt: skip
     print_table(record, console)

@@ -25,7 +25,7 @@ import torch
 
 from anabranch.benchmarks.record import RESULTS, environment
 from anabranch.benchmarks.table5_row import measure_peak, measure_row
-from anabranch.benchmarks.table5_sides import VARIANTS, Row
+from anabranch.benchmarks.table5_sides import VARIANTS, Row, family
 from anabranch.benchmarks.workers import run_alone, run_workers
 from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import ConfigError
@@ -72,11 +72,24 @@ def parse_rows(
     return [Row(*one, precision, fold, compiled=compiled) for precision in precisions for one in found]
 
 
-def parse_variants(text: str) -> list[str]:
-    """Variants from "b,d,f_shared", in the table's order; "" is all. Raises ConfigError."""
-    given = [word.strip() for word in text.split(",")] if text else [*VARIANTS]
+def parse_variants(text: str, fold: int) -> list[str]:
+    """Variants from "b,d,f_shared", in the table's order; "" is all that are different networks. Raises ConfigError.
+
+    At one block a stage the shared ones are the others again: a stage's first block is shared in any case.
+    """
+    same = [name for name in VARIANTS if family(name) == "shared"] if fold == _FOLDS[-1] else []
+    given = (
+        [word.strip() for word in text.split(",")]
+        if text
+        else [name for name in VARIANTS if name not in same]
+    )
     if unknown := [name for name in given if name not in VARIANTS]:
         raise ConfigError(f"--variants has {unknown[0]!r}: there are {', '.join(VARIANTS)}")
+    if again := [name for name in given if name in same]:
+        raise ConfigError(
+            f"--variants has {again[0]}, which at --fold {fold} is {again[0][0]}'s network: a stage has one block, "
+            f"whose pre-activation is shared in both; leave it out, or give a --fold of {_FOLDS[-2]} at most"
+        )
     return [name for name in VARIANTS if name in given]
 
 

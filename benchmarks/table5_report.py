@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from anabranch.benchmarks.table5_sides import DEPTH
 from anabranch.runtime.compiling import COMPILED
 from anabranch.runtime.report_svg import number, ticks
 
@@ -55,10 +56,11 @@ def print_table(record: Mapping[str, Any], console: Console) -> None:
     for variant, words in record["variant_names"].items():
         if variant in shown:
             console.print(f"  {variant}: {words}", highlight=False, soft_wrap=True)
-    folds = sorted({entry["fold"] for entry in record["rows"]} - {1})
-    if folds:
+    for fold in sorted({entry["fold"] for entry in record["rows"]} - {1}):
         console.print(
-            f"fold {folds}: networks of so small a part of Table V's depth: compare ratios, not milliseconds",
+            f"fold {fold}: other networks than Table V's, 1/{fold} of their depth: compare neither milliseconds nor "
+            f"ratios with the whole ones. 3 of {3 * DEPTH // fold} blocks begin a stage (of the whole, 3 of "
+            f"{3 * DEPTH}): those have one pre-activation for all branches, which is faster",
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
     for (variant, precision, label), (mean, least, num) in summary(record["rows"]).items():

@@ -49,7 +49,7 @@ if "batched_grad_copy" in signature(DistributedDataParallel).parameters:  # newe
 # Rounds: where formats are far apart, most often, while they are close.
 _FEW_PROBES, _PROBES, _MOST_PROBES = 2, 5, 15
 _FAR, _CLOSE = 0.7, 0.9
-_DEPTH = 18  # blocks of a stage in the paper's Multi-ResNet-110
+DEPTH = 18  # blocks of a stage in the paper's Multi-ResNet-110
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class Row:
     @property
     def depth(self) -> int:
         """Of the Multi-ResNet."""
-        return 6 * (_DEPTH // self.fold) + 2
+        return 6 * (DEPTH // self.fold) + 2
 
     @property
     def deeper(self) -> int:
         """Of the pre-resnet with as many convolutions."""
-        return 6 * (_DEPTH // self.fold) * self.num_branches + 2
+        return 6 * (DEPTH // self.fold) * self.num_branches + 2
 
     def __str__(self) -> str:
         mesh = f" on {self.mesh[0]}x{self.mesh[1]}" if self.mesh[0] > 1 else ""

@@ -67,6 +67,20 @@ def test_rows_are_the_papers_networks(num_branches: int, deeper: int, multi: int
     assert sum(p.numel() for p in network_of(Row(32, num_branches), "d_shared").parameters()) < multi
 
 
+@pytest.mark.parametrize("fold", [1, 6, 18])
+def test_a_stage_begins_with_a_shared_block_at_any_depth(fold: int) -> None:
+    """So a folded network has relatively more of them: with one block a stage nothing is left that differs."""
+    row = Row(32, 2, fold=fold)
+    networks = [network_of(row, variant) for variant in ("d", "d_shared")]
+    num_blocks = 54 // fold
+    assert [
+        sum(getattr(block, "preact", "") == "shared" for block in network.modules()) for network in networks
+    ] == [3, num_blocks]
+    shapes = [{name: p.shape for name, p in network.named_parameters()} for network in networks]
+    assert (shapes[0] == shapes[1]) == (fold == 18)
+    assert ("d_shared" in table5.parse_variants("", fold)) == (fold < 18)
+
+
 def test_a_row(tmp_path: Path) -> None:
     """All of (c) to (f) compute one function; every variant has what the record promises."""
     variants = [name for name in VARIANTS if name != "f_shared"]  # as f and d_shared
@@ -112,7 +126,7 @@ def test_a_row(tmp_path: Path) -> None:
     table5_report.print_table(record, console)
     shown = console.export_text()
     assert shown.count("not the paper's") == 2  # in its row, and where the letters are explained
-    assert "compare ratios, not milliseconds" in shown
+    assert "3 of 3 blocks begin a stage (of the whole, 3 of 54)" in shown
 
 
 @pytest.mark.parametrize(
@@ -248,6 +262,7 @@ def test_a_kill_loses_one_row(tmp_path: Path) -> None:
         (["--rows", "33x2"], "33 samples do not divide over 2 workers"),
         (["--rows", "32x4:2x2x2"], "write batch x branches"),
         (["--fold", "4"], "does not divide the 18 blocks"),
+        (["--fold", "18", "--variants", "b,f_shared"], "f_shared, which at --fold 18 is f's network"),
         (["--variants", "b,g"], "there are a, b, c, d, e, f, d_shared, f_shared"),
     ],
 )
