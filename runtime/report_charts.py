@@ -56,7 +56,7 @@ def part_seconds(run: RunData) -> tuple[list[dict[str, float]], list[float]]:
         ranks = run.profile["ranks"]
         of_ranks = [{p: rank["parts"][p]["p50"] for p in PARTS} for rank in ranks]
         return of_ranks, [rank["unattributed"] * rank["step_s"]["p50"] for rank in ranks]
-    timed = [step["times_s"] for step in run.steps[1:] if "times_s" in step]
+    timed = [step["times_s"] for step in run.timed_steps]
     num = len(timed[0]["step"]) if timed else 0
     of_ranks = [{p: sum(t[p][r] for t in timed) / len(timed) for p in PARTS} for r in range(num)]
     return of_ranks, [sum(t["unattributed"][r] for t in timed) / len(timed) for r in range(num)]

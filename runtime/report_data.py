@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from anabranch.schedulers.plan_reader import parse_plan
 @dataclass(frozen=True)
 class RunData:
     """steps, evaluations: lines of metrics.jsonl. profile, audit: None where the run has none. placements: see
-    `_placements`. notes: what was missing or torn, for people.
+    `_placements`. notes: what was missing, torn or left out, for people.
     """
 
     name: str
@@ -31,6 +32,12 @@ class RunData:
     placements: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def timed_steps(self) -> list[dict[str, Any]]:
+        """The steps with seconds by part and rank, of as many ranks as the last: a run may go on with fewer."""
+        timed = [step for step in self.steps if "times_s" in step]
+        return [step for step in timed if _num_ranks(step) == _num_ranks(timed[-1])]
 
 
 def read_run(path: Path) -> RunData:
@@ -64,7 +71,25 @@ def read_run(path: Path) -> RunData:
     steps, evaluations = (
         [line for line in lines if line.get("kind") == kind] for kind in ("step", "evaluation")
     )
-    return RunData(path.absolute().name, path, steps, evaluations, profile, placements, audit, notes)
+    run = RunData(path.absolute().name, path, steps, evaluations, profile, placements, audit, notes)
+    timed = run.timed_steps
+    if len(timed) < sum("times_s" in step for step in steps):
+        notes.append(
+            f"the run did not always have as many ranks: times by rank are of its steps with {_num_ranks(timed[-1])}, "
+            f"{_ranges(timed, steps)}"
+        )
+    return run
+
+
+def _num_ranks(step: Mapping[str, Any]) -> int:
+    return len(step["times_s"]["step"])
+
+
+def _ranges(some: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> str:
+    """Which of the steps they are, as in "1 to 20, 41 to 60"."""
+    kept = {step["step"] for step in some}
+    runs = [list(of) for is_kept, of in groupby((s["step"] for s in steps), kept.__contains__) if is_kept]
+    return ", ".join(f"{numbers[0]} to {numbers[-1]}" for numbers in runs)
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

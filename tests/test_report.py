@@ -20,6 +20,7 @@ from anabranch.runtime.cli import main
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.profile_file import write_profile
 from anabranch.runtime.report import write_report
+from anabranch.runtime.report_charts import part_seconds
 from anabranch.runtime.report_data import read_run
 from anabranch.runtime.report_page import page
 from anabranch.runtime.trackers import Tracker, tracker
@@ -276,6 +277,23 @@ def test_a_torn_run_is_used_up_to_there(tmp_path: Path, capsys: pytest.CaptureFi
     )
     assert "breaks off in line 32" in (path / "report.html").read_text()
     assert [step["step"] for step in read_run(path).steps] == [*range(1, 31)]
+
+
+def test_a_run_that_went_on_with_fewer_ranks_and_with_all_again(tmp_path: Path) -> None:
+    """Times by rank are of the steps with as many as at the end, and the page says which."""
+    path = metrics(tmp_path / "run", 20, 4)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[7:13]:
+        line["times_s"] = {part: [1.0, 1.0] for part in line["times_s"]}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    note = "times by rank are of its steps with 4, 1 to 7, 14 to 20"
+    assert any(note in text for text in write_report([path])["notes"])
+    assert note in (path / "report.html").read_text()
+    of_ranks, _ = part_seconds(read_run(path))
+    assert [round(one["forward"], 6) for one in of_ranks] == [0.01, 0.02, 0.02, 0.02]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:13]))
+    assert any("its steps with 2, 8 to 13" in text for text in write_report([path])["notes"])
+    assert [one["forward"] for one in part_seconds(read_run(path))[0]] == [1.0, 1.0]
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
