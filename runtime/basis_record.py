@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 from torch import nn
@@ -24,6 +25,7 @@ from anabranch.runtime.callbacks import Callback, whole_lines
 from anabranch.runtime.durable import write_tensors
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.parallel_network import ParallelNetwork
+from anabranch.runtime.plain_json import plain_json
 
 _FLOW = "gradient_flow.jsonl"
 
@@ -53,7 +55,7 @@ class BasisRecord(Callback):
         newest = {name: samples.pop() for name, samples in self.flow.history.items()}
         bases = {name: {key: sample[key] for key in ("max", "mean")} for name, sample in newest.items()}
         with (self.folder / _FLOW).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "bases": bases}) + "\n")
+            file.write(plain_json({"step": step, "bases": bases}) + "\n")
 
     def on_trained(self, network: ParallelNetwork) -> None:
         similarity = coefficient_similarity(network)
@@ -76,7 +78,8 @@ def read_gradient_flow(run: Path) -> dict[str, list[dict[str, float]]]:
     history: dict[str, list[dict[str, float]]] = {}
     for line in map(json.loads, whole_lines(path)):
         for name, sample in line["bases"].items():
-            history.setdefault(name, []).append({"step": line["step"], **sample})
+            read = {key: math.nan if number is None else number for key, number in sample.items()}
+            history.setdefault(name, []).append({"step": line["step"], **read})
     return history
 
 

@@ -10,7 +10,6 @@ error. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 termina
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from anabranch.runtime.config_file import require_section, shipped_configs
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.flags import ENV_PREFIX, config_from_flags, with_config_flags, with_gross_flags
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
+from anabranch.runtime.plain_json import plain_json
 from anabranch.runtime.redact import redacted, shielded
 
 if TYPE_CHECKING:
@@ -441,4 +441,4 @@ def _failure(error: BaseException) -> tuple[dict[str, Any], int]:
 
 def _print_json(result: dict[str, Any]) -> None:
     sys.stdout.flush()
-    print(json_module.dumps(redacted(result), default=str), flush=True)
+    print(plain_json(redacted(result), default=str), flush=True)

@@ -128,7 +128,8 @@ def _figures(status: Mapping[str, Any]) -> str:
     if "num_epochs" in status and "epoch" in status:
         parts.append(f"epoch {status['epoch'] + 1}/{status['num_epochs']}")
     if "loss" in status:
-        parts.append(f"loss {status['loss']:.3f}")
+        loss = status["loss"]
+        parts.append("loss not finite" if loss is None else f"loss {loss:.3f}")  # as run.json has it
     if "accuracy" in status:
         parts.append(f"accuracy {100 * status['accuracy']:.1f} %")
     if "test_accuracy" in status:

@@ -26,8 +26,8 @@ def curves(runs: Sequence[RunData]) -> str:
     for number, run in enumerate(runs):
         prefix, colour = f"{run.name}: " if many else "", f"c{number % 8}"
         if run.steps:
-            points = [(float(step["step"]), float(step["loss"])) for step in run.steps]
-            loss[f"{prefix}loss"] = colour, svg.smoothed(points, max(1, len(points) // 100))
+            if points := run.losses:
+                loss[f"{prefix}loss"] = colour, svg.smoothed(points, max(1, len(points) // 100))
             hits = [(float(step["step"]), 100 * float(step["accuracy"])) for step in run.steps]
             accuracy[f"{prefix}training"] = colour, svg.smoothed(hits, max(1, len(hits) // 50))
         tested = [(float(e["step"]), 100 * float(e["test_accuracy"])) for e in run.evaluations]

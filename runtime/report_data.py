@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,12 @@ class RunData:
     placements: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[tuple[float, float]]:
+        """(step, loss) of the steps that have a finite one: a run may diverge."""
+        found = ((float(step["step"]), step["loss"]) for step in self.steps)
+        return [(step, float(loss)) for step, loss in found if loss is not None and math.isfinite(loss)]
 
     @property
     def timed_steps(self) -> list[dict[str, Any]]:
@@ -72,6 +79,8 @@ def read_run(path: Path) -> RunData:
         [line for line in lines if line.get("kind") == kind] for kind in ("step", "evaluation")
     )
     run = RunData(path.absolute().name, path, steps, evaluations, profile, placements, audit, notes)
+    if num := len(steps) - len(run.losses):
+        notes.append(f"the loss of {num} of {len(steps)} steps is not finite: the curve leaves them out")
     timed = run.timed_steps
     if len(timed) < sum("times_s" in step for step in steps):
         notes.append(

@@ -45,9 +45,8 @@ def write_pictures(runs: Sequence[RunData], stem: Path) -> list[Path]:
         figure = Figure(figsize=(7, 2.6))
         left, right = figure.subplots(1, 2)
         for index, run in enumerate(runs):
-            points = [(float(s["step"]), float(s["loss"])) for s in run.steps]
             colour, prefix = f"C{index}", f"{run.name}: " if len(runs) > 1 else ""
-            if points:
+            if points := run.losses:
                 even = smoothed(points, max(1, len(points) // 100))
                 left.plot(*zip(*even, strict=True), color=colour, label=run.name)
             hits = [(float(s["step"]), 100 * float(s["accuracy"])) for s in run.steps]

@@ -8,6 +8,7 @@ Positions along x are shares of the width and heights are pixels: letters and ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -18,8 +19,10 @@ Bar = tuple[str, str, float, float]
 """(class, words, start, length), in the unit of the chart's scale."""
 
 
-def number(value: float) -> str:
-    """Short: three digits or so."""
+def number(value: float | None) -> str:
+    """Short: three digits or so. None: as metrics have a number that is not finite."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 

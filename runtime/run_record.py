@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.plain_json import plain_json
 from anabranch.runtime.redact import redacted
 
 RECORD, STOP = "run.json", "stop"
@@ -91,7 +92,7 @@ class RunRecord:
         self._fields["heard_at"] = time.time()
         aside = Path(self._folder, f"{RECORD}.tmp")
         with suppress(OSError):
-            aside.write_text(json.dumps(redacted(self._fields)), encoding="utf-8")
+            aside.write_text(plain_json(redacted(self._fields)), encoding="utf-8")
             aside.replace(aside.with_name(RECORD))
 
 

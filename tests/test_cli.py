@@ -1,6 +1,7 @@
 """The command line: flags, environment, output and exit codes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -280,10 +281,12 @@ def test_output_for_people_and_for_programs(
 
 @pytest.mark.parametrize(("difference", "exit_code"), [(1e-10, 0), (1e-3, 0), (1e-2, 1), (float("nan"), 1)])
 def test_verify_fails_above_its_tolerance(
-    difference: float, exit_code: int, monkeypatch: pytest.MonkeyPatch
+    difference: float, exit_code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands_that(monkeypatch, {"max_relative_difference": difference, "worst": "stage1.block1"})
-    assert main(["verify"]) == exit_code
+    assert main(["verify", "--json"]) == exit_code
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # JSON has no NaN
+    assert told["max_relative_difference"] == (difference if math.isfinite(difference) else None)
 
 
 @pytest.mark.parametrize(

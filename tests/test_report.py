@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from test_profile import synthetic_profile
 
+from anabranch.runtime.callbacks import MetricsFile
 from anabranch.runtime.cli import main
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.profile_file import write_profile
@@ -294,6 +296,30 @@ def test_a_run_that_went_on_with_fewer_ranks_and_with_all_again(tmp_path: Path) 
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:13]))
     assert any("its steps with 2, 8 to 13" in text for text in write_report([path])["notes"])
     assert [one["forward"] for one in part_seconds(read_run(path))[0]] == [1.0, 1.0]
+
+
+def test_a_run_that_diverged(tmp_path: Path) -> None:
+    """As metrics.jsonl has it, and as older ones had: what is finite is drawn, the rest is told."""
+    path = metrics(tmp_path / "run", 10)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    file = MetricsFile(path / "metrics.jsonl")
+    for line, loss in zip(lines, [2.0, 3.0, *[math.inf] * 7, math.nan], strict=True):
+        file.on_step({**line, "loss": loss})
+    file.on_evaluation({"step": 10, "epoch": 0, "test_loss": -math.inf, "test_accuracy": 0.1})
+    file.close()
+    written = (path / "metrics.jsonl").read_text()
+    assert "NaN" not in written
+    assert "Infinity" not in written
+    for text in (written, written.replace("null", "Infinity")):
+        (path / "metrics.jsonl").write_text(text)
+        left_out = "the loss of 8 of 10 steps is not finite: the curve leaves them out"
+        assert left_out in write_report([path])["notes"]
+        assert read_run(path).losses == [(1.0, 2.0), (2.0, 3.0)]
+        page_text = re.sub(r"<[^>]+>", " ", (path / "report.html").read_text())
+        assert re.search(r"last loss +not finite", page_text)
+    (path / "metrics.jsonl").write_text(re.sub(r'"loss": \d\.\d', '"loss": null', written))
+    assert read_run(path).losses == []
+    write_report([path, path], tmp_path / "both.html")
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -48,6 +49,18 @@ def test_what_is_noted_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists()
     record.close(RuntimeError("boom"))
     assert (run_status(tmp_path)["state"], run_status(tmp_path)["error"]) == ("failed", "boom")
+
+
+def test_a_run_that_diverged_has_a_record_that_is_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunRecord(str(tmp_path), "training").watch([{**STATUSES[0], "loss": math.inf}])
+    text = (tmp_path / "run.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"]["loss"] is None
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    out, shown = capsys.readouterr()
+    assert "loss not finite" in shown
+    assert json.loads(out, parse_constant=pytest.fail)["metrics"]["loss"] is None
 
 
 def test_an_old_wish_stops_no_new_run(tmp_path: Path) -> None:
