@@ -102,7 +102,8 @@ def scaling(
 ) -> None:
     """1, 2, 4, 8 workers, weak and strong scaling: measured where there are devices, predicted beyond.
 
-    JSON: rows, a list of {mode, plan, workers, batch, label, median_s, samples_s, images_per_s, efficiency}; path.
+    JSON: rows, a list of {mode, plan, workers, batch, label, median_s, samples_s, alone_s, images_per_s, efficiency,
+    efficiency_interval_95}; path. alone_s: one worker's step in the same rounds, which efficiency is against.
 
     Parameters
     ----------

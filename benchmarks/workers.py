@@ -116,19 +116,27 @@ def interleaved(
         for _ in range(warm_up):
             step()
     samples: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
     for index in range(rounds):
-        turned = names[index % len(names) :] + names[: index % len(names)]
-        for name in turned if index % 2 == 0 else reversed(turned):
+        for name in turned(list(sides), index):
             dist.barrier()
             begun = time.perf_counter()
             for _ in range(steps):
                 sides[name]()
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():  # else it would be, on GPU 0, in the middle of a round
                 torch.cuda.synchronize()
             samples[name].append((time.perf_counter() - begun) / steps)
         on_round(index + 1)
     return samples
+
+
+def turned(names: Sequence[str], index: int) -> list[str]:
+    """The order of round `index`: it begins with the next one every second round, and each is then run backwards.
+
+    In 2 · len(names) rounds each name is twice in every place.
+    """
+    begin = index // 2 % len(names)
+    order = [*names[begin:], *names[:begin]]
+    return order[::-1] if index % 2 else order
 
 
 def _worker(

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -309,8 +310,13 @@ def test_scaling_and_collectives(tmp_path: Path) -> None:
     assert (1, "measured") in labels
     assert (4, "predicted") in labels or (4, "measured") in labels
     for one in record["rows"]:
-        assert ("samples_s" in one) == (one["label"] == "measured")
+        is_measured = one["label"] == "measured"
+        assert ("samples_s" in one, "efficiency_interval_95" in one) == (is_measured, is_measured)
         assert math.isfinite(one["efficiency"])
+        if is_measured:  # paired by round
+            shared = one["workers"] if one["mode"] == "strong" else 1
+            pairs = zip(one["alone_s"], one["samples_s"], strict=True)
+            assert one["efficiency"] == pytest.approx(statistics.median(a / (shared * b) for a, b in pairs))
     record = collectives.run(rounds=2, sizes=(1024, 65536), folder=tmp_path)
     assert {one["collective"] for one in record["rows"]} == {*collectives._NAMES}
     assert {one["num_bytes"] for one in record["rows"]} == {1024, 65536}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from anabranch.benchmarks import plan_case, prediction, save_stall
+from anabranch.benchmarks import plan_case, prediction, save_stall, scaling
 from anabranch.benchmarks.gross_rank import spearman
 from anabranch.benchmarks.plan_case import Case, measure_cases, multi
 from anabranch.benchmarks.record import write_record
 from anabranch.benchmarks.slow_worker import HalfSpeed
+from anabranch.benchmarks.workers import interleaved
 from anabranch.runtime.intervals import median_interval
 
 
@@ -31,6 +33,30 @@ def test_the_interval_holds_the_median() -> None:
     assert low <= median == 1.0 <= high
     assert high - low < 0.03
     assert median_interval([2.0] * 9) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+def test_every_side_is_in_every_place(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what has not used a GPU, as ranks of gloo, does not begin to between two moments."""
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("a context on GPU 0"))
+    ran: list[str] = []
+    names = "abcd"[:num]
+    samples = interleaved({name: partial(ran.append, name) for name in names}, 2 * num, warm_up=0)
+    assert {name: len(seconds) for name, seconds in samples.items()} == dict.fromkeys(names, 2 * num)
+    rounds = [ran[i : i + num] for i in range(0, len(ran), num)]
+    assert [sorted(column) for column in zip(*rounds, strict=True)] == [sorted(2 * names)] * num
+
+
+def test_efficiency_is_of_one_workers_step_in_the_same_round() -> None:
+    """The machine is half as fast in the last round: for both."""
+    together, alone = [0.5, 0.4, 1.0], [0.8, 0.8, 1.6]
+    strong = scaling._rate("strong", 2, 32, together, alone)
+    assert strong["efficiency"] == pytest.approx(0.8)
+    assert strong["efficiency_interval_95"] == pytest.approx([0.8, 1.0])
+    assert (strong["median_s"], strong["images_per_s"]) == (0.5, 64)
+    assert scaling._rate("weak", 2, 64, together, alone)["efficiency"] == pytest.approx(1.6)
 
 
 def test_a_record_says_where_it_was_measured(tmp_path: Path) -> None:
