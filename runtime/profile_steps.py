@@ -80,7 +80,7 @@ def profile_steps(
         torch.cuda.reset_peak_memory_stats(device)
     before = clock_offset(group, clock)
     recorder.align()
-    recorder.end_step()
+    recorder.begin()
     recorder.keep()
     for _ in range(steps):
         run()

@@ -159,6 +159,11 @@ class Recorder:
             torch.cuda.nvtx.range_end(self._nvtx)
         self._nvtx = torch.cuda.nvtx.range_start(f"{self._part} {element}") if element else None
 
+    def begin(self) -> None:
+        """A step begins here, and what came before belongs to none: building, recovering."""
+        self._last, self._running = [], []
+        self._ended, self._start = None, self._stamp()
+
     def end_step(self) -> None:
         """The step ends here (its optimizer is done); the next one begins."""
         end = self._stamp()
@@ -168,7 +173,7 @@ class Recorder:
             self._kept.append((self._last, *self._ended))
 
     def times(self) -> list[float]:
-        """Seconds by PARTS of the last step that ended; zeros before there is one."""
+        """Seconds by PARTS of the last step that ended; zeros before there is one since `begin`."""
         if self._ended is None:
             return [0.0] * len(PARTS)
         if self._cuda:

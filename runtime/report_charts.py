@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from statistics import median
 from typing import Any
 
 from anabranch.runtime import report_svg as svg
@@ -49,8 +50,8 @@ def curves(runs: Sequence[RunData]) -> str:
 
 
 def part_seconds(run: RunData) -> tuple[list[dict[str, float]], list[float]]:
-    """By rank: seconds a step by part, and those that no part accounts for. Of the profile, else means of the run's
-    metrics; empty where neither has them.
+    """By rank: seconds a step by part, and those that no part accounts for: the middle of all steps. Of the profile,
+    else of the run's metrics; empty where neither has them.
     """
     if run.profile:
         ranks = run.profile["ranks"]
@@ -58,8 +59,8 @@ def part_seconds(run: RunData) -> tuple[list[dict[str, float]], list[float]]:
         return of_ranks, [rank["unattributed"] * rank["step_s"]["p50"] for rank in ranks]
     timed = [step["times_s"] for step in run.timed_steps]
     num = len(timed[0]["step"]) if timed else 0
-    of_ranks = [{p: sum(t[p][r] for t in timed) / len(timed) for p in PARTS} for r in range(num)]
-    return of_ranks, [sum(t["unattributed"][r] for t in timed) / len(timed) for r in range(num)]
+    of_ranks = [{p: median(t[p][r] for t in timed) for p in PARTS} for r in range(num)]
+    return of_ranks, [median(t["unattributed"][r] for t in timed) for r in range(num)]
 
 
 def parts(run: RunData) -> str:

@@ -42,8 +42,11 @@ class RunData:
 
     @property
     def timed_steps(self) -> list[dict[str, Any]]:
-        """The steps with seconds by part and rank, of as many ranks as the last: a run may go on with fewer."""
-        timed = [step for step in self.steps if "times_s" in step]
+        """The steps with seconds by part and rank, of as many ranks as the last: a run may go on with fewer.
+
+        A line has those of the step before; after a start or a recovery there is none, and they are zeros.
+        """
+        timed = _timed(self.steps)
         return [step for step in timed if _num_ranks(step) == _num_ranks(timed[-1])]
 
 
@@ -82,12 +85,16 @@ def read_run(path: Path) -> RunData:
     if num := len(steps) - len(run.losses):
         notes.append(f"the loss of {num} of {len(steps)} steps is not finite: the curve leaves them out")
     timed = run.timed_steps
-    if len(timed) < sum("times_s" in step for step in steps):
+    if len(timed) < len(_timed(steps)):
         notes.append(
             f"the run did not always have as many ranks: times by rank are of its steps with {_num_ranks(timed[-1])}, "
             f"{_ranges(timed, steps)}"
         )
     return run
+
+
+def _timed(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [step for step in steps if "times_s" in step and any(step["times_s"]["step"])]
 
 
 def _num_ranks(step: Mapping[str, Any]) -> int:

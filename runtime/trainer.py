@@ -347,7 +347,7 @@ class Trainer:
         recorder, steps = self.network.recorder, self.feed.steps(p.done, self.last_step)
         self._drift = DriftWatch(self._rank_names())
         self._started = time.perf_counter() - p.elapsed_s
-        recorder.end_step()  # what came before belongs to no step
+        recorder.begin()
         try:
             if p.done > p.tended:
                 self._tend(p)

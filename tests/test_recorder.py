@@ -59,6 +59,21 @@ def test_an_exchange_is_taken_out_of_its_part() -> None:
     assert len(table["step"]) == 2
 
 
+def test_what_comes_before_a_step_belongs_to_none() -> None:
+    """Building before the first one; after a recovery the step that was broken off too."""
+    recorder = Recorder()
+    spend(9.0)
+    recorder.begin()
+    assert recorder.times() == [0.0] * len(PARTS)
+    assert one_step(recorder)["step"] == pytest.approx(0.009, abs=1e-5)
+    with recorder.span("forward"):
+        spend(5.0)
+    recorder.begin()
+    assert recorder.times() == [0.0] * len(PARTS)
+    assert (recorder.spans(), recorder.num_records) == ([], 0)
+    assert one_step(recorder)["forward"] == pytest.approx(0.004, abs=1e-5)
+
+
 def test_a_bucket_of_gradients_stays_in_its_part() -> None:
     recorder = Recorder()
     recorder.detailed = True

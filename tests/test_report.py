@@ -298,6 +298,19 @@ def test_a_run_that_went_on_with_fewer_ranks_and_with_all_again(tmp_path: Path) 
     assert [one["forward"] for one in part_seconds(read_run(path))[0]] == [1.0, 1.0]
 
 
+def test_the_parts_of_a_step_are_the_middle_of_all(tmp_path: Path) -> None:
+    """Neither a first line, which has no step before it, nor a step of seconds counts for more than one."""
+    path = metrics(tmp_path / "run", 3)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["times_s"] = {part: [0.0, 0.0] for part in lines[0]["times_s"]}
+    for line, seconds in zip(lines[1:], (9.0, 0.01), strict=True):
+        line["times_s"]["idle"] = [seconds, 0.02]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[-1]]))
+    found = read_run(path)
+    assert [step["step"] for step in found.timed_steps] == [2, 3, 3]
+    assert [one["idle"] for one in part_seconds(found)[0]] == [0.01, 0.02]
+
+
 def test_a_run_that_diverged(tmp_path: Path) -> None:
     """As metrics.jsonl has it, and as older ones had: what is finite is drawn, the rest is told."""
     path = metrics(tmp_path / "run", 10)

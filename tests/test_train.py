@@ -66,7 +66,8 @@ def losses(folder: Path) -> list[float]:
 def _assert_parts_add_up(folder: Path, num_ranks: int) -> None:
     """What metrics.jsonl says of every step: all parts on every rank, nearly nothing left over."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"][1:]  # times are of the step before
+    first, *steps = [line for line in lines if line["kind"] == "step"]
+    assert first["times_s"]["step"] == [0.0] * num_ranks  # times are of the step before: building was none
     for rank in range(num_ranks):
         for line in steps:
             times = {part: of_ranks[rank] for part, of_ranks in line["times_s"].items()}
