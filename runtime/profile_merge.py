@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.runtime.profile_steps import RankSteps, Signature
+from anabranch.runtime.recorder import WHOLE
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 PARTS = ("data", "forward", "backward", "exchange", "reduction", "optimizer", "idle")
@@ -78,7 +79,7 @@ class Merged:
         for (part, element, op, _), length in zip(
             self.spans[rank], self.end[rank] - self.start[rank], strict=True
         ):
-            if part == "sent" or (part == "reduction" and op):
+            if op and part in WHOLE:
                 continue
             if op:
                 found["exchange"] += length

@@ -26,6 +26,9 @@ PARTS = ("data", "forward", "backward", "exchange", "reduction", "optimizer", "i
 reduction: waiting for gradients after the backward, and for the vote; idle: what is no training (evaluation,
 checkpoints, callbacks, telling of the step);
 step: from one step's end to the next one's, everything included."""
+WHOLE = ("sent", "reduction", "idle")
+"""Spans whose exchanges are not taken out of them: "reduction" is communication itself, those of an evaluation in
+"idle" are no training's."""
 
 Moment = Any  # seconds of time.perf_counter, or a CUDA event
 _Interval = tuple[str, str, str, int, Moment, Moment]  # as Span
@@ -180,8 +183,8 @@ class Recorder:
             self._ended[1].synchronize()  # the step before: long done
         seconds = dict.fromkeys(PARTS, 0.0)
         for part, element, op, _, start, end in self._last:
-            if part in ("sent", "reduction") and op:
-                continue  # inside "reduction", as all of it is exposed
+            if op and part in WHOLE:
+                continue
             if op:  # it lies inside its part
                 length = self._between(start, end)
                 seconds["exchange"] += length

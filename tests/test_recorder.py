@@ -89,6 +89,19 @@ def test_a_bucket_of_gradients_stays_in_its_part() -> None:
     assert [span.part for span in recorder.spans()] == ["sent", "reduction", "reduction"]
 
 
+def test_the_exchanges_of_an_evaluation_are_no_trainings() -> None:
+    recorder = Recorder()
+    recorder.begin()
+    with recorder.span("idle"):
+        start = recorder.now()
+        spend(0.002)
+        recorder.exchanged("all_reduce", 100, start)
+    recorder.end_step()
+    times = dict(zip(PARTS, recorder.times(), strict=True))
+    assert times["idle"] == pytest.approx(0.002, abs=1e-5)
+    assert times["exchange"] == 0.0
+
+
 def test_elements_forward_and_backward() -> None:
     recorder, layers = Recorder(), {name: nn.Linear(4, 4) for name in ("stem", "a", "head")}
     recorder.detailed = True
