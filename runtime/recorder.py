@@ -196,9 +196,13 @@ class Recorder:
 
     def spans(self) -> list[Span]:
         """Every interval of the last step that ended, in seconds of time.perf_counter. Waits for the device."""
-        if self._cuda and self._ended is not None:
-            self._ended[1].synchronize()
-        return [self._span(interval) for interval in self._last]
+        if self._ended is None:
+            return []
+        start, end = self._ended
+        if self._cuda:
+            end.synchronize()
+        since = self._between(self._base[1], start)
+        return [self._span(interval, start, since) for interval in self._last]
 
     def keep(self) -> None:
         """Every step that ends from now on is kept until `kept` takes them."""
@@ -207,28 +211,46 @@ class Recorder:
     def kept(self) -> list[tuple[list[Span], float, float]]:
         """The steps since `keep`: spans, start and end, in seconds of time.perf_counter. Waits for the device."""
         steps, self._kept = self._kept or [], None
+        if self._cuda and steps:
+            steps[-1][2].synchronize()
+        sinces, before, since = [], self._base[1], 0.0
+        for _, start, _ in steps:
+            since += self._between(before, start)
+            sinces.append(since)
+            before = start
         if self._cuda:
-            self._end_tie()
+            self._end_tie(before, since)
         return [
-            ([self._span(interval) for interval in spans], self._at(start), self._at(end))
-            for spans, start, end in steps
+            (
+                [self._span(interval, start, since) for interval in spans],
+                self._at(start, start, since),
+                self._at(end, start, since),
+            )
+            for (spans, start, end), since in zip(steps, sinces, strict=True)
         ]
 
-    def _end_tie(self) -> None:
-        """The clocks drift apart: with where they are at the end, moments between lie on a line."""
+    def _end_tie(self, last: Moment, since: float) -> None:
+        """The clocks drift apart: with where they are at the end, moments between lie on a line.
+
+        last: a moment `since` seconds of the device behind the base.
+        """
         host, event, error = self._tied()
-        since = self._between(self._base[1], event)
+        since += self._between(last, event)
         if since > 0:
             self._host_per_device = (host - self._base[0]) / since
         self.clock_error_s = max(self.clock_error_s, error)
 
-    def _span(self, interval: _Interval) -> Span:
+    def _span(self, interval: _Interval, step: Moment, since: float) -> Span:
+        """An interval of the step that began at `step`, `since` seconds of the device behind the base."""
         part, element, op, num_bytes, start, end = interval
-        return Span(part, element, op, num_bytes, self._at(start), self._at(end))
+        return Span(part, element, op, num_bytes, self._at(start, step, since), self._at(end, step, since))
 
-    def _at(self, moment: Moment) -> float:
-        base, begun = self._base
-        return base + self._host_per_device * self._between(begun, moment) if self._cuda else float(moment)
+    def _at(self, moment: Moment, step: Moment, since: float) -> float:
+        """On time.perf_counter's clock. By way of the step: an event tells milliseconds as a float32, which of a minute
+        are no better than 4 µs."""
+        if not self._cuda:
+            return float(moment)
+        return self._base[0] + self._host_per_device * (since + self._between(step, moment))
 
     def _between(self, start: Moment, end: Moment) -> float:
         return float(start.elapsed_time(end) / 1e3 if self._cuda else end - start)
