@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +26,10 @@ from anabranch.runtime.step import MicroBatch, TrainStep, autocast
 from anabranch.schedulers import Plan
 
 Step = Callable[[], object]
+TUNED: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
+"""What torch DDP is tuned by wherever it is compared with."""
+if "batched_grad_copy" in signature(DistributedDataParallel).parameters:  # newer than torch 2.11
+    TUNED["batched_grad_copy"] = True
 
 
 def images(batch_size: int, channels: int = 3, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
@@ -33,19 +39,38 @@ def images(batch_size: int, channels: int = 3, size: int = 32, classes: int = 10
     return x, torch.randint(classes, (batch_size,), generator=generator)
 
 
-def through_shared_memory(ddp: DistributedDataParallel) -> None:
-    """Let torch DDP reduce its gradients as ours are, where CPU ranks share a host; else nothing changes."""
+def make_ddp(network: nn.Module, *, tuned: bool, shared: bool) -> DistributedDataParallel:
+    """torch DDP of a network. tuned: `TUNED`, else torch's defaults. shared: see `_through_shared_memory`."""
+    with warnings.catch_warnings():  # newer versions want another name for broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        ddp = DistributedDataParallel(network, **(TUNED if tuned else {}))
+    if shared:
+        _through_shared_memory(ddp)
+    return ddp
+
+
+def _through_shared_memory(ddp: DistributedDataParallel) -> None:
+    """Let torch DDP reduce its gradients as ours are, where CPU ranks share a host; else nothing changes.
+
+    A bucket's sum is begun when its gradients are there, and all are completed behind the last one, as ours: who waited
+    for each in turn would wait for the slower rank's backward in the middle of its own.
+    """
     group = dist.group.WORLD
     assert group is not None, "in a process group"
     share_memory(group)
     if not exchange.shares_memory(group):
         return
 
+    begun: list[tuple[exchange.Work, Tensor, torch.futures.Future[Tensor]]] = []
+
     def hook(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
-        mean = bucket.buffer().div_(group.size())
-        exchange.all_reduce(mean, group).wait()
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(mean)
+        mean, done = bucket.buffer().div_(group.size()), torch.futures.Future[Tensor]()
+        begun.append((exchange.all_reduce(mean, group), mean, done))
+        if bucket.is_last():  # buckets come in one order, and DDP looks at their futures behind the last
+            for work, sum_of_all, of_it in begun:
+                work.wait()
+                of_it.set_result(sum_of_all)
+            begun.clear()
         return done
 
     hook.__annotations__.clear()  # torch compares them with its classes: here they are their names
@@ -56,21 +81,12 @@ def ddp_step(
     network: nn.Module, x: Tensor, target: Tensor, *,
     tuned: bool = True, shared: bool = False, precision: str = "fp32",
 ) -> Step:  # fmt: skip
-    """A step of torch DDP on this rank's share of the batch; Nesterov SGD, loss read every step, as ours.
-
-    tuned: broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True; else torch's defaults. shared:
-    `through_shared_memory`.
+    """A step of torch DDP (see `make_ddp`) on this rank's share of the batch; Nesterov SGD, loss read every step, as
+    ours.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     x, target = x.chunk(num_ranks)[rank], target.chunk(num_ranks)[rank]
-    options: dict[str, Any] = {
-        "broadcast_buffers": False,
-        "gradient_as_bucket_view": True,
-        "static_graph": True,
-    }
-    ddp = DistributedDataParallel(network, **(options if tuned else {}))
-    if shared:
-        through_shared_memory(ddp)
+    ddp = make_ddp(network, tuned=tuned, shared=shared)
     optimizer = make_optimizer(OptimizerConfig(), ddp.parameters())
 
     def step() -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from anabranch.benchmarks.plain_resnet import PlainBlock, plain_pre_resnet
-from anabranch.benchmarks.steps import images, through_shared_memory
+from anabranch.benchmarks.steps import images, make_ddp
 from anabranch.blocks import build
 from anabranch.blocks.branch_sum import branch_sums
 from anabranch.blocks.convert import prepare
@@ -43,9 +40,6 @@ VARIANTS = {
     "f_shared": 'as f with preact="shared": not the paper\'s network, fewer parameters',
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_TUNED = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
-if "batched_grad_copy" in signature(DistributedDataParallel).parameters:  # newer than torch 2.11
-    _TUNED["batched_grad_copy"] = True
 # Rounds: where formats are far apart, most often, while they are close.
 _FEW_PROBES, _PROBES, _MOST_PROBES = 2, 5, 15
 _FAR, _CLOSE = 0.7, 0.9
@@ -167,12 +161,7 @@ class DdpSide:
         if not tuned and world > 1:
             self.sent_bytes += sum(b.nbytes for b in network.buffers())  # rank 0's, at every forward
         if wrapped:
-            with warnings.catch_warnings():  # newer versions want another name for broadcast_buffers
-                warnings.simplefilter("ignore", FutureWarning)
-                ddp = DistributedDataParallel(network, **(_TUNED if tuned else {}))  # type: ignore[arg-type]
-            if tuned and device.type == "cpu":
-                through_shared_memory(ddp)
-            self.network = ddp
+            self.network = make_ddp(network, tuned=tuned, shared=tuned and device.type == "cpu")
         self.precision, self.loss = precision, 0.0
         self.optimizer = make_optimizer(setting.config.optimizer, self.network.parameters())
 

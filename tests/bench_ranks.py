@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from anabranch.benchmarks import steps
 from anabranch.benchmarks.steps import images
 from anabranch.benchmarks.table5_row import measure_row
 from anabranch.benchmarks.table5_sides import Row, compile_plain, network_of
-from anabranch.runtime import audit
+from anabranch.runtime import audit, exchange
 from anabranch.runtime.compiling import BACKEND
 
 
@@ -23,6 +27,42 @@ def row(rank: int, world_size: int, variants: list[str]) -> dict[str, dict[str, 
     """A row of Table V, two rounds, plans timed in as few as there may be; told: nothing."""
     with mock.patch.object(audit, "time_plans", partial(audit.time_plans, rounds=8)):
         return measure_row(rank, Row(8, 2, fold=18), variants, 2, 1, 1.0, 0.0, False)
+
+
+def baselines(rank: int, world_size: int) -> tuple[list[list[torch.Tensor]], list[str]]:
+    """Gradients of tuned DDP over several buckets, by gloo and by shared memory, and what the latter did in its last
+    step: sums begun and waited for."""
+    did: list[str] = []
+
+    class Told:
+        def __init__(self, work: exchange.Work) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            did.append("waited")
+            self.work.wait()
+
+    def begin(x: torch.Tensor, group: dist.ProcessGroup) -> Told:
+        did.append("begun")
+        return Told(exchange.begin_sum(x, group))
+
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    x, gradients = torch.randn(world_size, 3, 16)[rank], []
+    with (
+        mock.patch.dict(steps.TUNED, bucket_cap_mb=1e-3),
+        mock.patch.object(exchange, "all_reduce", begin),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # so small buckets are not what DDP is made for
+        for shared in (False, True):
+            ddp = steps.make_ddp(copy.deepcopy(layers), tuned=True, shared=shared)
+            for _ in range(3):  # of a static graph all gradients are one bucket first
+                did.clear()
+                ddp.zero_grad()
+                ddp(x).square().sum().backward()
+            gradients.append([p.grad.clone() for p in ddp.parameters() if p.grad is not None])
+    return gradients, did
 
 
 def compiled_baseline(rank: int, world_size: int) -> tuple[list[float], list[str], list[bool]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_ranks import compiled_baseline, row, row_alone
+from bench_ranks import baselines, compiled_baseline, row, row_alone
 from ranks import run_ranks
 from rich.console import Console
 
@@ -164,6 +164,14 @@ def test_ranks_that_are_not_here_are_predicted() -> None:
     assert done["transfer_s"] == pytest.approx(2e-5 + moved[0] / 3.5e9)
     (entry,) = table5._entries(TINY, {"e": done}, {"b": done}, "predicted", 2)
     assert (entry["predicted"], entry["label"]) == (True, "predicted")
+
+
+def test_the_baseline_waits_for_no_bucket_before_its_last() -> None:
+    for (by_gloo, by_memory), did in run_ranks(2, baselines):
+        torch.testing.assert_close(by_memory, by_gloo)
+        num_buckets = len(did) // 2
+        assert num_buckets > 1
+        assert did == ["begun"] * num_buckets + ["waited"] * num_buckets
 
 
 def test_the_baseline_is_compiled_as_ours_is(monkeypatch: pytest.MonkeyPatch) -> None:
