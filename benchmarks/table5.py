@@ -97,7 +97,7 @@ def run(
     rows: Sequence[Row],
     variants: Sequence[str],
     *,
-    rounds: int = 5,
+    rounds: int = 9,
     steps: int = 1,
     plan_budget_s: float = 20.0,
     predicted: bool = False,
