@@ -79,9 +79,8 @@ def test_the_slow_branch_of_a_rank_that_holds_two_is_named() -> None:
     assert (worst["branches"], worst["branch"], worst["branches_s"]) == ([2, 3], 3, [fast, slow])
     assert found["stage1.block3", 0]["branch"] == 1  # of a row of two sums
     said = [line for line in lines(profile) if "forward of stage1.block2 (" in line]
-    (line,) = [
-        line for line in said if line.startswith("rank 1 ")
-    ]  # noise may have rank 0 waited for there too
+    # noise may have rank 0 waited for there too
+    (line,) = [line for line in said if line.startswith("rank 1 ")]
     assert "it holds branches 2, 3: the slowest is branch 3, 2" in line
 
 
