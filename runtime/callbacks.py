@@ -31,7 +31,8 @@ class Callback:
         checkpoint."""
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
-        """After every step: step, epoch, loss, accuracy, lr, step_time_s, images_per_s."""
+        """After every step: step, epoch, loss, accuracy, lr, step_time_s (with the wait for its samples),
+        images_per_s."""
 
     def on_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """After every evaluation: step, epoch, test_loss, test_accuracy."""

@@ -354,12 +354,12 @@ class Trainer:
             if p.replicas != self.plan.data:
                 self._go_on_resized(p)
             while not (p.stopped or p.replan):
+                begun = time.perf_counter()  # the wait for its samples is a part of a step
                 with recorder.span("data"):
                     prepared = next(steps, None)
                 if prepared is None:
                     break
                 step, ids, micro_batches = prepared
-                begun = time.perf_counter()
                 outcome = self.step.gradients(micro_batches, stop=self.context.stop_requested is not None)
                 with recorder.span("idle"):
                     for callback in self._callbacks:

@@ -8,6 +8,8 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from anabranch.blocks import build
 from anabranch.runtime import Config, Trainer, trainer
@@ -30,6 +32,27 @@ class Sleeper(Callback):
         self.told.append(metrics["times_s"] | {"of": metrics["step"] - 2})  # times are of the step before
         if metrics["step"] % 3 == 0:  # steps are counted from 0: it falls into the one of that number
             time.sleep(0.030)
+
+
+class SlowSamples:
+    """Each sample takes 10 ms to be read."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        time.sleep(0.010)
+        return torch.full((1, 8, 8), float(index)), index % 2
+
+
+class Watcher(Callback):
+    """Keeps what is told of the steps."""
+
+    def __init__(self) -> None:
+        self.told: list[Mapping[str, Any]] = []
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        self.told.append(metrics)
 
 
 def test_callbacks_are_idle_time_and_what_nothing_measures_is_unattributed(
@@ -59,3 +82,17 @@ def test_callbacks_are_idle_time_and_what_nothing_measures_is_unattributed(
     assert middle("unattributed", 1) >= 0.010
     for turn in (0, 2):  # the steps are short, and another process may come between
         assert abs(middle("unattributed", turn)) <= max(0.02 * middle("step", turn), 0.003)
+
+
+def test_the_wait_for_samples_is_a_part_of_a_step() -> None:
+    """Of the step's time and images/s, as they are told of, and of the median that a run ends with."""
+    mesh = {"execution": "fused", "memory_format": "contiguous"}
+    config = Config.from_dict({"train": {"batch_size": 3, "epochs": 2, "eval_every_epochs": 0}, "mesh": mesh})
+    watcher = Watcher()
+    network = build("multi_resnet", depth=8, num_branches=2, in_channels=1)
+    result = Trainer(network, (SlowSamples(), SlowSamples()), config, callbacks=[watcher]).fit()
+    assert len(watcher.told) == 4
+    for metrics in watcher.told:
+        assert metrics["step_time_s"] >= 3 * 0.010
+        assert metrics["images_per_s"] == pytest.approx(3 / metrics["step_time_s"])
+    assert result["median_step_s"] >= 3 * 0.010
