@@ -99,8 +99,8 @@ def evaluate(run: Path, checkpoint: str, console: Console, *, crops: int = 0) ->
     if choose_launcher() != "env":  # one process is enough, whatever the run had
         config = replace(
             config,
-            launch=replace(config.launch, launcher="none"),
-            mesh=replace(config.mesh, num_workers=1, shape="1x1", plan="data"),
+            launch=replace(config.launch, launcher="none", min_replicas=0),
+            mesh=replace(config.mesh, num_workers=1, shape="1x1", plan="data", replan=False),
         )
     with Driver(config, console) as driver:
         result = driver.run("eval", "evaluating", checkpoint=str(found.folder))
