@@ -25,6 +25,7 @@ from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
 from anabranch.runtime.launch import choose_launcher, leads
 from anabranch.runtime.plan_report import print_candidates
+from anabranch.runtime.position import check_steps
 from anabranch.runtime.progress import print_placement, print_status
 from anabranch.runtime.run_lock import RunLock
 from anabranch.runtime.unended_run import go_on
@@ -47,6 +48,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         driver.config, checkpoint = _resumed(driver.config, console)
         if checkpoint is not None:
             checkpoint.check(driver.network)
+            check_steps(checkpoint.position, driver.config.train.batch_size, driver.num_train)
         if driver.config.profile.basis_every_steps:
             from anabranch.runtime.basis_record import check_recordable
 

@@ -204,7 +204,8 @@ class CheckpointConfig:
     resume: str = ""
     """Run folder to go on from, or "auto": the newest checkpoint in run_dir, if there is one. Empty: start anew. With a
     folder and no CONFIG the run's configuration is taken, but for [launch]: say again where and with how many spares it
-    is to run. A mesh, a number of workers or a plan that is given replaces all three of the run's."""
+    is to run. A mesh, a number of workers or a plan that is given replaces all three of the run's; batch_size and the
+    number of training samples stay what they were."""
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class Driver:
 
     config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together; where
     `is_auto`, only a provisional one before `find_plan`. cluster: the plan's devices. model: what the plan places.
-    network: the one-device network, for checks. last_step: how many steps the run has. shares_folder: every worker
-    writes into the run's folder.
+    network: the one-device network, for checks. num_train: training samples. last_step: how many steps the run has.
+    shares_folder: every worker writes into the run's folder.
     """
 
     plan: Plan | None = None
@@ -48,6 +48,7 @@ class Driver:
     is_auto = False
     model: ModelSpec
     network: nn.Module
+    num_train: int
     last_step: int
 
     def __init__(self, config: Config, console: Console, *, shares_folder: bool = False) -> None:
@@ -96,7 +97,8 @@ class Driver:
         from anabranch.runtime.regularizer import penalty_warnings
 
         data = make_data(self.config)
-        self.last_step = last_step(self.config.train, len(data.train))
+        self.num_train = len(data.train)
+        self.last_step = last_step(self.config.train, self.num_train)
         try:
             make_loss(self.config)
             self.network = prepare(make_network(self.config, data))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from anabranch.runtime.errors import ConfigError
 
 
 @dataclass
@@ -33,3 +36,15 @@ class Position:
     def to_json(self) -> dict[str, Any]:
         """Plain data; Position(**it) reads it back."""
         return asdict(self)
+
+
+def check_steps(stored: Mapping[str, Any], batch_size: int, num_train: int) -> None:
+    """Raises ConfigError unless the steps of a checkpoint's position are this run's: epochs and learning rates are
+    counted in them."""
+    then = stored.get("batch_size", batch_size), stored.get("num_train", num_train)
+    if then != (batch_size, num_train):
+        raise ConfigError(
+            f"the checkpoint at step {stored['step']} was trained by {then[0]} of {then[1]} samples a step, here "
+            f"train.batch_size is {batch_size}, and the training data have {num_train}: make them the same, or start "
+            "anew"
+        )

@@ -48,7 +48,7 @@ from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.numerics import slowness
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import parallelize
-from anabranch.runtime.position import Position
+from anabranch.runtime.position import Position, check_steps
 from anabranch.runtime.process_group import broadcast_json, process_group
 from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.recorder import by_part
@@ -82,6 +82,8 @@ class Trainer:
     test). plan: where the branches run; None asks `[mesh]`. context: this rank's place; None reads it from the
     environment (torchrun, srun), else one process. run_dir: for metrics and checkpoints; None writes none. callbacks:
     told on rank 0. leading: makes more of them, for the rank that is 0 and when it comes to be.
+
+    Raises ConfigError where the configuration is wrong, or `resume` was trained by other steps.
     """
 
     step: TrainStep  # once it is set up
@@ -115,6 +117,8 @@ class Trainer:
         self.run_dir, self.resume = run_dir, resume
         self.device = torch.device(self.context.device)
         self.num_train = len(self.data.train)
+        if resume is not None:
+            check_steps(resume.position, config.train.batch_size, self.num_train)
         self.steps_per_epoch = -(-self.num_train // config.train.batch_size)
         self.num_steps = config.train.epochs * self.steps_per_epoch  # what the learning rate's schedule spans
         self.last_step = last_step(config.train, self.num_train)
@@ -540,6 +544,8 @@ class Trainer:
             "step": step,
             "epoch": step // self.steps_per_epoch,
             "step_in_epoch": step % self.steps_per_epoch,
+            "batch_size": self.config.train.batch_size,
+            "num_train": self.num_train,
             "how_to_run": self.how_to_run.to_dict(),
         }
         if plateau.follows:

@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anabranch.runtime import commands
+from anabranch.blocks import build
+from anabranch.runtime import Trainer, commands
 from anabranch.runtime.config import Config
+from anabranch.runtime.config_file import load_resumed
+from anabranch.runtime.data.load import load_data
+from anabranch.runtime.driver import Driver
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.held_out import keep_out
 from anabranch.runtime.run_folder import RunFolder
 
 SMALL: dict[str, dict[str, Any]] = {  # three steps an epoch
@@ -53,3 +59,31 @@ def test_eval_of_a_run_whose_settings_need_more_workers(run: Path, tmp_path: Pat
     result = commands.evaluate(folder.path, "", Console(quiet=True))
     assert result is not None
     assert 0 <= result["test_accuracy"] <= 1
+
+
+def test_goes_on_with_the_same_steps_only(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs and rates are counted in steps: of another size they would be others. Said before anything starts."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    before = (folder / "metrics.jsonl").read_text()
+
+    def resumed(**train: int) -> Config:
+        return load_resumed(
+            folder, {"checkpoint": {"resume": str(folder)}, "launch": {"launcher": "none"}, "train": train}
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Driver, "run", None)
+        with pytest.raises(ConfigError) as caught:
+            train(resumed(batch_size=1024, max_steps=8))
+    assert str(caught.value) == (
+        "the checkpoint at step 4 was trained by 512 of 1437 samples a step, here train.batch_size is 1024, and the "
+        "training data have 1437: make them the same, or start anew"
+    )
+    fewer, _ = keep_out(load_data("digits"), 0.5, seed=0)
+    network = build("multi_resnet", depth=8, num_branches=2, in_channels=1)
+    with pytest.raises(
+        ConfigError, match=r"512 of 1437 samples a step, .* is 512, and the training data have 719"
+    ):
+        Trainer(network, fewer, config(folder), resume=RunFolder(folder).checkpoint())
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert train(resumed(max_steps=5))["steps"] == 5
