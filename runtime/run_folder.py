@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anabranch.runtime.checkpoint import Checkpoint
@@ -23,8 +23,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: Config, plan: Plan) -> RunFolder:
-        """Makes (or goes on in) the configured folder and writes the resolved configuration and plan."""
+        """Makes (or goes on in) the configured folder and writes the resolved configuration and plan.
+
+        The configuration is one to begin with: where this run went on from is not in it.
+        """
         given = config.launch.run_dir
+        config = replace(config, checkpoint=replace(config.checkpoint, resume=""))
         path = Path(given).absolute() if given else _new_path(config)
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from anabranch.blocks import build
 from anabranch.runtime import Trainer, commands
 from anabranch.runtime.config import Config
-from anabranch.runtime.config_file import load_resumed
+from anabranch.runtime.config_file import load_config, load_resumed
 from anabranch.runtime.data.load import load_data
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
@@ -61,20 +62,21 @@ def test_eval_of_a_run_whose_settings_need_more_workers(run: Path, tmp_path: Pat
     assert 0 <= result["test_accuracy"] <= 1
 
 
+def resumed(folder: Path, **train: int) -> Config:
+    return load_resumed(
+        folder, {"checkpoint": {"resume": str(folder)}, "launch": {"launcher": "none"}, "train": train}
+    )
+
+
 def test_goes_on_with_the_same_steps_only(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs and rates are counted in steps: of another size they would be others. Said before anything starts."""
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     before = (folder / "metrics.jsonl").read_text()
 
-    def resumed(**train: int) -> Config:
-        return load_resumed(
-            folder, {"checkpoint": {"resume": str(folder)}, "launch": {"launcher": "none"}, "train": train}
-        )
-
     with monkeypatch.context() as patch:
         patch.setattr(Driver, "run", None)
         with pytest.raises(ConfigError) as caught:
-            train(resumed(batch_size=1024, max_steps=8))
+            train(resumed(folder, batch_size=1024, max_steps=8))
     assert str(caught.value) == (
         "the checkpoint at step 4 was trained by 512 of 1437 samples a step, here train.batch_size is 1024, and the "
         "training data have 1437: make them the same, or start anew"
@@ -86,4 +88,19 @@ def test_goes_on_with_the_same_steps_only(run: Path, tmp_path: Path, monkeypatch
     ):
         Trainer(network, fewer, config(folder), resume=RunFolder(folder).checkpoint())
     assert (folder / "metrics.jsonl").read_text() == before
-    assert train(resumed(max_steps=5))["steps"] == 5
+    assert train(resumed(folder, max_steps=5))["steps"] == 5
+
+
+def test_a_resumed_runs_configuration_begins_anew(run: Path, tmp_path: Path) -> None:
+    """`train RUN/config.toml --run-dir ANOTHER` is a run of its own, whatever the first one went on from."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    train(resumed(folder, max_steps=5))
+    given: dict[str, dict[str, Any]] = {
+        "launch": {"launcher": "none", "run_dir": str(tmp_path / "another")},
+        "mesh": {"plan": "data"},
+    }
+    again = load_config(str(folder / "config.toml"), given)
+    assert again.checkpoint.resume == ""
+    train(again)
+    lines = [json.loads(line) for line in (tmp_path / "another" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5]
