@@ -11,7 +11,7 @@ from anabranch.runtime.errors import ConfigError
 
 @dataclass
 class Position:
-    """done: steps applied. tended: the step whose evaluation and checkpoint are done.
+    """done: steps applied. tended: the step whose evaluation and checkpoint are done, less where it was stopped.
 
     tested_at, saved_at: steps of the last evaluation and checkpoint, -1: none yet. result: the last evaluation's.
     plateau: its state. slower: whether steps have become slower. stopped: whether a rank asked to stop. elapsed_s:

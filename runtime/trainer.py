@@ -292,7 +292,8 @@ class Trainer:
             if self.resume is not None:
                 self.resume.load_into(self.network, self.optimizer)
                 stored = self.resume.position
-                position.done = position.tended = int(stored["step"])
+                position.done = int(stored["step"])
+                position.tended = int(stored.get("tended", position.done))
                 position.plateau = stored.get("plateau", {})
             self.position = position  # not before all is loaded: until then this rank holds nothing
         else:
@@ -448,24 +449,25 @@ class Trainer:
 
     def _tend(self, p: Position) -> None:
         """What is due after a step. Ranks that do it again, after a recovery, begin where one of them was."""
+        if p.stopped:  # at once: what is due stays so, for the run that goes on
+            return
         config, done = self.config, p.done
         save_every = max(1, round(config.checkpoint.every_epochs * self.steps_per_epoch))
         eval_every = config.train.eval_every_epochs * self.steps_per_epoch
-        if not p.stopped:
-            if eval_every and done % eval_every == 0 and p.tested_at != done:
-                p.result, p.tested_at = self._evaluate(done), done
-                self._plateau.observe(**p.result)
-                p.plateau = self._plateau.state()
-            if (
-                self.checkpoints
-                and config.checkpoint.every_epochs
-                and done % save_every == 0
-                and p.saved_at != done
-            ):
-                self._save(self.checkpoints, done, self._plateau, p.result if p.tested_at == done else {})
-                p.saved_at = done
-            if config.mesh.replan and p.slower and done % self.steps_per_epoch == 0 and done < self.last_step:
-                p.replan = True
+        if eval_every and done % eval_every == 0 and p.tested_at != done:
+            p.result, p.tested_at = self._evaluate(done), done
+            self._plateau.observe(**p.result)
+            p.plateau = self._plateau.state()
+        if (
+            self.checkpoints
+            and config.checkpoint.every_epochs
+            and done % save_every == 0
+            and p.saved_at != done
+        ):
+            self._save(self.checkpoints, done, self._plateau, p.result if p.tested_at == done else {})
+            p.saved_at = done
+        if config.mesh.replan and p.slower and done % self.steps_per_epoch == 0 and done < self.last_step:
+            p.replan = True
         p.tended = done
 
     def _finish(self, p: Position) -> dict[str, Any]:
@@ -548,6 +550,9 @@ class Trainer:
             "num_train": self.num_train,
             "how_to_run": self.how_to_run.to_dict(),
         }
+        assert self.position is not None, "joined"
+        if self.position.stopped:
+            position["tended"] = self.position.tended
         if plateau.follows:
             position["plateau"] = plateau.state()
         if "test_accuracy" in tested:

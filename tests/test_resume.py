@@ -13,12 +13,17 @@ from rich.console import Console
 
 from anabranch.blocks import build
 from anabranch.runtime import Trainer, commands
+from anabranch.runtime.assemble import make_network
+from anabranch.runtime.callbacks import Callback
+from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import load_config, load_resumed
 from anabranch.runtime.data.load import load_data
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.held_out import keep_out
+from anabranch.runtime.launch import alone
 from anabranch.runtime.run_folder import RunFolder
 
 SMALL: dict[str, dict[str, Any]] = {  # three steps an epoch
@@ -104,3 +109,51 @@ def test_a_resumed_runs_configuration_begins_anew(run: Path, tmp_path: Path) -> 
     train(again)
     lines = [json.loads(line) for line in (tmp_path / "another" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5]
+
+
+class StopsAfter(Callback):
+    """Asks to stop when the run stands at that step: the next one is the last."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.context = step, alone()
+
+    def on_gradients(self, step: int, network: object) -> None:
+        if step + 1 == self.step:
+            self.context.request_stop("test")
+
+
+def fit(folder: Path, chosen: Config, stop_after: int = 0) -> dict[str, Any]:
+    """In a folder, from its newest checkpoint; stopped one step after that one."""
+    folder.mkdir(exist_ok=True)
+    data, resume, stops = load_data("digits"), Checkpoints(folder).newest(), StopsAfter(stop_after)
+    if resume and resume.position["step"] == stop_after:
+        stops.context.request_stop("test")
+    return Trainer(
+        make_network(chosen, data), data, chosen, context=stops.context, run_dir=folder, resume=resume,
+        callbacks=[stops],
+    ).fit()  # fmt: skip
+
+
+def accuracies(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["test_accuracy"]) for line in lines if line["kind"] == "evaluation"]
+
+
+def test_stopped_in_an_epochs_last_step(tmp_path: Path) -> None:
+    """The test that was due then is made when the run goes on: the same tests, and rates, as undisturbed."""
+    chosen = Config.from_dict(
+        SMALL,
+        {"lr_schedule": {"name": "plateau", "patience": 1, "warmup_epochs": 0.0}, "optimizer": {"lr": 1e-9}},
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fit(whole, chosen)
+    stopped = fit(parts, chosen, stop_after=2)
+    assert (stopped["steps"], stopped["stopped"]) == (3, "test")
+    assert accuracies(parts) == []
+    stopped = fit(parts, chosen, stop_after=3)  # in the last step of all
+    assert (stopped["steps"], stopped["stopped"]) == (4, "test")
+    assert fit(parts, chosen)["stopped"] is None
+    assert accuracies(parts) == accuracies(whole)
+    assert [step for step, _ in accuracies(whole)] == [3, 4]
+    ends = [Checkpoint.open(folder / "checkpoints/step-000004") for folder in (whole, parts)]
+    assert ends[0].position["plateau"] == ends[1].position["plateau"]
