@@ -48,3 +48,13 @@ def check_steps(stored: Mapping[str, Any], batch_size: int, num_train: int) -> N
             f"train.batch_size is {batch_size}, and the training data have {num_train}: make them the same, or start "
             "anew"
         )
+
+
+def falls_due(done: int, every: float) -> bool:
+    """Whether what is done every so many steps (parts of one too; 0: never) is due after `done` of them: at the step
+    nearest to each multiple, so that a part of an epoch that divides it meets every epoch's end."""
+    if not every:
+        return False
+    every = max(every, 1.0)
+    turn = round(done / every)
+    return turn > 0 and round(turn * every) == done

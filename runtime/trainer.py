@@ -48,7 +48,7 @@ from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.numerics import slowness
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import parallelize
-from anabranch.runtime.position import Position, check_steps
+from anabranch.runtime.position import Position, check_steps, falls_due
 from anabranch.runtime.process_group import broadcast_json, process_group
 from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.recorder import by_part
@@ -452,18 +452,13 @@ class Trainer:
         if p.stopped:  # at once: what is due stays so, for the run that goes on
             return
         config, done = self.config, p.done
-        save_every = max(1, round(config.checkpoint.every_epochs * self.steps_per_epoch))
         eval_every = config.train.eval_every_epochs * self.steps_per_epoch
         if eval_every and done % eval_every == 0 and p.tested_at != done:
             p.result, p.tested_at = self._evaluate(done), done
             self._plateau.observe(**p.result)
             p.plateau = self._plateau.state()
-        if (
-            self.checkpoints
-            and config.checkpoint.every_epochs
-            and done % save_every == 0
-            and p.saved_at != done
-        ):
+        save_every = config.checkpoint.every_epochs * self.steps_per_epoch
+        if self.checkpoints and falls_due(done, save_every) and p.saved_at != done:
             self._save(self.checkpoints, done, self._plateau, p.result if p.tested_at == done else {})
             p.saved_at = done
         if config.mesh.replan and p.slower and done % self.steps_per_epoch == 0 and done < self.last_step:

@@ -32,7 +32,7 @@ CONFIG: dict[str, dict[str, Any]] = {
         "epochs": 1, "max_steps": STEPS, "batch_size": 32, "bn_batch_size": 8, "precision": "fp64",
     },
     "optimizer": {"clip_norm": 5.0},
-    "checkpoint": {"every_epochs": 0.1},  # every fourth step of 45
+    "checkpoint": {"every_epochs": 4 / 45},  # every fourth step
     "mesh": {"execution": "fused", "memory_format": "contiguous"},
     "launch": {"hang_s": 200.0},
 }  # fmt: skip

@@ -24,7 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "data": {"name": "digits", "augment": "crop", "crop_padding": 1},
     "train": {"epochs": 1, "max_steps": 12, "batch_size": 32, "bn_batch_size": 8},
     "optimizer": {"clip_norm": 5.0},
-    "checkpoint": {"every_epochs": 0.1},  # every fourth step of 45
+    "checkpoint": {"every_epochs": 4 / 45},  # every fourth step
     "launch": {"cpus_per_worker": 0.1},
 }
 

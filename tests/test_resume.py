@@ -24,6 +24,7 @@ from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.held_out import keep_out
 from anabranch.runtime.launch import alone
+from anabranch.runtime.position import falls_due
 from anabranch.runtime.run_folder import RunFolder
 
 SMALL: dict[str, dict[str, Any]] = {  # three steps an epoch
@@ -157,3 +158,29 @@ def test_stopped_in_an_epochs_last_step(tmp_path: Path) -> None:
     assert [step for step, _ in accuracies(whole)] == [3, 4]
     ends = [Checkpoint.open(folder / "checkpoints/step-000004") for folder in (whole, parts)]
     assert ends[0].position["plateau"] == ends[1].position["plateau"]
+
+
+@pytest.mark.parametrize(
+    ("every", "due"),
+    [
+        (0.0, []),
+        (0.4, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (1.0, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (1.5, [2, 3, 4, 6, 8, 9]),
+        (3.0, [3, 6, 9]),
+        (3.5, [4, 7]),
+        (4.5, [4, 9]),
+    ],
+)
+def test_falls_due_at_every_multiples_nearest_step(every: float, due: list[int]) -> None:
+    assert [done for done in range(10) if falls_due(done, every)] == due
+
+
+def test_the_best_is_kept_where_an_epoch_has_several_checkpoints(tmp_path: Path) -> None:
+    """Half an epoch is a step and a half: each epoch's last one, which is tested, is saved too."""
+    checkpoint = {"every_epochs": 0.5, "num_to_keep": 9}
+    fit(tmp_path / "run", Config.from_dict(SMALL, {"train": {"max_steps": 6}, "checkpoint": checkpoint}))
+    tested = {step for step, _ in accuracies(tmp_path / "run")}
+    assert tested == {3, 6}
+    saved = [Checkpoint.open(path).position for path in sorted((tmp_path / "run/checkpoints").iterdir())]
+    assert {each["step"]: "test_accuracy" in each for each in saved} == {2: False, 3: True, 4: False, 6: True}
