@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from anabranch.runtime.durable import sha256
 from anabranch.runtime.errors import CheckpointError
 from anabranch.runtime.keyed_state import StateError, load_network, load_optimizer
-from anabranch.runtime.manifest import Manifest, damaged
+from anabranch.runtime.manifest import MANIFEST, Manifest, damaged
 from anabranch.runtime.storage import Folder, open_folder
 
 
@@ -76,6 +77,12 @@ class Checkpoint:
                 problem = f"was altered: its sha256 is {found}, the manifest says {wanted}"
                 raise damaged(self.folder, name, problem)
             self._verified.add(name)
+
+    def copy_to(self, path: Path) -> None:
+        """Copies it, wherever it is, into a new folder of this machine. Raises OSError."""
+        path.mkdir(parents=True)
+        for name in (*self.manifest.files, MANIFEST):
+            shutil.copyfile(self.folder.local(name), path / name)
 
     def check(self, network: nn.Module) -> None:
         """Raises what `load_into` would for this network, without filling it: it may lie on the meta device."""

@@ -130,10 +130,10 @@ class Stages:
         def copy_checkpoint() -> Any:
             done = read_json(folder / "done.json")
             if done is None:
-                found, aside = RunFolder.open(run).checkpoint().path, folder / "copied"
+                found, aside = RunFolder.open(run).checkpoint(), folder / "copied"
                 for former in (aside, folder / "checkpoints"):
                     shutil.rmtree(former, ignore_errors=True)
-                shutil.copytree(found, aside / found.name)
+                found.copy_to(aside / found.folder.name)
                 aside.rename(folder / "checkpoints")
             return [done, _newest(Checkpoints(folder))]
 

@@ -375,6 +375,11 @@ def test_a_whole_one_stays(run_dir: Path) -> None:
     assert stamped(Checkpoint.open(folder)) == 2
 
 
+def test_copied(two_saved: Path, tmp_path: Path) -> None:
+    Checkpoint.open(two_saved / "checkpoints/step-000002").copy_to(tmp_path / "new/step-000002")
+    assert stamped(Checkpoint.open(tmp_path / "new/step-000002")) == 2
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_at_every_write(tmp_path: Path, damaged: bool) -> None:
     """Wherever a save ends, the previous checkpoint or the new one is whole, and the next save clears up."""

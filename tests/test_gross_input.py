@@ -97,11 +97,12 @@ def test_a_configuration_without_the_section(tmp_path: Path) -> None:
 
 
 def test_another_runs_network_is_decomposed(tmp_path: Path) -> None:
-    """Its newest checkpoint becomes the full network, and stays usable when that run is gone."""
+    """Its newest checkpoint, which is at a URL, becomes the full network, and stays usable when that run is gone."""
     run, folder = tmp_path / "run", tmp_path / "search"
     run.mkdir()
+    url = f"file://{run}/bucket"
     config, context = (
-        quick_config({"train": {"epochs": 2}}),
+        quick_config({"train": {"epochs": 2}, "checkpoint": {"url": url}}),
         WorkerContext(0, 1, 0, "localhost", "cpu", 1, "", "gloo"),
     )
     (run / "config.toml").write_text(config.to_toml())
@@ -110,7 +111,7 @@ def test_another_runs_network_is_decomposed(tmp_path: Path) -> None:
     gross = replace(QUICK, full=str(run), tune_epochs=1, winners=1)
     assert run_ranks(1, gross_cases.search, str(folder), gross, "block terms")[0]["stopped"]
     wanted, kept = searched(), searched()
-    newest = Checkpoints(run).newest()
+    newest = Checkpoints(run, url=url).newest()
     assert newest is not None
     newest.load_into(wanted, None)
     shutil.rmtree(run)
