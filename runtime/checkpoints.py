@@ -64,6 +64,7 @@ class Checkpoints:
         self._keep_best, self._on_failure = keep_best, on_failure
         self._pending: PendingSave | None = None
         self._saved_step = -1  # of the last save that went well: then there is nothing to clear up
+        self._failed: OSError | None = None  # on rank 0: why the save was not even begun
 
     def newest(self, on_bad: Callable[[str], object] = warnings.warn) -> Checkpoint | None:
         """The newest one whose every file is what was written; None if there is none. Not collective.
@@ -96,9 +97,10 @@ class Checkpoints:
         """Begins the checkpoint of position["step"]; each rank must call it. Returns when the state is copied.
 
         The save before is ended first (its failure was told): where its checkpoint is, "" if there is none. A
-        checkpoint of this step that is there and whole stays as it is. Raises OSError if this rank cannot write,
-        RuntimeError naming another that cannot, CheckpointError if the optimizer's state cannot be kept by branch,
-        ReplicaError (on all ranks) if at the save before ranks held different values of what they must hold alike.
+        checkpoint of this step that is there and whole stays as it is. Where rank 0 cannot make its folder, this save
+        has failed as one that breaks off later. Raises OSError if this rank does not see the folder, RuntimeError
+        naming another that does not, CheckpointError if the optimizer's state cannot be kept by branch, ReplicaError
+        (on all ranks) if at the save before ranks held different values of what they must hold alike.
         """
         before = ""
         try:
@@ -114,7 +116,16 @@ class Checkpoints:
         def together(work: Callable[[], Any]) -> list[Any]:
             return on_all_ranks(mesh, device, work, f"write {folder}")
 
-        attempt = together(lambda: self._prepare(folder, step) if is_first else "")[0]
+        def prepare() -> str:
+            try:
+                return self._prepare(folder, step)
+            except OSError as error:  # the store may answer again at the next save
+                self._failed = error
+                text = f"{type(error).__name__}: {error}"
+                self._on_failure(f"{folder} is not saved, the checkpoint before it stays: {text}")
+                return ""
+
+        attempt = together(lambda: prepare() if is_first else "")[0]
         if not attempt:
             return before
         part = _Part({}, [], [])
@@ -149,12 +160,15 @@ class Checkpoints:
         When it returns the checkpoint is on the disk. Raises as `save`, for what failed in between.
         """
         pending, self._pending = self._pending, None
+        failed, self._failed = self._failed, None
         if pending is not None:
             pending.hurry()
         mesh, device = network.mesh, next(network.parameters()).device
         what = f"write {pending.folder if pending else self.folder}"
 
         def own_part() -> str:
+            if failed is not None:
+                raise failed
             if pending is not None and mesh.rank:  # waits for no other rank
                 pending.join()
             return pending.attempt if pending else ""
@@ -187,7 +201,7 @@ class Checkpoints:
 
     def cancel(self, reason: str) -> None:
         """Ends the save that was begun, whole or not at all, where `finish` cannot be called any more. Of this rank."""
-        pending, self._pending = self._pending, None
+        pending, self._pending, self._failed = self._pending, None, None
         if pending is not None:
             pending.give_up(reason)
             with suppress(OSError):
@@ -217,7 +231,20 @@ class Checkpoints:
                 self._remove(left)
 
     def _retire(self, newest: Folder) -> None:
-        """Removes the oldest; a checkpoint that cannot be read is left for the user to see, and counts for nothing."""
+        """Removes the oldest. Where the store does not answer they stay until the next save, which is no failure."""
+        try:
+            old = self._old(newest)
+        except OSError as error:
+            why = error.strerror or error
+            self._on_failure(
+                f"old checkpoints in {self.folder} stay until the next save: it cannot be read ({why})"
+            )
+            return
+        for each in old:
+            self._remove(each)
+
+    def _old(self, newest: Folder) -> list[Folder]:
+        """Those not to be kept; one that cannot be read is left for the user to see, and counts for nothing."""
         whole = []
         for folder in finished(self.folder):
             try:
@@ -227,9 +254,7 @@ class Checkpoints:
         old = [each for each in whole if each.folder.name != newest.name][self.num_to_keep - 1 :]
         best = max((_accuracy(each) for each in whole), default=-1.0) if self._keep_best else 2.0
         kept = next((each for each in whole if _accuracy(each) == best >= 0), None)
-        for each in old:
-            if each is not kept:
-                self._remove(each.folder)
+        return [each.folder for each in old if each is not kept]
 
     def _remove(self, folder: Folder) -> None:
         """One that stays is no failure of the save."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.random import fold
-from anabranch.runtime import durable
+from anabranch.runtime import checkpoints, durable
 from anabranch.runtime.branch_state import by_branch
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
@@ -40,7 +40,7 @@ from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors, 
 from anabranch.runtime.pending_save import PendingSave, Record
 from anabranch.runtime.reference import ReferenceStep
 from anabranch.runtime.step import TrainStep
-from anabranch.runtime.storage import Folder, open_folder
+from anabranch.runtime.storage import Folder, LocalFolder, open_folder
 from anabranch.runtime.tensor_file import save_file
 from anabranch.runtime.verify import Trial, micro_batches
 from anabranch.schedulers import BranchPlacement, Plan
@@ -408,6 +408,28 @@ def save_behind(rank: int, world_size: int, run_dir: Path) -> list[str]:
             allowed[step].set()
             if step >= 3:
                 ended.append(message_of(lambda: saved.finish(network)))
+    return [*told, *ended]
+
+
+def save_unanswered(rank: int, world_size: int, run_dir: Path) -> list[str]:
+    """Saves steps 1 to 4, one of which stays: the store gives no answer where 2 begins and where 3 has been written.
+
+    What `on_failure` was told, then what `finish` raised after 2, 3 and 4.
+    """
+    network, optimizer = tuple_place(world_size)
+    told: list[str] = []
+    saved, no_answer = Checkpoints(run_dir, 1, on_failure=told.append), OSError("no answer")
+    broken = {
+        2: mock.patch.object(LocalFolder, "make", side_effect=no_answer),
+        3: mock.patch.object(checkpoints, "finished", side_effect=no_answer),
+    }
+    ended = []
+    for step in (1, 2, 3, 4):
+        stamp(network, optimizer, step)
+        position = {"epoch": 0, "step_in_epoch": step, "step": step}
+        with broken.get(step, nullcontext()):
+            saved.save(network, optimizer, position=position, config_toml=CONFIG_TOML, plan_toml=PLAN_TOML)
+            ended.append(message_of(lambda: saved.finish(network)))
     return [*told, *ended]
 
 

@@ -32,6 +32,7 @@ from checkpoint_ranks import (
     save_behind,
     save_steps,
     save_tested,
+    save_unanswered,
     save_until_killed,
     stamped,
     tensors_of,
@@ -429,6 +430,23 @@ def test_saved_behind_the_training(tmp_path: Path) -> None:
     assert names_in(tmp_path / "checkpoints") == ["step-000001", "step-000004"]
     for name in names_in(tmp_path / "checkpoints"):
         assert stamped(Checkpoint.open(tmp_path / "checkpoints" / name)) == int(name[-1])
+
+
+def test_a_store_that_gives_no_answer_for_a_moment(tmp_path: Path) -> None:
+    """Before a save that one is not made, after it old ones stay longer: both are told, and the training goes on."""
+    first, second = run_ranks(2, save_unanswered, tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert first == [
+        f"{folder}/step-000002 is not saved, the checkpoint before it stays: OSError: no answer",
+        f"old checkpoints in {folder} stay until the next save: it cannot be read (no answer)",
+        "",
+        "OSError: no answer",
+        "",
+        "",
+    ]
+    assert second[1].startswith(f"RuntimeError: cannot write {folder}: rank 0 on ")
+    assert [second[0], *second[2:]] == ["", "", ""]
+    assert names_in(folder) == ["step-000004"]
 
 
 def test_a_rank_is_replaced_while_saving(tmp_path: Path) -> None:
