@@ -125,8 +125,10 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
         )
     if data.eval_crops not in (1, 10):
         yield "data.eval_crops", f"is {data.eval_crops}: it must be 1 or 10"
-    if data.augment.startswith("area_crop") and ":" not in data.name and data.name not in IMAGE_FOLDERS:
-        yield "data.augment", f"is {data.augment}, which is for {', '.join(IMAGE_FOLDERS)}, not {data.name}"
+    if data.augment.startswith("area_crop") and data.name not in IMAGE_FOLDERS:
+        folders = ", ".join(IMAGE_FOLDERS)
+        remedy = "take another, or let a dataset of your own crop its images"
+        yield "data.augment", f"is {data.augment}, which is for {folders}, not {data.name}: {remedy}"
     if mesh.replan and mesh.plan != "auto" and not mesh.plan.endswith(".toml"):
         yield "mesh.replan", f"is true, and mesh.plan is {mesh.plan}: only an automatic plan is made anew"
     for tracker in config.profile.trackers:
