@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.manifest import step_of
 from anabranch.runtime.plain_json import plain_json
 from anabranch.runtime.redact import redacted
@@ -66,10 +67,10 @@ class MetricsFile(Callback):
         kept = (
             [line for line in whole_lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
         )
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open(
-            "a", encoding="utf-8", buffering=1
-        )  # whole lines, though the process be killed
+        if kept:
+            write_bytes(path, "".join(kept).encode())
+        # whole lines, though the process be killed
+        self._file = path.open("a" if kept else "w", encoding="utf-8", buffering=1)
         self._every = every_steps
         self._step = from_step
         told = [line["step"] for line in map(json.loads, kept) if line["kind"] == "step"]

@@ -48,6 +48,10 @@ def load_resumed(run: Path, given: Mapping[str, Mapping[str, Any]], *, made_plan
     if not path.is_file():
         raise ConfigError(f"checkpoint.resume {run} is no run: it has no config.toml; give a run's folder")
     _, data = read_toml(path)
+    if "mesh" not in data:  # what is written there has every section
+        raise ConfigError(
+            f"{path} is not whole, it has no [mesh]: give the run's own CONFIG, with --run-dir {run} --resume auto"
+        )
     data.pop("launch", None)
     if _PLACE & given.get("mesh", {}).keys():
         data["mesh"] = {name: value for name, value in data["mesh"].items() if name not in _PLACE}

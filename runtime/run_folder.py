@@ -11,6 +11,7 @@ from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import read_toml
+from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import CheckpointError, ConfigError
 from anabranch.schedulers import Plan, format_plan
 
@@ -32,8 +33,8 @@ class RunFolder:
         path = Path(given).absolute() if given else _new_path(config)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-            (path / "plan.toml").write_text(format_plan(plan), encoding="utf-8")
+            write_bytes(path / "config.toml", config.to_toml().encode())
+            write_bytes(path / "plan.toml", format_plan(plan).encode())
         except OSError as error:
             raise ConfigError(
                 f"launch.run_dir {path} cannot be written: {error.strerror}; choose another with --run-dir"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,30 @@ def test_a_resumed_runs_configuration_begins_anew(run: Path, tmp_path: Path) -> 
     train(again)
     lines = [json.loads(line) for line in (tmp_path / "another" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5]
+
+
+def test_files_are_replaced_as_a_whole(run: Path, tmp_path: Path) -> None:
+    """Going on writes them anew: a kill or a full disk leaves the ones before, which nobody writes into."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    names = ("config.toml", "plan.toml", "metrics.jsonl")
+    before = {name: (folder / name).read_text() for name in names}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open()) for name in names}
+        train(resumed(folder, max_steps=5))
+        assert {name: file.read() for name, file in files.items()} == before
+    assert (folder / "metrics.jsonl").read_text().startswith(before["metrics.jsonl"])
+    assert "max_steps = 5" in (folder / "config.toml").read_text()
+
+
+def test_an_empty_configuration_is_told(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "config.toml").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"config\.toml is not whole, it has no \[mesh\]: give the run's own CONFIG"
+    ):
+        resumed(folder)
+    again = config(folder, {"checkpoint": {"resume": "auto"}, "train": {"max_steps": 5}})
+    assert train(again)["steps"] == 5
 
 
 class StopsAfter(Callback):
