@@ -25,10 +25,9 @@ def evaluate(feed: Feed, loss: LossFunction, output_share: float) -> dict[str, f
     network, train, source = feed.network, feed.config.train, feed.data.test
     network.eval()
     num = len(source)
-    steps = batches_of(num, train.eval_batch_size)
-    rows = [feed.rows(len(ids), 1) for ids in steps]
+    steps = [(0, ids, feed.rows(len(ids), 1)) for ids in batches_of(num, train.eval_batch_size)]
     sums = torch.zeros(2, dtype=torch.float64, device=feed.device)
-    for (_, x, target), (part,) in zip(feed.fetch(source, steps, rows, 0), rows, strict=True):
+    for (_, x, target), (_, _, (part,)) in zip(feed.fetch(source, steps), steps, strict=True):
         with autocast(train.precision, feed.device):
             output = _predicted(feed, x, part)
             target = network.to_output_rows(target, part)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anabranch.blocks.group_search import series_layers
 from anabranch.blocks.network import named_blocks
 from anabranch.runtime.data.augment import normalise
-from anabranch.runtime.data.batches import batches
+from anabranch.runtime.data.batches import Wanted, batches
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.gross_space import Sizes
 from anabranch.runtime.step import num_correct
@@ -41,8 +41,8 @@ def count_hits(network: nn.Module, wanted: Sequence[Sizes], data: DataBundle, ba
     mine = range(rank * len(wanted) // world_size, (rank + 1) * len(wanted) // world_size)
     hits = torch.zeros(len(wanted), dtype=torch.int64, device=like.device)
     num = len(data.test) if mine else 0
-    steps = [torch.arange(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
-    for batch in batches(data.test, steps, 0, like.device):
+    steps = [Wanted(torch.arange(i, min(i + batch_size, num))) for i in range(0, num, batch_size)]
+    for batch in batches(data.test, steps, like.device):
         x = normalise(batch.x_NCHW, data.normalisation, like.dtype)
         for index, logits in outputs(network, {i: wanted[i] for i in mine}, x):
             hits[index] += num_correct(logits, batch.labels)

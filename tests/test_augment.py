@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anabranch.runtime.data.augment import Normalisation, affine, augment_keys, flip_crop, normalise
-from anabranch.runtime.data.batches import batches
+from anabranch.runtime.data.batches import Wanted, batches
 from anabranch.runtime.data.load import load_data
 
 
@@ -118,8 +118,8 @@ def test_the_gpu_sees_the_same_pixels() -> None:
     """Batches made in the background reach the GPU, an empty one too, and are augmented there as on the CPU."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    source, plan = load_data("digits").train, [torch.arange(64), torch.arange(0), torch.arange(7)]
-    for here, there in zip(batches(source, plan, 0), batches(source, plan, 0, "cuda"), strict=True):
+    source, plan = load_data("digits").train, [Wanted(torch.arange(num)) for num in (64, 0, 7)]
+    for here, there in zip(batches(source, plan), batches(source, plan, "cuda"), strict=True):
         assert there.x_NCHW.is_cuda
         expected = flip_crop(here.x_NCHW.double(), augment_keys(0, 0, here.sample_ids))
         found = flip_crop(there.x_NCHW.double(), augment_keys(0, 0, there.sample_ids))

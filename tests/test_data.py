@@ -28,8 +28,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from anabranch.blocks import build
+from anabranch.runtime import Config, Trainer
 from anabranch.runtime.data.augment import normalise
-from anabranch.runtime.data.batches import Batch, batches, epoch_order
+from anabranch.runtime.data.batches import Batch, Wanted, batches, epoch_order
 from anabranch.runtime.data.cifar import CIFAR10, CIFAR100, Archive, Cifar, load_cifar
 from anabranch.runtime.data.cifar_pickle import read_pickle
 from anabranch.runtime.data.load import load_data
@@ -395,9 +397,8 @@ def test_loader_workers_make_the_same_samples_in_order(noisy: str) -> None:
         torch.tensor([10, 2]),
     ]
     for epoch in (0, 1):
-        for ours, theirs in zip(
-            batches(here.train, plan, epoch), batches(there.train, plan, epoch), strict=True
-        ):
+        wanted = [Wanted(ids, epoch) for ids in plan]
+        for ours, theirs in zip(batches(here.train, wanted), batches(there.train, wanted), strict=True):
             for part, same in zip(ours, theirs, strict=True):
                 assert torch.equal(part, same)
     with pytest.raises(DataError) as caught:
@@ -418,7 +419,7 @@ def test_a_dataset_that_cannot_be_pickled_or_kills_its_worker(noisy: str) -> Non
     local.close()
     dying = load_data(f"{noisy}:make_dying", loader_workers=1)
     with pytest.raises(RuntimeError, match=r"make_dying, train: a loader worker died"):
-        list(batches(dying.train, [torch.tensor([1]), torch.tensor([5])], 0))
+        list(batches(dying.train, [Wanted(torch.tensor([1])), Wanted(torch.tensor([5]))]))
     dying.close()
 
 
@@ -605,7 +606,7 @@ def test_the_next_batch_is_made_during_the_step() -> None:
     """One batch ahead in a thread of its own, in order, with the samples' indices; the thread ends with the plan."""
     source = Recorded()
     plan = torch.split(epoch_order(40, 0, 0), 7)
-    for step, batch in enumerate(batches(source, plan, 0)):
+    for step, batch in enumerate(batches(source, map(Wanted, plan))):
         assert torch.equal(batch.sample_ids, plan[step])
         assert torch.equal(batch.x_NCHW, source.images.images_NCHW[plan[step]])
         assert torch.equal(batch.labels, source.images.labels[plan[step]])
@@ -619,20 +620,43 @@ def test_batches_are_prepared_ahead_by_a_whole_step() -> None:
     """In the thread that fetches them, as many as a step has micro-batches; with what was prepared as the result."""
     source, threads = Recorded(), list[threading.Thread]()
 
-    def prepare(index: int, batch: Batch) -> Batch:
+    def prepare(wanted: Wanted, batch: Batch) -> Batch:
         threads.append(threading.current_thread())
-        return batch._replace(labels=batch.labels + 100 * index)
+        return batch._replace(labels=batch.labels + 100 * wanted.epoch)
 
-    plan = torch.split(epoch_order(40, 0, 0), 7)
-    for index, batch in enumerate(batches(source, plan, 0, prepare=prepare, depth=3)):
-        assert torch.equal(batch.labels, source.images.labels[plan[index]] + 100 * index)
+    plan = [Wanted(ids, epoch) for epoch, ids in enumerate(torch.split(epoch_order(40, 0, 0), 7))]
+    for index, batch in enumerate(batches(source, plan, prepare=prepare, depth=3)):
+        assert torch.equal(batch.labels, source.images.labels[plan[index].sample_ids] + 100 * index)
         ahead = min(index + 4, len(plan))
         wait_until(lambda ahead=ahead: len(threads) == ahead)  # type: ignore[misc]
     assert set(threads) == source.threads - {threading.current_thread()}
     source.in_background = False
-    again = list(batches(source, plan, 0, prepare=prepare))
+    again = list(batches(source, plan, prepare=prepare))
     assert threads[-1] is threading.current_thread()
     assert torch.equal(again[-1].labels, batch.labels)
+
+
+def test_an_epochs_first_batch_is_made_in_the_step_before_it() -> None:
+    """Also where a run goes on within an epoch: every epoch's order is its own, and the next step's batch is ready."""
+    source = Recorded()
+    config = Config.from_dict({"train": {"batch_size": 512, "epochs": 3, "max_steps": 1}})
+    trainer = Trainer(
+        build("multi_resnet", depth=8, num_branches=2, in_channels=1),
+        replace(load_data("digits"), train=source),
+        config,
+    )
+    trainer.fit()
+    source.fetched.clear()
+    orders = [torch.split(epoch_order(1437, 0, epoch), 512) for epoch in range(3)]
+    wanted = [ids for order in orders for ids in order][2:8]
+    steps = trainer.feed.steps(2, 8)
+    for index, (step, ids, (micro_batch,)) in enumerate(steps):
+        assert step == 2 + index
+        assert torch.equal(ids, wanted[index])
+        assert torch.equal(micro_batch.target, source.images.labels[ids])
+        ahead = min(index + 2, len(wanted))
+        wait_until(lambda ahead=ahead: len(source.fetched) == ahead)  # type: ignore[misc]
+    assert source.fetched == [int(ids[0]) for ids in wanted]
 
 
 def test_on_a_gpu_a_stream_of_its_own_prepares_and_the_steps_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -670,7 +694,7 @@ def test_on_a_gpu_a_stream_of_its_own_prepares_and_the_steps_waits(monkeypatch: 
         told.append(f"copy in {here().name}")
         return values
 
-    def prepare(index: int, batch: Batch) -> Batch:
+    def prepare(wanted: Wanted, batch: Batch) -> Batch:
         told.append(f"prepare in {here().name}")
         return batch
 
@@ -680,24 +704,24 @@ def test_on_a_gpu_a_stream_of_its_own_prepares_and_the_steps_waits(monkeypatch: 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(Tensor, "to", to)
     monkeypatch.setattr(Tensor, "record_stream", lambda values, stream: told.append(f"{stream.name} holds"))
-    (batch,) = batches(Recorded(), [torch.arange(3)], 0, "cuda", prepare)
+    (batch,) = batches(Recorded(), [Wanted(torch.arange(3))], "cuda", prepare)
     assert batch.sample_ids.tolist() == [0, 1, 2]
     made = ["pin", "copy in side"] * 3 + ["prepare in side", "event of side"]
     assert told == [*made, "step waits until ready", *["step holds"] * 3]
 
 
 def test_an_error_arrives_at_its_batch() -> None:
-    iterator = batches(Recorded(bad=5), torch.split(torch.arange(9), 2), 0)
+    iterator = batches(Recorded(bad=5), map(Wanted, torch.split(torch.arange(9), 2)))
     assert [next(iterator).labels.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(DataError, match="sample 5 is bad"):
         next(iterator)
 
-    def prepare(index: int, batch: Batch) -> Batch:
-        if index == 1:
+    def prepare(wanted: Wanted, batch: Batch) -> Batch:
+        if 2 in wanted.sample_ids:
             raise DataError("cannot be prepared")
         return batch
 
-    iterator = batches(Recorded(), torch.split(torch.arange(9), 2), 0, prepare=prepare)
+    iterator = batches(Recorded(), map(Wanted, torch.split(torch.arange(9), 2)), prepare=prepare)
     assert next(iterator).labels.tolist() == [0, 1]
     with pytest.raises(DataError, match="cannot be prepared"):
         next(iterator)
@@ -705,7 +729,7 @@ def test_an_error_arrives_at_its_batch() -> None:
 
 def test_closing_early_ends_the_thread() -> None:
     source = Recorded()
-    iterator = batches(source, torch.split(torch.arange(100), 1), 0)
+    iterator = batches(source, map(Wanted, torch.split(torch.arange(100), 1)))
     next(iterator)
     iterator.close()  # type: ignore[attr-defined]
     assert source.fetched[1:] in ([0], [0, 1])

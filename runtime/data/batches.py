@@ -30,6 +30,15 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+class Wanted(NamedTuple):
+    """A batch to be made: indices of its samples (n,) int64, the epoch they belong to. group_ids: for `prepare`, those
+    of the branch group's."""
+
+    sample_ids: Tensor
+    epoch: int = 0
+    group_ids: Tensor | None = None
+
+
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     """All sample indices (num_samples,) int64 in the order of this epoch: a function of (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(fold(seed, "order", epoch))
@@ -44,15 +53,14 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def batches(
     source: BatchSource,
-    plan: Iterable[Tensor],
-    epoch: int,
+    plan: Iterable[Wanted],
     device: torch.device | str = "cpu",
-    prepare: Callable[[int, Batch], Batch] = lambda index, batch: batch,
+    prepare: Callable[[Wanted, Batch], Batch] = lambda wanted, batch: batch,
     depth: int = 1,
 ) -> Iterator[Batch]:
-    """The batches whose sample indices `plan` lists, in its order, the next `depth` being made during the current step.
+    """The batches that `plan` lists, in its order, the next `depth` being made during the current step.
 
-    prepare: what becomes of a batch (its place in `plan`, the batch on the device); it may run in another thread.
+    prepare: what becomes of a batch on the device; it may run in another thread. `plan` is gone through in this one.
 
     What `source` or `prepare` raises is raised here, at its batch. Closing the iterator (or leaving it to be collected)
     ends the thread. Without a thread, and between the steps, where `source.in_background` is false.
@@ -60,23 +68,23 @@ def batches(
     device = torch.device(device)
     side = _side_stream(device) if device.type == "cuda" else None
 
-    def make(index: int, indices: Tensor) -> _Made:
-        batch = Batch(indices, *source.fetch(indices, epoch))
+    def make(wanted: Wanted) -> _Made:
+        batch = Batch(wanted.sample_ids, *source.fetch(wanted.sample_ids, wanted.epoch))
         if side is None:
-            return _Made(prepare(index, batch))
+            return _Made(prepare(wanted, batch))
         with torch.cuda.stream(side):
             moved = Batch(*(to_device(part, device) for part in batch))
-            return _Made(prepare(index, moved), side.record_event())
+            return _Made(prepare(wanted, moved), side.record_event())
 
     if not source.in_background:
-        for index, indices in enumerate(plan):
-            yield make(index, indices).taken()
+        for wanted in plan:
+            yield make(wanted).taken()
         return
     pool = ThreadPoolExecutor(1, thread_name_prefix="anabranch-batches")
     ahead: deque[Future[_Made]] = deque()
     try:
-        for index, indices in enumerate(plan):
-            ahead.append(pool.submit(make, index, indices))
+        for wanted in plan:
+            ahead.append(pool.submit(make, wanted))
             if len(ahead) > depth:
                 yield ahead.popleft().result().taken()
         while ahead:
