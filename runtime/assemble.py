@@ -158,9 +158,18 @@ def provisional_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
 
 
 def bn_batch_size(config: Config, num_workers: int) -> int:
-    """Samples of a BN group: as configured, else what data parallelism over the workers has."""
+    """Samples of a BN group: as configured, else what data parallelism over the workers has.
+
+    So that all workers have one group in every micro-batch, where any number of samples makes that many groups.
+    """
     train = config.train
-    return train.bn_batch_size or max(1, train.batch_size // train.accumulation // num_workers)
+    if train.bn_batch_size:
+        return train.bn_batch_size
+    num_groups = train.accumulation * num_workers
+    rounded_up = -(-train.batch_size // num_groups)
+    if -(-train.batch_size // rounded_up) == num_groups:
+        return rounded_up
+    return max(1, train.batch_size // num_groups)
 
 
 def settle(config: Config, plan: Plan) -> Config:
@@ -169,7 +178,7 @@ def settle(config: Config, plan: Plan) -> Config:
     Raises ConfigError where a step cannot be cut so.
     """
     train = config.train
-    micro_batch = train.batch_size // train.accumulation
+    micro_batch = -(-train.batch_size // train.accumulation)  # the largest
     group = bn_batch_size(config, plan.world_size)
     if group > micro_batch:
         raise ConfigError(

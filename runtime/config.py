@@ -117,8 +117,8 @@ class TrainConfig:
     batch_size: int = 64
     """Samples per step over all workers (the global batch)."""
     bn_batch_size: int = 0
-    """Samples that share one BatchNorm statistic, at most batch_size; 0: batch_size / workers / accumulation, which is
-    written to the run's config.toml as a number."""
+    """Samples that share one BatchNorm statistic, at most batch_size; 0: batch_size / workers / accumulation, so that
+    each worker has one such group of a micro-batch; written to the run's config.toml as a number."""
     accumulation: int = 1
     """Micro-batches per step, run one after another; divides the memory of activations."""
     seed: int = 0

@@ -10,11 +10,12 @@ import pytest
 
 from anabranch.blocks import build
 from anabranch.blocks.convert import prepare
-from anabranch.runtime.assemble import make_plan, provisional_plan
+from anabranch.runtime.assemble import make_plan, provisional_plan, settle
 from anabranch.runtime.config import Config
+from anabranch.runtime.deal import deal_step
 from anabranch.runtime.model_shape import model_shape
 from anabranch.runtime.model_spec import spec_of
-from anabranch.schedulers import BlockSpec, Cluster, Device, Link, ModelSpec, PlanError
+from anabranch.schedulers import BlockSpec, Cluster, Device, Link, ModelSpec, PlanError, schedule
 from anabranch.schedulers.analytic import analytic_costs
 from anabranch.schedulers.cost_file import write_costs
 
@@ -47,6 +48,28 @@ def test_replicas_are_on_several_hosts(
     make = provisional_plan if mesh["plan"] == "auto" else make_plan
     plan = make(config, SPEC, cluster(**hosts))
     assert sorted(name for row in plan.devices or () for name in row) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "workers", "group", "dealt"),
+    [
+        (64, 1, 2, 32, [32, 32]),
+        (64, 1, 3, 22, [22, 21, 21]),  # 21 would be four groups, two of them one worker's
+        (100, 2, 3, 17, [17, 17, 17]),
+        (65, 2, 1, 33, [33]),
+        (9, 1, 8, 1, [2, 1, 1, 1, 1, 1, 1, 1]),  # groups of two would be five
+        (3, 1, 4, 1, [1, 0, 1, 1]),
+    ],
+)
+def test_by_default_each_worker_has_a_bn_group(
+    batch_size: int, accumulation: int, workers: int, group: int, dealt: list[int]
+) -> None:
+    train = replace(Config().train, batch_size=batch_size, accumulation=accumulation)
+    plan = schedule("data", SPEC, cluster(a=workers))
+    settled = settle(replace(Config(), train=train), plan).train
+    assert settled.bn_batch_size == group
+    first = deal_step(batch_size, bn_batch_size=group, data=workers, branch=1, accumulation=accumulation)[0]
+    assert [row[0].stop - row[0].start for row in first.ranks] == dealt
 
 
 def test_a_scheduler_that_predicts_is_given_the_cost_file(tmp_path: Path) -> None:
