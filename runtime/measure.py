@@ -77,10 +77,10 @@ def measure_costs(
         for trial in running:
             trial.run()
     on_trial(rounds, rounds + 1)
-    seen = [one for trial in running for one in trial.seen()]
-    everything = gather_json([[*vars(one).values()] for one in seen], _device(network))
-    of_rank = [[Seen(*row) for row in rows] for rows in everything]
-    speeds = _speeds(of_rank, kinds)
+    seen = [[[*vars(one).values()] for one in trial.seen()] for trial in running]
+    everything = gather_json(seen, _device(network))
+    of_rank = [[Seen(*row) for rows in of_trial for row in rows] for of_trial in everything]
+    speeds = _speeds([[Seen(*row) for row in of_trial[0]] for of_trial in everything], kinds)
     alike_ranks = len({*zip(kinds, speeds, strict=True)}) == 1
     exchanges: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     even = {trial.plan.branch for trial in running if trial.is_even}
@@ -127,16 +127,20 @@ def with_speeds(cluster: Cluster, devices: Sequence[str], costs: Costs) -> Clust
     return replace(cluster, devices=tuple(changed))
 
 
-def _speeds(of_rank: Sequence[Sequence[Seen]], kinds: Sequence[str]) -> list[float]:
-    """Each rank's speed relative to the fastest of its kind, where all do the same (all branches, own samples).
+def _speeds(own: Sequence[Sequence[Seen]], kinds: Sequence[str]) -> list[float]:
+    """Each rank's speed relative to the fastest of its kind, by what a sample took where all do the same.
 
-    In steps of a twentieth, and 1 within a fifth of the fastest: on shared cores that is noise.
+    own: by rank, the trial in which every rank runs everything on its own samples, which may be more than another's;
+    1 where it has none. In steps of a twentieth, and 1 within a fifth of the fastest: on shared cores that is noise.
     """
     seconds = [
-        sum(one.forward_s + one.backward_s for one in seen if one.held is None) or 1.0 for seen in of_rank
+        sum((one.forward_s + one.backward_s) / one.samples for one in seen if one.samples) for seen in own
     ]
-    fastest = {kind: min(s for s, k in zip(seconds, kinds, strict=True) if k == kind) for kind in kinds}
-    ratios = [fastest[kind] / s for s, kind in zip(seconds, kinds, strict=True)]
+    fastest = {
+        kind: min((s for s, k in zip(seconds, kinds, strict=True) if k == kind and s), default=0.0)
+        for kind in kinds
+    }
+    ratios = [fastest[kind] / s if s else 1.0 for s, kind in zip(seconds, kinds, strict=True)]
     return [1.0 if ratio > 0.8 else max(round(ratio * 20), 1) / 20 for ratio in ratios]
 
 

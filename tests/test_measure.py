@@ -21,6 +21,7 @@ from anabranch.blocks.convert import prepare
 from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.runtime import audit, measure, measure_links
 from anabranch.runtime.measure import with_speeds
+from anabranch.runtime.measure_elements import Seen
 from anabranch.runtime.model_shape import model_shape
 from anabranch.runtime.model_spec import spec_of
 from anabranch.schedulers import Cluster, Device, Plan, PlanError, parse_plan, schedule
@@ -109,6 +110,17 @@ def test_a_slow_worker_is_found(tmp_path: Path) -> None:
     assert found["speeds"][0] == 1.0
     assert found["speeds"][1] < 0.7
     assert found["sum_s"] < 0.008  # half of the waiting is more
+
+
+def test_speeds_are_of_a_sample() -> None:
+    """Eight BN groups on six ranks: who has two of them is not slow, who has none not the fastest."""
+
+    def own(samples: int, per_sample_s: float) -> list[Seen]:
+        return [Seen(name, samples, None, samples * per_sample_s, 0.0, 0.0, 0.0) for name in ("stem", "head")]
+
+    dealt = [own(64, 1.0), own(64, 2.0), own(32, 1.0), own(0, 1.0), own(32, 4.0)]
+    assert measure._speeds(dealt, ["cpu"] * 5) == [1.0, 0.5, 1.0, 1.0, 0.25]
+    assert measure._speeds(dealt, ["a", "b", "a", "a", "b"]) == [1.0, 1.0, 1.0, 1.0, 0.5]
 
 
 def test_a_network_with_unequal_branches_and_repeated_blocks(tmp_path: Path) -> None:
