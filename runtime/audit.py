@@ -69,6 +69,7 @@ def automatic_plan(
     train = config.train
     batch = Batch(len(setting.x), train.bn_batch_size, train.accumulation)
     request = make_request(spec, cluster, mesh=mesh, partial=partial, costs=costs, batch=batch)
+    request = replace(request, standing=tuple(devices))  # plans in another order could not be run
     found = search(request, lambda done, total: on_stage("searching", done, total))
     rivals = _rivals(candidates(request, _CANDIDATES + 1), devices)
     samples: dict[str, list[float]] = {}
@@ -155,13 +156,15 @@ def _rivals(found: Sequence[Candidate], devices: Sequence[str]) -> dict[str, Can
             continue
         mesh = f"{plan.data}x{plan.branch}"
         same = sum(name.partition(" ")[0] == mesh for name in rivals)
-        name = DATA if plan.branch == 1 else mesh + (f" #{same + 1}" if same else "")
+        is_plain = plan.branch == 1 and plan.samples is None  # with weights of samples it is no baseline
+        name = DATA if is_plain else mesh + (f" #{same + 1}" if same else "")
         if name == DATA and not candidate.keeps_request and len(found) > 1:
             continue  # too large, or not what was asked for: not even timed
         rivals.setdefault(name, candidate)
     if not any(candidate.keeps_request for candidate in rivals.values()):
         raise PlanError(
-            "every plan found needs the devices in another order than the workers stand in: give it with devices"
+            f"the plan file's devices are not in the order in which the workers stand, {', '.join(devices)}: "
+            "start them in its order, or leave devices out"
         )
     return rivals
 

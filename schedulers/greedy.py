@@ -17,7 +17,7 @@ def greedy(request: Request) -> Plan:
     unequal branch counts its forward and backward seconds at the replica's samples.
     """
     data, branch = request.mesh or (1, len(request.cluster.devices))
-    devices = request.devices or request.cluster.place(data, branch)
+    devices = request.place(data, branch)
     by_name = request.cluster.by_name
     speeds = [min(by_name[row[m]].speed for row in devices) for m in range(branch)]
 

@@ -34,7 +34,9 @@ def optimal(request: Request) -> Plan:
 def candidates(request: Request, num: int) -> list[Candidate]:
     """The best `num` distinct plans found, best first, plain data parallelism always among them.
 
-    Looked at are the best plan of every mesh, device order and sample weights, and those that would be best
+    Of plans that differ in the weights of samples alone it is the best; there would be room for no others.
+
+    Looked at are the best plan of every mesh, device order (that of workers who stand) and sample weights, and those that would be best
     if links were faster or slower than measured. Raises PlanError as `search` does.
     """
     if request.costs is None or request.batch is None:
@@ -49,7 +51,7 @@ def candidates(request: Request, num: int) -> list[Candidate]:
         run.run(leave_out=False)
         for _, plan in run.found:
             found.setdefault(_content(plan), Candidate(plan, predict(plan)))
-    plain = Request(request.model, request.cluster, costs=costs, batch=batch)
+    plain = Request(request.model, request.cluster, costs=costs, batch=batch, standing=request.standing)
     baseline = data_parallel(plain)
     is_open = request.mesh is None and not (request.fixed or request.edges or request.pins)
     keeps = _content(baseline) in found or (is_open and request.devices is None and request.samples is None)
@@ -59,7 +61,10 @@ def candidates(request: Request, num: int) -> list[Candidate]:
         for row, num_bytes in zip(baseline.devices or (), prediction.memory_bytes, strict=True)
     )
     base = found.pop(_content(baseline), Candidate(baseline, prediction, keeps))
-    ordered = sorted(found.values(), key=lambda candidate: candidate.prediction.total_s)
+    distinct: dict[str, Candidate] = {}
+    for candidate in sorted(found.values(), key=lambda candidate: candidate.prediction.total_s):
+        distinct.setdefault(_content(replace(candidate.plan, samples=None)), candidate)
+    ordered = [*distinct.values()]
     return sorted([*ordered[: num - 1], base], key=lambda candidate: candidate.prediction.total_s)
 
 

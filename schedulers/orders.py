@@ -37,8 +37,8 @@ def settings(request: Request, batch: Batch) -> Iterator[Setting]:
     # with placements settled by branch rank, branch ranks cannot be exchanged
     columns_alike = not any(placement.branches for placement in request.fixed.values())
     for data, branch in meshes(request):
-        if request.devices is not None:
-            orders, all_orders = [request.devices], True
+        if request.devices is not None or request.standing is not None:
+            orders, all_orders = [request.place(data, branch)], True
         else:
             orders, all_orders = device_orders(cluster, data, branch)
         seen: set[object] = set()

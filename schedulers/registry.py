@@ -67,7 +67,7 @@ def schedule(
             raise PlanError(f"it is a {type(plan).__name__}, not a Plan")
         _check_answer(plan, request)
         if plan.devices is None:
-            plan = replace(plan, devices=request.devices or cluster.place(plan.data, plan.branch))
+            plan = replace(plan, devices=request.place(plan.data, plan.branch))
         plan.check(model)
         cluster.check(plan.devices or ())
     except PlanError as error:

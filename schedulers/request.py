@@ -27,7 +27,7 @@ class Request:
 
     mesh: (data, branch); None: the scheduler's choice. fixed, edges: blocks, and stem and head, as placed.
     devices, samples: the plan's; None: open. costs: what was measured. batch: a step's samples.
-    pins: branches that hosts must hold.
+    pins: branches that hosts must hold. standing: devices of workers that run already, by rank; None: any order.
     """
 
     model: ModelSpec
@@ -40,6 +40,15 @@ class Request:
     costs: Costs | None = None
     batch: Batch | None = None
     pins: tuple[Pin, ...] = ()
+    standing: tuple[str, ...] | None = None
+
+    def place(self, data: int, branch: int) -> Devices:
+        """Devices for a mesh: those settled, else the workers' as they stand, else as the cluster deals them."""
+        if self.devices is not None:
+            return self.devices
+        if self.standing is None:
+            return self.cluster.place(data, branch)
+        return tuple(self.standing[d * branch : (d + 1) * branch] for d in range(data))
 
     def complete(self, data: int, branch: int, place: Callable[[BlockSpec], BranchPlacement]) -> Plan:
         """The plan on a mesh in which `place` decides for the blocks that are not fixed.
@@ -70,6 +79,6 @@ class Request:
             blocks,
             stem=edges["stem"],
             head=edges["head"],
-            devices=self.devices or self.cluster.place(data, branch),
+            devices=self.place(data, branch),
             samples=self.samples,
         )

@@ -24,12 +24,13 @@ from anabranch.runtime.measure import with_speeds
 from anabranch.runtime.measure_elements import Seen
 from anabranch.runtime.model_shape import model_shape
 from anabranch.runtime.model_spec import spec_of
-from anabranch.schedulers import Cluster, Device, Plan, PlanError, parse_plan, schedule
+from anabranch.schedulers import Cluster, Device, Link, Plan, PlanError, parse_plan, schedule
 from anabranch.schedulers.analytic import analytic_costs
 from anabranch.schedulers.cost_file import read_costs, write_costs
 from anabranch.schedulers.costs import Batch, Costs
-from anabranch.schedulers.optimal import Candidate
+from anabranch.schedulers.optimal import Candidate, candidates
 from anabranch.schedulers.predict import predict
+from anabranch.schedulers.registry import make_request
 
 WIDE = Case(
     "multi_resnet", {"depth": 8, "num_branches": 4, "width": 4}, 8, 8, 1
@@ -234,6 +235,27 @@ def test_data_parallelism_is_left_only_where_surely_slower() -> None:
     surely = {"data": [1.0, 1.1, 0.9, 1.0] * 4, "1x2": [0.9, 0.95, 0.8, 0.9] * 4}
     assert audit._chosen(noisy, rivals) == "data"
     assert audit._chosen(surely, rivals) == "1x2"
+
+
+def test_plans_are_for_workers_as_they_stand() -> None:
+    """A slow worker in the middle: every mesh has a plan for that order, and weighted samples are no baseline."""
+    network = SHORT.network()
+    spec = spec_of(network)
+    devices = tuple(Device("a", rank, "cpu", speed=0.5 if rank == 1 else 1.0) for rank in range(4))
+    cluster = Cluster(devices, Link(1e-6, 1e11))
+    costs = analytic_costs(model_shape(network, spec), ("cpu",))
+    request = make_request(spec, cluster, costs=costs, batch=Batch(64, 4))
+    names = cluster.names
+    found = candidates(replace(request, standing=tuple(names)), 8)
+    rivals = audit._rivals(found, names)
+    assert {"data", "1x4", "2x2", "4x1"} <= {*rivals}
+    assert rivals["data"].plan.samples is None
+    assert rivals["4x1"].plan.samples is not None
+    (only,) = {c.plan.devices for c in found if c.plan.branch == 4}
+    assert only == (tuple(names),)
+    backwards = replace(request, mesh=(1, 4), devices=(tuple(reversed(names)),), standing=tuple(names))
+    with pytest.raises(PlanError, match="the plan file's devices are not in the order"):
+        audit._rivals(candidates(backwards, 8), names)
 
 
 def test_costs_of_another_network_or_hardware_are_refused(tmp_path: Path) -> None:
