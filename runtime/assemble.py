@@ -150,11 +150,18 @@ def auto_partial(config: Config) -> tuple[bool, PlanFile | None]:
 
 
 def provisional_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
-    """Data parallelism over the workers that an automatic plan is for."""
+    """Data parallelism over the workers that an automatic plan is for, in the order of its mesh.
+
+    They are on the devices that a plan file names, or else on the hosts of its pins too.
+    """
     _, partial = auto_partial(config)
     axes = (partial.mesh if partial else None) or mesh_axes(config.mesh.shape)
     axes = axes or (1, config.mesh.num_workers or len(cluster.devices))
-    return schedule("data", spec, _first(cluster, axes), mesh=(math.prod(axes), 1))
+    pinned = frozenset(rule.host for rule in partial.pins) if partial else frozenset()
+    placed = (partial and partial.devices) or _first(cluster, axes, pinned).place(*axes)
+    cluster.check(placed)
+    devices = tuple((name,) for row in placed for name in row)
+    return replace(schedule("data", spec, cluster, mesh=(len(devices), 1)), devices=devices)
 
 
 def bn_batch_size(config: Config, num_workers: int) -> int:
@@ -199,10 +206,16 @@ def local_cluster(num_devices: int, host: str) -> Cluster:
     return Cluster(tuple(Device(host, index, kind) for index in range(num_devices)))
 
 
-def _first(cluster: Cluster, mesh: tuple[int, int]) -> Cluster:
+def _first(cluster: Cluster, mesh: tuple[int, int], hosts: frozenset[str] = frozenset()) -> Cluster:
     """The devices a scheduler may use when the user said how many; too few are told by the cluster's own check.
 
     mesh: (data, branch) where it is known, so that replicas are on several hosts; else one branch group, on few.
+    hosts: each gives a device at least, where there are so many.
     """
-    devices = [name for row in cluster.place(*mesh) for name in row]
-    return replace(cluster, devices=tuple(cluster.by_name[name] for name in devices))
+    pinned_first = sorted(cluster.devices, key=lambda device: device.host not in hosts)
+    cluster = replace(cluster, devices=tuple(pinned_first))
+    devices = [cluster.by_name[name] for row in cluster.place(*mesh) for name in row]
+    if not hosts <= {device.host for device in devices}:  # one is too small for a branch group of its own
+        by_turn = sorted(pinned_first, key=lambda device: (device.host not in hosts, device.index))
+        devices = by_turn[: math.prod(mesh)]
+    return replace(cluster, devices=tuple(devices))

@@ -42,7 +42,8 @@ def plan_here(config: Config, explained: bool, output: Path, console: Console) -
                     "data_parallel_step_s": None, "search_s": 0.0, "memory_bytes": None}  # fmt: skip
         assert driver.cluster is not None, "with a plan"
         costs = read_costs(outcome["costs"])
-        cluster = with_speeds(driver.cluster, [str(device) for device in driver.cluster.devices], costs)
+        by_rank = [name for row in driver.plan.devices or () for name in row]
+        cluster = with_speeds(driver.cluster, by_rank, costs)
         train = driver.config.train
         batch = Batch(train.batch_size, train.bn_batch_size, train.accumulation)
         rows = {row["name"]: row for row in outcome["plans"]}

@@ -15,9 +15,10 @@ from anabranch.runtime.config import Config
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.model_shape import model_shape
 from anabranch.runtime.model_spec import spec_of
-from anabranch.schedulers import BlockSpec, Cluster, Device, Link, ModelSpec, PlanError, schedule
+from anabranch.schedulers import BlockSpec, Cluster, Device, Link, ModelSpec, PlanError, read_plan, schedule
 from anabranch.schedulers.analytic import analytic_costs
 from anabranch.schedulers.cost_file import write_costs
+from anabranch.schedulers.registry import make_request
 
 SPEC = ModelSpec(tuple(BlockSpec(f"stage1.block{i}", 4) for i in (1, 2)))
 
@@ -70,6 +71,41 @@ def test_by_default_each_worker_has_a_bn_group(
     assert settled.bn_batch_size == group
     first = deal_step(batch_size, bn_batch_size=group, data=workers, branch=1, accumulation=accumulation)[0]
     assert [row[0].stop - row[0].start for row in first.ranks] == dealt
+
+
+@pytest.mark.parametrize(
+    ("hosts", "mesh", "more", "expected"),
+    [
+        ({"a": 4, "b": 4}, (1, 2), 'devices = [["b:3", "b:1"]]', ["b:3", "b:1"]),
+        ({"a": 4, "b": 4}, (2, 2), 'devices = [["b:0", "a:0"], ["b:1", "a:1"]]', ["b:0", "a:0", "b:1", "a:1"]),
+        ({"a": 4, "b": 4}, (1, 2), "", ["a:0", "a:1"]),
+        ({"a": 4, "b": 4}, (1, 2), "b", ["b:0", "b:1"]),
+        ({"a": 4, "b": 4, "c": 4}, (2, 2), "c", ["c:0", "c:1", "a:0", "a:1"]),
+        ({"a": 1, "b": 4}, (1, 2), "a", ["a:0", "b:0"]),  # the whole group fits b, but not a
+        ({"a": 3, "b": 2, "c": 3}, (4, 2), "", ["a:0", "a:1", "b:0", "b:1", "c:0", "c:1", "a:2", "c:2"]),
+    ],
+)  # fmt: skip
+def test_workers_of_an_automatic_plan_are_where_its_file_says(
+    hosts: dict[str, int], mesh: tuple[int, int], more: str, expected: list[str], tmp_path: Path
+) -> None:
+    """By rank: on its devices, or on its pins' hosts, in the order of its mesh; so that there is a plan for them."""
+    pin = f'[[pins]]\nmatch = "stage1.block1"\nbranch = 0\nhost = "{more}"\n' if len(more) == 1 else ""
+    file, here = tmp_path / "plan.toml", cluster(**hosts)
+    text = f'[mesh]\ndata = {mesh[0]}\nbranch = {mesh[1]}\nscheduler = "auto"\n'
+    file.write_text(text + (pin or more + "\n"))
+    plan = provisional_plan(replace(Config(), mesh=replace(Config().mesh, plan=str(file))), SPEC, here)
+    assert (plan.data, plan.branch) == (len(expected), 1)
+    assert [name for row in plan.devices or () for name in row] == expected
+    taken = replace(here, devices=tuple(here.by_name[name] for name in expected))
+    make_request(SPEC, taken, partial=read_plan(file))
+
+
+def test_devices_that_are_not_there_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('[mesh]\ndata = 1\nbranch = 2\nscheduler = "auto"\ndevices = [["b:0", "b:1"]]\n')
+    config = replace(Config(), mesh=replace(Config().mesh, plan=str(file)))
+    with pytest.raises(PlanError, match="the plan's devices b:0, b:1 are not in the cluster, which has a:0"):
+        provisional_plan(config, SPEC, cluster(a=4))
 
 
 def test_a_scheduler_that_predicts_is_given_the_cost_file(tmp_path: Path) -> None:
