@@ -97,19 +97,33 @@ def _block_work(seen: Sequence[Seen], num_branches: int) -> tuple[Work, tuple[Wo
 
 
 def _unequal_work(seen: Sequence[Seen], num_branches: int) -> tuple[Work, tuple[Work, ...]]:
-    """Of unequal branches: least squares over all that ran, by samples: enter and join, and each branch alone."""
-    by_samples: dict[int, list[list[float]]] = {}
-    for n, group in _grouped(seen, lambda one: 0).items():
-        rows = torch.zeros(len(group), num_branches + 1, dtype=torch.float64)
-        values = torch.zeros(len(group), 4, dtype=torch.float64)
-        for index, one in enumerate(group):
-            rows[index, 0] = 1
-            rows[index, [1 + b for b in (range(num_branches) if one.held is None else one.held)]] = 1
-            values[index] = torch.tensor(_four(one))
-        solved = torch.linalg.lstsq(rows, values, driver="gelsd").solution.clamp(min=0)
-        by_samples[n[0]] = solved.tolist()
-    works = [_curves({n: tuple(rows[i]) for n, rows in by_samples.items()}) for i in range(num_branches + 1)]  # type: ignore[misc]
+    """Of unequal branches: enter and join, and each branch alone.
+
+    A number of samples on which only all branches ran takes its shares from the one on which most is known.
+    """
+    by_samples: dict[int, list[Seen]] = defaultdict(list)
+    for one in seen:
+        by_samples[one.samples].append(one)
+    solved = {n: _least_squares(group, num_branches) for n, group in by_samples.items()}
+    known = solved[max(by_samples, key=lambda n: len({str(one.held) for one in by_samples[n]}))]
+    for n, group in by_samples.items():
+        if all(one.held is None for one in group):
+            solved[n] = solved[n].sum(0) * (known / known.sum(0).clamp(min=1e-30))
+    works = [
+        _curves({n: tuple(rows[i].tolist()) for n, rows in solved.items()}) for i in range(num_branches + 1)
+    ]
     return works[0], tuple(works[1:])
+
+
+def _least_squares(seen: Sequence[Seen], num_branches: int) -> torch.Tensor:
+    """(1 + branches, 4): what is always there and what each branch adds, over all that ran."""
+    rows = torch.zeros(len(seen), num_branches + 1, dtype=torch.float64)
+    for index, one in enumerate(seen):
+        rows[index, 0] = 1
+        rows[index, [1 + b for b in (range(num_branches) if one.held is None else one.held)]] = 1
+    values = torch.tensor([_four(one) for one in seen], dtype=torch.float64)
+    solution: torch.Tensor = torch.linalg.lstsq(rows, values, driver="gelsd").solution
+    return solution.clamp(min=0)
 
 
 def _work(seen: Sequence[Seen]) -> Work:

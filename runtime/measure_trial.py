@@ -15,11 +15,12 @@ from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.plan_step import PlanStep, StepSetting
 from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.recorder import PARTS, Span
-from anabranch.schedulers import BlockSpec, BranchPlacement, ModelSpec, Plan
-from anabranch.schedulers.plan import SAMPLE
+from anabranch.schedulers import BranchPlacement, ModelSpec, Plan
+from anabranch.schedulers.model_spec import EDGES
+from anabranch.schedulers.plan import SAMPLE, EdgeSplit
 
 WARM_UP = 2  # steps before measuring
-_MAX_COUNTS = 8  # numbers of branches measured one by one; of more, a spread
+_MAX_COUNTS = 8  # numbers of branches, or unequal ones, measured one by one; of more, a spread
 
 
 class Trial:
@@ -110,25 +111,33 @@ class Trial:
 
 
 def trial_plans(spec: ModelSpec, unequal: frozenset[str], world: int) -> Iterator[Plan]:
-    """Plans of the reduced network that show every element on own samples, and with each number of branches."""
-    blocks = {block.name: SAMPLE for block in spec.blocks}
-    yield Plan(world, 1, blocks, "sample", "sample")
+    """Plans of the reduced network: every element on own samples, then blocks with their branches on one rank or more.
+
+    Together they show each number of alike branches, and what each of unequal ones (`unequal`: their blocks) takes.
+    Blocks that share a parameter are placed as one, with stem or head or another number of branches split "sample".
+    """
+    yield Plan(world, 1, {block.name: SAMPLE for block in spec.blocks}, "sample", "sample")
     most = max(block.num_branches for block in spec.blocks)
     for branch in range(2, world + 1):
         if world % branch:
             continue
-        counts = _spread(most)
-        for count in counts:
-            placed = {
-                block.name: _one_rank_with(
-                    min(count, block.num_branches), block, branch, block.name in unequal, counts.index(count)
-                )
-                for block in spec.blocks
-            }
-            shared = {name for users in spec.users.values() for name in users}
-            if any(name in ("stem", "head") for name in shared):
-                placed |= {name: SAMPLE for name in shared if name in placed}
-            yield Plan(world // branch, branch, placed, "replicated", "replicated")
+        ways: dict[str, list[BranchPlacement]] = {}
+        for unit in spec.units:
+            counts = {spec.by_name[name].num_branches if name in spec.by_name else 0 for name in unit}
+            if counts == {0}:
+                continue
+            num = max(counts)
+            if len(counts) > 1:
+                found = [SAMPLE]
+            elif unequal & {*unit}:
+                found = [_first_rank_with(held, num, branch) for held in _alone(num)]
+            else:
+                found = [_first_rank_with(range(min(count, num)), num, branch) for count in _spread(most)]
+            ways |= dict.fromkeys(unit, found)
+        edges: dict[str, EdgeSplit] = {edge: "sample" if edge in ways else "replicated" for edge in EDGES}
+        for turn in range(max(map(len, ways.values()))):
+            placed = {block.name: ways[block.name][turn % len(ways[block.name])] for block in spec.blocks}
+            yield Plan(world // branch, branch, placed, edges["stem"], edges["head"])
 
 
 def _spread(most: int) -> list[int]:
@@ -139,19 +148,22 @@ def _spread(most: int) -> list[int]:
     return sorted({most - (most // 2) * i // steps for i in range(steps + 1)})
 
 
-def _one_rank_with(count: int, block: BlockSpec, num_ranks: int, unequal: bool, turn: int) -> BranchPlacement:
-    """The first rank has `count` branches, the others the rest evenly; unequal branches go round by turn."""
-    rest = BranchPlacement.even(block.num_branches - count, num_ranks - 1).branches
-    assert rest is not None
-    counts = [count, *map(len, rest)]
-    placement = BranchPlacement.from_counts(counts)
-    if not unequal:
-        return placement
-    assert placement.branches is not None
-    k = block.num_branches
-    return BranchPlacement(
-        "branch", tuple(tuple((b + turn) % k for b in held) for held in placement.branches)
-    )
+def _alone(num_branches: int) -> list[range]:
+    """Unequal branches to give the first rank: all, which leaves the others none; then each alone (of many some).
+
+    With fewer trials some would always be on one rank, and not be told apart.
+    """
+    each = -(-num_branches // _MAX_COUNTS)
+    starts = range(0, num_branches, each)
+    return [range(num_branches), *(range(start, min(start + each, num_branches)) for start in starts)]
+
+
+def _first_rank_with(held: range, num_branches: int, num_ranks: int) -> BranchPlacement:
+    """The first rank has these branches, the others evenly those that follow, by turns."""
+    rest = [(held.stop + i) % num_branches for i in range(num_branches - len(held))]
+    dealt = BranchPlacement.even(len(rest), num_ranks - 1).branches
+    assert dealt is not None
+    return BranchPlacement("branch", (tuple(held), *(tuple(rest[i] for i in one) for one in dealt)))
 
 
 def _memory(step: PlanStep) -> tuple[dict[str, tuple[float, float]], float]:

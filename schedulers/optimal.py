@@ -34,10 +34,9 @@ def optimal(request: Request) -> Plan:
 def candidates(request: Request, num: int) -> list[Candidate]:
     """The best `num` distinct plans found, best first, plain data parallelism always among them.
 
-    Of plans that differ in the weights of samples alone it is the best; there would be room for no others.
-
-    Looked at are the best plan of every mesh, device order (that of workers who stand) and sample weights, and those that would be best
-    if links were faster or slower than measured. Raises PlanError as `search` does.
+    Looked at are the best plan of every mesh, device order (that of workers who stand) and sample weights, and those
+    that would be best if links were faster or slower than measured. Of plans that differ in the weights of samples
+    alone it is the best: there would be room for no others. Raises PlanError as `search` does.
     """
     if request.costs is None or request.batch is None:
         search(request)  # says what is missing

@@ -21,10 +21,21 @@ from anabranch.blocks.convert import prepare
 from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.runtime import audit, measure, measure_links
 from anabranch.runtime.measure import with_speeds
-from anabranch.runtime.measure_elements import Seen
+from anabranch.runtime.measure_elements import Seen, _unequal_work
+from anabranch.runtime.measure_trial import trial_plans
 from anabranch.runtime.model_shape import model_shape
 from anabranch.runtime.model_spec import spec_of
-from anabranch.schedulers import Cluster, Device, Link, Plan, PlanError, parse_plan, schedule
+from anabranch.schedulers import (
+    BlockSpec,
+    Cluster,
+    Device,
+    Link,
+    ModelSpec,
+    Plan,
+    PlanError,
+    parse_plan,
+    schedule,
+)
 from anabranch.schedulers.analytic import analytic_costs
 from anabranch.schedulers.cost_file import read_costs, write_costs
 from anabranch.schedulers.costs import Batch, Costs
@@ -132,6 +143,49 @@ def test_a_network_with_unequal_branches_and_repeated_blocks(tmp_path: Path) -> 
     assert first == second, "alike blocks are measured once"
     light, heavy = (work.forward_s(8) + work.backward_s(8) for work in first.branches)
     assert heavy > 1.5 * light
+
+
+@pytest.mark.parametrize("world", [2, 4, 6])
+@pytest.mark.parametrize("whose", [(0,), (1,), None], ids=["first", "second", "all"])
+def test_each_of_three_unequal_branches_is_told_apart(world: int, whose: tuple[int, ...] | None) -> None:
+    """From what trials show of all ranks, or of one that is the only of its kind."""
+    spec = ModelSpec((BlockSpec("b", 3),))
+    takes = {0: 1.0, 1: 5.0, 2: 2.0}
+    seen = []
+    for plan in trial_plans(spec, frozenset({"b"}), world):
+        plan.check(spec)
+        for rank in range(world) if whose is None else whose:
+            held, samples = plan.blocks["b"].branches, 12 // plan.data
+            mine = None if held is None else held[rank % plan.branch]
+            seconds = samples * (0.5 + sum(takes[b] for b in (takes if mine is None else mine)))
+            seen.append(Seen("b", samples, mine, seconds, 2 * seconds, 8.0, 9.0))
+    replicated, branches = _unequal_work(seen, 3)
+    for samples in (12 // world, 6, 12) if whose is None else (12,):
+        assert replicated.forward_s(samples) == pytest.approx(0.5 * samples)
+        assert [work.backward_s(samples) for work in branches] == pytest.approx(
+            [2 * takes[b] * samples for b in takes]
+        )
+
+
+def test_trials_of_networks_that_share_parameters_can_run() -> None:
+    """Stem or head with blocks, and blocks of unequal numbers of branches, can only be split "sample"."""
+    tied, alone = frozenset({"p"}), frozenset[str]()
+    for counts, stem in (((3, 2), alone), ((3, 3), tied), ((3, 3), alone)):
+        blocks = (*(BlockSpec(f"b{i}", k, shares=tied) for i, k in enumerate(counts)), BlockSpec("c", 4))
+        spec = ModelSpec(blocks, stem)
+        plans = list(trial_plans(spec, alone, 4))
+        for plan in plans:
+            plan.check(spec)
+        is_tied = counts == (3, 2) or bool(stem)
+        splits = {name: {plan.blocks[name].split for plan in plans[1:]} for name in ("b0", "b1", "c")}
+        expected = "sample" if is_tied else "branch"
+        assert splits == {"b0": {expected}, "b1": {expected}, "c": {"branch"}}
+        assert {plan.stem for plan in plans[1:]} == {"sample" if stem else "replicated"}
+
+
+def test_many_unequal_branches_take_few_trials() -> None:
+    spec = ModelSpec((BlockSpec("b", 23),))
+    assert len(list(trial_plans(spec, frozenset({"b"}), 2))) <= 10
 
 
 class Heavy(nn.Module):
