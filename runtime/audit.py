@@ -22,7 +22,7 @@ from torch import nn
 from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.intervals import median_interval
 from anabranch.runtime.machine import cache_folder
-from anabranch.runtime.measure import cost_key, measure_costs, with_speeds
+from anabranch.runtime.measure import cost_key, measure_costs, with_speeds, workers_key
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.plan_step import PlanStep, StepSetting
@@ -63,7 +63,7 @@ def automatic_plan(
     Raises PlanError where no plan is possible, or the cost file is another network's or hardware's.
     """
     config, spec = setting.config, spec_of(network)
-    key = cost_key(network, config, len(devices))
+    key = {**cost_key(network, config), **workers_key(cluster, devices, next(network.parameters()).device)}
     costs, path = _costs(network, setting, cluster, devices, key, costs_file, remeasure, budget_s, on_stage)
     cluster = with_speeds(cluster, devices, costs)
     train = config.train
@@ -207,8 +207,7 @@ def _costs(
         costs = read_costs(costs_file)
         costs.check_key(key, costs_file)
         return costs, costs_file
-    hosts = sorted({cluster.by_name[name].host for name in devices})
-    digest = sha256(repr((sorted(key.items()), len(hosts))).encode()).hexdigest()[:16]
+    digest = sha256(repr(sorted(key.items())).encode()).hexdigest()[:16]
     path = cache_folder() / f"costs-{digest}.json"
     kept = None
     if not remeasure and dist.get_rank() == 0 and path.exists():

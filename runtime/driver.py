@@ -154,9 +154,7 @@ class Driver:
 
             costs = read_costs(mesh.costs)
             costs.check(self.model, frozenset(d.kind for d in self.cluster.devices), mesh.costs)
-            key = cost_key(self.network, settled, self.plan.world_size)
-            own = ("device", "cores")  # the workers', not this machine's
-            costs.check_key({name: value for name, value in key.items() if name not in own}, mesh.costs)
+            costs.check_key(cost_key(self.network, settled), mesh.costs)
 
     def _check_hosts(self) -> None:
         """What `anabranch doctor` finds quickly, on the plan's hosts of a cluster that was there before."""

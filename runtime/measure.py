@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from anabranch.runtime.config import Config
@@ -61,6 +62,7 @@ def measure_costs(
     """
     started, world = time.perf_counter(), len(devices)
     kinds = [cluster.by_name[name].kind for name in devices]
+    key = {**cost_key(network, setting.config), **workers_key(cluster, devices, _device(network))}
     spec, alike = spec_of(network), alike_blocks(network, setting.x[:2])
     reduced = reduced_network(network, alike)
     meshes = {
@@ -97,7 +99,7 @@ def measure_costs(
     hosts = [cluster.by_name[name].host for name in devices]
     taken = occupancy(PlanStep(copy.deepcopy(reduced), trials[0], meshes[1], setting))
     groups = link_costs(meshes, hosts, in_steps, taken, _device(network))
-    key = {**cost_key(network, setting.config, world), SPEEDS: " ".join(map(str, speeds))}
+    key[SPEEDS] = " ".join(map(str, speeds))
     models = []
     for kind in dict.fromkeys(kinds):
         ranks = [rank for rank in range(world) if kinds[rank] == kind]
@@ -144,24 +146,50 @@ def _speeds(own: Sequence[Sequence[Seen]], kinds: Sequence[str]) -> list[float]:
     return [1.0 if ratio > 0.8 else max(round(ratio * 20), 1) / 20 for ratio in ratios]
 
 
-def cost_key(network: nn.Module, config: Config, world_size: int) -> dict[str, str]:
-    """What figures hold for: hardware, versions, network, batch. Equal keys, equal costs."""
+def cost_key(network: nn.Module, config: Config) -> dict[str, str]:
+    """What figures hold for, of the run: versions, network, batch, all that a step does. Needs no workers."""
     shapes = ",".join("x".join(map(str, p.shape)) for p in network.parameters())
-    train = config.train
+    train, optimizer = config.train, config.optimizer
+    penalty = (
+        (train.orthogonality_normalisation, str(train.orthogonality_joint)) if train.orthogonality else ()
+    )
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
-        "workers": str(world_size),
         "torch": torch.__version__,
         "network": f"{_digest(repr(network) + shapes)}",
+        "image": "x".join(map(str, getattr(network, "input_shape", ()))),
         "batch": f"{train.batch_size}/{train.bn_batch_size}/{train.accumulation}",
         "precision": train.precision,
         "execution": "/".join(
             str(getattr(config.mesh, name))
             for name in ("execution", "memory_format", "wire", "overlap", "recompute", "chunks", "compile")
         ),
-        "optimizer": config.optimizer.name,
+        "optimizer": optimizer.name + ("/momentum" if optimizer.momentum else ""),
+        "clipping": "on" if optimizer.clip_norm else "off",
+        "orthogonality": "/".join(penalty) or "off",
     }
+
+
+def workers_key(cluster: Cluster, devices: Sequence[str], device: torch.device) -> dict[str, str]:
+    """What figures hold for, of the workers: their hardware by rank, once where it is the same. Collective.
+
+    devices: by rank; device: this rank's own.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    mine = {
+        "device": name,
+        "kind": cluster.by_name[devices[dist.get_rank()]].kind,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "threads": str(torch.get_num_threads()),
+        "backend": dist.get_backend(),
+    }
+    everyone: list[dict[str, str]] = gather_json(mine, device)
+    by_rank = {entry: [one[entry] for one in everyone] for entry in mine}
+    found = {
+        entry: values[0] if len({*values}) == 1 else ", ".join(values) for entry, values in by_rank.items()
+    }
+    hosts = [cluster.by_name[name].host for name in devices]
+    numbers = {host: str(number) for number, host in enumerate(dict.fromkeys(hosts))}
+    return {**found, "workers": str(len(devices)), "hosts": " ".join(numbers[host] for host in hosts)}
 
 
 def _within(

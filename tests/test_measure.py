@@ -20,7 +20,8 @@ from anabranch.blocks import MultiResidual
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.runtime import audit, measure, measure_links
-from anabranch.runtime.measure import with_speeds
+from anabranch.runtime.config import Config
+from anabranch.runtime.measure import cost_key, with_speeds, workers_key
 from anabranch.runtime.measure_elements import Seen, _unequal_work
 from anabranch.runtime.measure_trial import trial_plans
 from anabranch.runtime.model_shape import model_shape
@@ -221,6 +222,51 @@ def unequal(rank: int, world_size: int, folder: str) -> str:
     path = Path(folder, f"costs-{rank}.json")
     write_costs(costs, path)
     return str(path)
+
+
+def keys(rank: int, world_size: int) -> dict[str, Any]:
+    """A mixed cluster's, with a machine of its own for each rank; and those of costs measured on part of the batch."""
+    torch.set_num_threads(1)
+    cluster = Cluster(tuple(Device(f"host-{r}", 0, f"kind-{r}") for r in range(world_size)))
+    network, setting = SHORT.network(), SHORT.setting()
+    with (
+        mock.patch.object(measure, "processor", return_value=f"processor {rank}"),
+        mock.patch.object(measure, "_MOST", measure._LEAST),
+        mock.patch.object(measure_links, "_SIZES", (1024, 65_536)),
+    ):
+        workers = workers_key(cluster, cluster.names, torch.device("cpu"))
+        setting = replace(
+            setting, config=replace(setting.config, train=replace(setting.config.train, bn_batch_size=4))
+        )
+        costs = measure.measure_costs(network, setting, cluster, cluster.names, budget_s=0)
+        costs.check_key({**cost_key(network, setting.config), **workers})
+    return {"workers": workers, "label": costs.label}
+
+
+def test_costs_are_of_all_workers_and_of_the_run_as_configured() -> None:
+    first, second = run_ranks(2, keys)
+    assert first == second
+    assert first["label"] == "extrapolated", "on half of the batch"
+    cores = first["workers"].pop("cores")
+    assert first["workers"] == {
+        "device": "processor 0, processor 1", "kind": "kind-0, kind-1", "threads": "1", "backend": "gloo",
+        "workers": "2", "hosts": "0 1",
+    }  # fmt: skip
+    assert int(cores) >= 1
+
+
+def test_costs_hold_for_what_changes_a_step() -> None:
+    network, config = SHORT.network(), Config()
+    before = cost_key(network, config)
+    assert cost_key(network, replace(config, optimizer=replace(config.optimizer, lr=7.0))) == before
+    for section, change in (
+        ("optimizer", {"momentum": 0.0}), ("optimizer", {"clip_norm": 1.0}), ("train", {"orthogonality": 1.0}),
+        ("train", {"batch_size": 32}), ("mesh", {"wire": "bf16"}),
+    ):  # fmt: skip
+        other = replace(config, **{section: replace(getattr(config, section), **change)})
+        assert cost_key(network, other) != before, change
+    network.input_shape = (3, 64, 64)  # type: ignore[assignment]
+    assert cost_key(network, config) != before
 
 
 def automatic(
