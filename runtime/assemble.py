@@ -200,9 +200,17 @@ def _is_file(named: str) -> bool:
     return named.endswith(".toml") or "/" in named
 
 
+def with_memory(cluster: Cluster, memory_gb: float) -> Cluster:
+    """The cluster with `mesh.memory_gb` as each device's memory; 0: what is known of it."""
+    if not memory_gb:
+        return cluster
+    limited = (replace(device, memory_bytes=int(memory_gb * 1e9)) for device in cluster.devices)
+    return replace(cluster, devices=tuple(limited))
+
+
 def local_cluster(num_devices: int, host: str) -> Cluster:
     """Places for workers that were started by somebody else (torchrun, srun), or this process alone."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return Cluster(tuple(Device(host, index, kind) for index in range(num_devices)))
 
 

@@ -163,7 +163,8 @@ class MeshConfig:
     replan: bool = False
     """Of auto: where steps have become slower, plan anew at the epoch's end and go on from its checkpoint."""
     memory_gb: float = 0.0
-    """Of auto: most bytes (in 1e9) of live tensors that a worker may have; 0: what its device has, where known."""
+    """Of auto and `plan`: most bytes (in 1e9) of live tensors that a worker may have; 0: what its device has, where
+    known."""
     audit: bool = True
     """Of auto: time the best plans against data parallelism, and take another only where that is surely faster."""
     execution: Literal["auto", "fused", "mixed", "looped"] = "auto"

@@ -80,7 +80,7 @@ def plan_elsewhere(
 ) -> dict[str, Any]:
     """Searches for machines that are not here: from a cost file, else from data sheets (labelled so). No Ray."""
     from anabranch.blocks.convert import prepare
-    from anabranch.runtime.assemble import bn_batch_size, make_data, make_network
+    from anabranch.runtime.assemble import bn_batch_size, make_data, make_network, with_memory
     from anabranch.runtime.config_rules import mesh_axes
     from anabranch.runtime.model_shape import model_shape, shared_bytes
     from anabranch.runtime.model_spec import spec_of
@@ -88,6 +88,7 @@ def plan_elsewhere(
     from anabranch.schedulers.search import search
 
     cluster = read_cluster(cluster_file) if cluster_file else parse_devices(devices, interconnect)
+    cluster = with_memory(cluster, config.mesh.memory_gb)
 
     def told(phase: str, done: int = 0, total: int = 0) -> None:
         progress.watch([{"phase": phase, "step": done, "num_steps": total} if total else {"phase": phase}])

@@ -25,6 +25,7 @@ from anabranch.runtime.assemble import (
     make_plan,
     provisional_plan,
     settle,
+    with_memory,
 )
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.config import Config
@@ -113,9 +114,7 @@ def _automatic(
     network = prepare(make_network(config, data)).to(context.device)
     dtype = next(network.parameters()).dtype
     setting = StepSetting(_images(x, data, dtype), target, config, make_loss(config), make_penalty(config))
-    devices, cluster = _names(plan), _cluster(job, plan, context)
-    if limit := int(config.mesh.memory_gb * 1e9):
-        cluster = replace(cluster, devices=tuple(replace(d, memory_bytes=limit) for d in cluster.devices))
+    devices, cluster = _names(plan), with_memory(_cluster(job, plan, context), config.mesh.memory_gb)
     _, partial = auto_partial(config)
     shape = mesh_axes(job.config.mesh.shape)
 
@@ -129,17 +128,26 @@ def _automatic(
 
 
 def _cluster(job: Job, plan: Plan, context: WorkerContext) -> Cluster:
-    """The devices that the job's ranks run on."""
-    return job.cluster or Cluster(tuple(_device_of(name, context) for name in _names(plan)))
+    """The devices that the job's ranks run on, with the memory that they say they have. Collective."""
+    here = _devices(context)
+    if job.cluster is None:
+        return Cluster(here)
+    memory = dict(zip(_names(plan), (device.memory_bytes for device in here), strict=True))
+    known = (replace(d, memory_bytes=memory.get(str(d), d.memory_bytes)) for d in job.cluster.devices)
+    return replace(job.cluster, devices=tuple(known))
 
 
 def _names(plan: Plan) -> list[str]:
     return [name for row in plan.devices or () for name in row]
 
 
-def _device_of(name: str, context: WorkerContext) -> Device:
-    host, _, index = name.rpartition(":")
-    return Device(host, int(index), "cuda" if context.device.startswith("cuda") else "cpu")
+def _devices(context: WorkerContext) -> tuple[Device, ...]:
+    """Where each rank runs, by rank. Collective."""
+    mine: list[Any] = [socket.gethostname(), context.local_rank, "cpu", None]
+    if context.device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(context.device)
+        mine[2:] = [properties.name, properties.total_memory]
+    return tuple(Device(*told) for told in gather_json(mine, context.device))
 
 
 def profile_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
@@ -227,9 +235,7 @@ def _started(job: Job, context: WorkerContext, joined: bool = True) -> Iterator[
 
 def _agreed_plan(config: Config, data: DataBundle, context: WorkerContext) -> Plan:
     """The plan over ranks that somebody else has placed: rank r is where it is."""
-    hosts = gather_json([socket.gethostname(), context.local_rank], context.device)
-    kind = "cuda" if context.device.startswith("cuda") else "cpu"
-    cluster = Cluster(tuple(Device(host, index, kind) for host, index in hosts))
+    cluster = Cluster(_devices(context))
     spec = spec_of(prepare(make_network(config, data)))
     make = provisional_plan if auto_partial(config)[0] else make_plan
     plan = make(config, spec, cluster)
@@ -238,6 +244,6 @@ def _agreed_plan(config: Config, data: DataBundle, context: WorkerContext) -> Pl
             f"the plan is for {plan.world_size} ranks ({plan.data}x{plan.branch}), {context.world_size} were started: "
             "start as many, or change --mesh"
         )
-    names = [f"{host}:{index}" for host, index in hosts]
+    names = cluster.names
     placed = tuple(tuple(names[d * plan.branch : (d + 1) * plan.branch]) for d in range(plan.data))
     return replace(plan, devices=placed)

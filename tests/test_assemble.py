@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from anabranch.blocks import build
 from anabranch.blocks.convert import prepare
-from anabranch.runtime.assemble import make_plan, provisional_plan, settle
+from anabranch.runtime import worker
+from anabranch.runtime.assemble import make_plan, provisional_plan, settle, with_memory
 from anabranch.runtime.config import Config
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.model_shape import model_shape
@@ -106,6 +108,21 @@ def test_devices_that_are_not_there_are_told(tmp_path: Path) -> None:
     config = replace(Config(), mesh=replace(Config().mesh, plan=str(file)))
     with pytest.raises(PlanError, match="the plan's devices b:0, b:1 are not in the cluster, which has a:0"):
         provisional_plan(config, SPEC, cluster(a=4))
+
+
+def test_workers_tell_their_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which an automatic plan is limited unless mesh.memory_gb says how much; also where nobody told the cluster."""
+    monkeypatch.setattr(worker, "gather_json", lambda value, device: [value])
+    gpu = SimpleNamespace(name="NVIDIA L4", total_memory=24 * 10**9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: gpu)
+    context: Any = SimpleNamespace(device="cuda:0", local_rank=3)
+    plan = schedule("data", SPEC, Cluster((Device("a", 5, "L4"),)))
+    told: Any = SimpleNamespace(cluster=Cluster((Device("a", 5, "L4"),)))
+    assert worker._cluster(told, plan, context).devices == (Device("a", 5, "L4", 24 * 10**9),)
+    (device,) = worker._cluster(cast("Any", SimpleNamespace(cluster=None)), plan, context).devices
+    assert (device.index, device.kind, device.memory_bytes) == (3, "NVIDIA L4", 24 * 10**9)
+    assert with_memory(Cluster((device,)), 0).devices[0].memory_bytes == 24 * 10**9
+    assert with_memory(Cluster((device,)), 0.5).devices[0].memory_bytes == 5 * 10**8
 
 
 def test_a_scheduler_that_predicts_is_given_the_cost_file(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def test_no_room_says_how_much_is_lacking(tmp_path: Path) -> None:
         PlanError, match=r"no plan fits the devices' memory: the closest one lacks [\d,]+ bytes on a:"
     ):
         plan(tmp_path / "plan.toml", cluster=str(cluster))
+    with pytest.raises(PlanError, match=r"bytes on host0:0, which has 10,000,000"):
+        plan(tmp_path / "plan.toml", {"mesh": {"memory_gb": 0.01}}, devices="2xL4")
 
 
 def test_the_table_marks_the_chosen_plan() -> None:
