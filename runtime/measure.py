@@ -104,7 +104,7 @@ def measure_costs(
     for kind in dict.fromkeys(kinds):
         ranks = [rank for rank in range(world) if kinds[rank] == kind]
         of_kind = [one.at_speed_1(speeds[r]) for r in ranks for one in of_rank[r]]
-        elements = element_costs(network, spec, alike, of_kind)
+        elements = element_costs(network, spec, alike, of_kind, setting.config)
         models.append(
             ModelCosts(
                 kind,

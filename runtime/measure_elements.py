@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from anabranch.runtime.config import Config
 from anabranch.runtime.model_shape import parameter_bytes, traffic, unequal_blocks
 from anabranch.schedulers import ModelSpec
 from anabranch.schedulers.costs import Curve, ElementCost, Work
@@ -34,13 +35,13 @@ class Seen:
 
 
 def element_costs(
-    network: nn.Module, spec: ModelSpec, alike: dict[str, str], seen: Sequence[Seen]
+    network: nn.Module, spec: ModelSpec, alike: dict[str, str], seen: Sequence[Seen], config: Config
 ) -> dict[str, ElementCost]:
     """Every element's costs from what all ranks of one kind saw of it and of blocks alike (`alike_blocks`)."""
     by_element: dict[str, list[Seen]] = defaultdict(list)
     for one in seen:
         by_element[one.element].append(one)
-    moved = traffic(network)
+    moved = traffic(network, config.train.precision, half_wire=config.mesh.wire == "bf16")
     unequal = unequal_blocks(network)
     parameters = parameter_bytes(network, spec)
     made: dict[str, ElementCost] = {}

@@ -15,14 +15,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from anabranch.blocks.branch_sum import BranchSum, branch_sums
 from anabranch.blocks.multi_residual import MultiResidual
 from anabranch.blocks.network import named_blocks
+from anabranch.runtime.step import autocast
+from anabranch.runtime.wire import sent_dtype
 from anabranch.schedulers import ModelSpec
 from anabranch.schedulers.analytic import ElementShape, PartShape
 from anabranch.schedulers.costs import ParameterBytes
 
 
-def model_shape(network: nn.Module, spec: ModelSpec) -> dict[str, ElementShape]:
-    """Every element of a one-device network for one sample, for `analytic_costs`. Nothing is computed (meta device)."""
-    moved, parameters = traffic(network), parameter_bytes(network, spec)
+def model_shape(
+    network: nn.Module, spec: ModelSpec, precision: str = "fp32", *, half_wire: bool = False
+) -> dict[str, ElementShape]:
+    """Every element of a one-device network for one sample, for `analytic_costs`, counted without computing it.
+
+    precision, half_wire: as of `traffic`, for what is exchanged.
+    """
+    moved, parameters = traffic(network, precision, half_wire=half_wire), parameter_bytes(network, spec)
     meta = copy.deepcopy(network).to("meta").eval()
     x = torch.empty(1, *network.input_shape, device="meta", dtype=next(meta.parameters()).dtype)  # type: ignore[misc]
     found: dict[str, ElementShape] = {}
@@ -117,26 +124,34 @@ def unequal_blocks(network: nn.Module) -> frozenset[str]:
     )
 
 
-def traffic(network: nn.Module) -> dict[str, tuple[float, float, float]]:
-    """Of each element, bytes a sample: its partial sums, gradients of what its branches read, its input."""
+def traffic(
+    network: nn.Module, precision: str = "fp32", *, half_wire: bool = False
+) -> dict[str, tuple[float, float, float]]:
+    """Of each element, bytes a sample: its partial sums, gradients of what its branches read, its input.
+
+    precision: `train.precision`, in which inputs travel. half_wire: whether sums travel as bf16 (`mesh.wire`).
+    """
     network = copy.deepcopy(network).eval()
     like = next(network.parameters())
     found: dict[str, list[float]] = {}
     x = torch.zeros(2, *network.input_shape, dtype=like.dtype, device=like.device)  # type: ignore[misc]
 
+    def sent_bytes(x: Tensor) -> float:
+        return x.numel() / 2 * sent_dtype(x.dtype, half=half_wire).itemsize
+
     def exchange(name: str) -> Callable[..., Tensor]:
         def one(partial_sum: Callable[[Any], Tensor], h: Any) -> Tensor:
             s = partial_sum(h)
             parts = [h] if isinstance(h, Tensor) else list(h)
-            found[name][0] += s.numel() / 2 * like.element_size()
-            found[name][1] += sum(p.numel() / 2 * like.element_size() for p in parts if p.is_floating_point())
+            found[name][0] += sent_bytes(s)
+            found[name][1] += sum(sent_bytes(p) for p in parts if p.is_floating_point())
             return s
 
         return one
 
-    with torch.no_grad():
+    with torch.no_grad(), autocast(precision, like.device):
         for name, module in [("stem", network.stem), *named_blocks(network), ("head", network.head)]:
-            found[name] = [0.0, 0.0, x.numel() / 2 * like.element_size()]
+            found[name] = [0.0, 0.0, x.nbytes / 2]
             for _, block_sum in branch_sums(module):  # type: ignore[arg-type]
                 block_sum.exchange = exchange(name)
             x = module(x)  # type: ignore[operator]

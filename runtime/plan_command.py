@@ -106,8 +106,9 @@ def plan_elsewhere(
             costs.check(spec, frozenset(kinds), config.mesh.costs)
         else:
             precision: Literal["fp32", "half"] = "half" if config.train.precision == "bf16" else "fp32"
+            shapes = model_shape(network, spec, config.train.precision, half_wire=config.mesh.wire == "bf16")
             costs = analytic_costs(
-                model_shape(network, spec), kinds, shared=shared_bytes(network, spec), precision=precision,
+                shapes, kinds, shared=shared_bytes(network, spec), precision=precision,
                 fused=config.mesh.execution != "looped",
             )  # fmt: skip
         train = config.train

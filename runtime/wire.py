@@ -15,6 +15,13 @@ from anabranch.runtime import exchange
 from anabranch.runtime.recorder import Recorder
 
 
+def sent_dtype(dtype: torch.dtype, *, half: bool) -> torch.dtype:
+    """What sums of this type travel as; half: as of `Wire`."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return dtype
+    return torch.bfloat16 if half else torch.float32
+
+
 @dataclass(eq=False)
 class Wire:
     """A branch group as the collectives use it. recorder: told of every exchange.
@@ -91,9 +98,7 @@ class Wire:
         return x if sizes is None else exchange.own_rows(x, sizes, self.group.rank())
 
     def dtype_of(self, x: Tensor) -> torch.dtype:
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return x.dtype
-        return torch.bfloat16 if self.half else torch.float32
+        return sent_dtype(x.dtype, half=self.half)
 
     def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """All ranks' rows in order: rank i gives sizes[i]."""

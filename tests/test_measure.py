@@ -24,7 +24,7 @@ from anabranch.runtime.config import Config
 from anabranch.runtime.measure import cost_key, with_speeds, workers_key
 from anabranch.runtime.measure_elements import Seen, _unequal_work
 from anabranch.runtime.measure_trial import trial_plans
-from anabranch.runtime.model_shape import model_shape
+from anabranch.runtime.model_shape import model_shape, traffic
 from anabranch.runtime.model_spec import spec_of
 from anabranch.schedulers import (
     BlockSpec,
@@ -187,6 +187,16 @@ def test_trials_of_networks_that_share_parameters_can_run() -> None:
 def test_many_unequal_branches_take_few_trials() -> None:
     spec = ModelSpec((BlockSpec("b", 23),))
     assert len(list(trial_plans(spec, frozenset({"b"}), 2))) <= 10
+
+
+def test_exchanges_are_as_large_as_what_travels() -> None:
+    """Sums and their gradients as the wire has them, inputs as autocast makes them."""
+    network = SHORT.network()
+    full, half_wire = (traffic(network, half_wire=half)["stage1.block1"] for half in (False, True))
+    assert half_wire == (full[0] / 2, full[1] / 2, full[2])
+    autocast = traffic(network, "bf16")["stage1.block1"]
+    assert autocast == (full[0], full[1], full[2] / 2)
+    assert traffic(network.double(), half_wire=True)["stage1.block1"] == tuple(2 * num for num in full)
 
 
 class Heavy(nn.Module):
