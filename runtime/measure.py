@@ -29,7 +29,7 @@ from torch import nn
 
 from anabranch.runtime.config import Config
 from anabranch.runtime.machine import processor
-from anabranch.runtime.measure_elements import Seen, element_costs
+from anabranch.runtime.measure_elements import Seen, element_costs, without_waiting
 from anabranch.runtime.measure_links import link_costs, occupancy
 from anabranch.runtime.measure_network import alike_blocks, reduced_network
 from anabranch.runtime.measure_trial import WARM_UP, Trial, trial_plans
@@ -81,7 +81,7 @@ def measure_costs(
     on_trial(rounds, rounds + 1)
     seen = [[[*vars(one).values()] for one in trial.seen()] for trial in running]
     everything = gather_json(seen, _device(network))
-    of_rank = [[Seen(*row) for rows in of_trial for row in rows] for of_trial in everything]
+    of_rank = without_waiting([[Seen(*row) for rows in of_trial for row in rows] for of_trial in everything])
     speeds = _speeds([[Seen(*row) for row in of_trial[0]] for of_trial in everything], kinds)
     alike_ranks = len({*zip(kinds, speeds, strict=True)}) == 1
     exchanges: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))

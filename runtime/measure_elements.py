@@ -20,7 +20,10 @@ _Four = tuple[float, float, float, float]  # forward, backward seconds, saved, p
 
 @dataclass(frozen=True)
 class Seen:
-    """One element in one trial on one rank: its split, samples, branches held, and what it took."""
+    """One element in one trial on one rank: its split, samples, branches held, and what it took, without exchanges.
+
+    forward_sums_s, backward_sums_s: exchanging BatchNorm's statistics with ranks that have samples of the same group.
+    """
 
     element: str
     samples: int
@@ -29,9 +32,28 @@ class Seen:
     backward_s: float
     saved_bytes: float
     peak_bytes: float
+    forward_sums_s: float = 0.0
+    backward_sums_s: float = 0.0
 
     def at_speed_1(self, speed: float) -> Seen:
-        return replace(self, forward_s=self.forward_s * speed, backward_s=self.backward_s * speed)
+        """Of a device of speed 1, the sums among what it took: whatever plan runs it so has them too."""
+        forward_s = self.forward_s * speed + self.forward_sums_s
+        return replace(self, forward_s=forward_s, backward_s=self.backward_s * speed + self.backward_sums_s)
+
+
+def without_waiting(of_rank: Sequence[Sequence[Seen]]) -> list[list[Seen]]:
+    """What ranks saw, each sum as long as it took the rank that waited for no other. By rank, the same elements."""
+    least = [
+        (min(one.forward_sums_s for one in same), min(one.backward_sums_s for one in same))
+        for same in zip(*of_rank, strict=True)
+    ]
+    return [
+        [
+            replace(one, forward_sums_s=forward_s, backward_sums_s=backward_s)
+            for one, (forward_s, backward_s) in zip(seen, least, strict=True)
+        ]
+        for seen in of_rank
+    ]
 
 
 def element_costs(

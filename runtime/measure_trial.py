@@ -20,6 +20,7 @@ from anabranch.schedulers.model_spec import EDGES
 from anabranch.schedulers.plan import SAMPLE, EdgeSplit
 
 WARM_UP = 2  # steps before measuring
+_SUMS = ("world_sum", "data_sum")  # BatchNorm's statistics: a part of what an element takes
 _MAX_COUNTS = 8  # numbers of branches, or unequal ones, measured one by one; of more, a spread
 
 
@@ -55,25 +56,32 @@ class Trial:
         self.optimizer.append(times["optimizer"])
 
     def seen(self) -> Iterator[Seen]:
-        """What each element took on this rank: medians over the steps, without exchanges."""
+        """What each element took on this rank: medians over the steps, exchanges apart."""
         sums: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for spans in self.spans:
+        of_sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0] * len(self.spans))
+        for step, spans in enumerate(self.spans):
             once: dict[tuple[str, str], float] = defaultdict(float)
             for span in spans:
                 if span.element:
                     once[span.part, span.element] += (span.end - span.start) * (-1 if span.op else 1)
+                if span.op in _SUMS:
+                    of_sums[span.part, span.element][step] += span.end - span.start
             for key, seconds in once.items():
                 sums[key].append(seconds)
         whole = {part: self._whole_s(part, sums) for part in ("forward", "backward")}
+        times = len(self.step.batches)
         for name, _, rows in self.parallel.elements():
             samples = max(sum(batch.rows.layout_of(rows).group_sizes) for batch in self.step.batches)
             placed = self.plan.blocks.get(name)
             held = placed.branches[self.mesh.branch_rank] if placed and placed.branches else None
             forward, backward = (
-                whole[part] * statistics.median(sums.get((part, name), [0.0])) / len(self.step.batches)
+                whole[part] * statistics.median(sums.get((part, name), [0.0])) / times
                 for part in ("forward", "backward")
             )
-            yield Seen(name, samples, held, max(forward, 0.0), max(backward, 0.0), *self.memory[name])
+            in_sums = (statistics.median(of_sums[part, name]) / times for part in ("forward", "backward"))
+            yield Seen(
+                name, samples, held, max(forward, 0.0), max(backward, 0.0), *self.memory[name], *in_sums
+            )
 
     @staticmethod
     def _whole_s(part: str, sums: dict[tuple[str, str], list[float]]) -> float:

@@ -17,7 +17,7 @@ from anabranch.runtime.progress import RunProgress, print_placement
 from anabranch.schedulers import Cluster, ModelSpec, Plan, PlanFile, format_plan, parse_plan, read_plan
 from anabranch.schedulers.cluster_file import parse_devices, read_cluster
 from anabranch.schedulers.cost_file import read_costs
-from anabranch.schedulers.costs import Batch, Costs
+from anabranch.schedulers.costs import PREDICTED, Batch, Costs
 from anabranch.schedulers.predict import Prediction, predict
 from anabranch.schedulers.registry import make_request, schedule
 
@@ -122,8 +122,14 @@ def plan_elsewhere(
         told("predicting")
         rows: dict[str, dict[str, Any]] = {"best": row("best", found.plan, found.prediction)}
         rows |= _references(rows, spec, cluster, costs, batch)
+    notes = [*found.notes]
+    if costs.label == PREDICTED and _num_groups(batch) < len(cluster.devices):
+        notes.append(
+            f"BN groups of {group} samples lie on several devices where samples are split: exchanging their statistics "
+            "is not counted"
+        )
     outcome = {"label": costs.label, "chosen": "best", "plans": list(rows.values()), "gap": found.gap,
-               "search_s": found.seconds, "notes": list(found.notes)}  # fmt: skip
+               "search_s": found.seconds, "notes": notes}  # fmt: skip
     print_candidates(console, outcome)
     shown = _shown(console, found.plan, spec, cluster, costs, batch, found.prediction, explained)
     _write(output, found.plan, partial, console)
@@ -139,6 +145,12 @@ def plan_elsewhere(
         "plans": list(rows.values()),
         **shown,
     }
+
+
+def _num_groups(batch: Batch) -> int:
+    """BN groups of a step's largest micro-batch."""
+    num_groups = -(-batch.num_samples // batch.bn_batch_size)
+    return -(-num_groups // min(batch.accumulation, num_groups))
 
 
 def row(name: str, plan: Plan, prediction: Prediction) -> dict[str, Any]:

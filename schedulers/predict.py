@@ -21,8 +21,8 @@ rest joins the backlog q when its bucket closes, and drains while later elements
     step = Σ f_e + Σ c_e + exchanges + Σ occupancy · g_e + last q + optimizer + step_s
 
 Optimizer: by element the rank that holds most. With accumulation every micro-batch pays forward and backward,
-and the last one hides the gradients. Memory: see `memory`. Not counted: synchronized BatchNorm (there is none
-with the default bn_batch_size), targets.
+and the last one hides the gradients. Memory: see `memory`. Synchronized BatchNorm (there is none with the default
+bn_batch_size) is in what elements were measured to take; from data sheets it is not counted. Nor are targets.
 """
 
 from __future__ import annotations

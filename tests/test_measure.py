@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,10 +23,11 @@ from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.runtime import audit, measure, measure_links
 from anabranch.runtime.config import Config
 from anabranch.runtime.measure import cost_key, with_speeds, workers_key
-from anabranch.runtime.measure_elements import Seen, _unequal_work
-from anabranch.runtime.measure_trial import trial_plans
+from anabranch.runtime.measure_elements import Seen, _unequal_work, without_waiting
+from anabranch.runtime.measure_trial import Trial, trial_plans
 from anabranch.runtime.model_shape import model_shape, traffic
 from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.recorder import Span
 from anabranch.schedulers import (
     BlockSpec,
     Cluster,
@@ -187,6 +189,39 @@ def test_trials_of_networks_that_share_parameters_can_run() -> None:
 def test_many_unequal_branches_take_few_trials() -> None:
     spec = ModelSpec((BlockSpec("b", 23),))
     assert len(list(trial_plans(spec, frozenset({"b"}), 2))) <= 10
+
+
+def test_statistics_of_batchnorm_are_a_part_of_what_an_element_takes() -> None:
+    """Other exchanges are taken off; of these sums what waiting for another rank added is."""
+
+    def seen(waited_s: float) -> Seen:
+        trial: Any = SimpleNamespace(
+            spans=[
+                [
+                    Span("forward", "stem", "", 0, 0.0, 10.0 + waited_s),
+                    Span("forward", "stem", "world_sum", 8, 2.0, 5.0 + waited_s),
+                    Span("forward", "stem", "all_gather", 8, 8.0, 9.0),
+                    Span("backward", "stem", "", 0, 20.0, 24.0),
+                    Span("backward", "stem", "data_sum", 8, 20.0, 21.0),
+                ]
+            ],
+            parallel=SimpleNamespace(elements=lambda: [("stem", None, "own")]),
+            step=SimpleNamespace(batches=[mock.Mock(), mock.Mock()]),  # two micro-batches
+            plan=SimpleNamespace(blocks={}),
+            memory={"stem": (1.0, 2.0)},
+            _whole_s=Trial._whole_s,
+        )
+        for batch in trial.step.batches:
+            batch.rows.layout_of.return_value.group_sizes = (4, 4)
+        (one,) = Trial.seen(trial)
+        return one
+
+    assert seen(6.0) == Seen("stem", 8, None, 3.0, 1.5, 1.0, 2.0, 4.5, 0.5)
+    (first,), (second,) = without_waiting([[seen(0.0)], [seen(6.0)]])
+    assert first == second
+    assert (first.forward_sums_s, first.backward_sums_s) == (1.5, 0.5)
+    slow = first.at_speed_1(0.5)
+    assert (slow.forward_s, slow.backward_s) == (0.5 * 3.0 + 1.5, 0.5 * 1.5 + 0.5)
 
 
 def test_exchanges_are_as_large_as_what_travels() -> None:

@@ -59,6 +59,18 @@ def test_machines_that_are_not_here(tmp_path: Path) -> None:
     assert fast["data_parallel_step_s"] < result["data_parallel_step_s"], "the wire counts"
 
 
+@pytest.mark.parametrize(("bn_batch_size", "is_told"), [(0, False), (8, False), (16, True)])
+def test_statistics_across_devices_are_told(bn_batch_size: int, is_told: bool, tmp_path: Path) -> None:
+    """Data sheets know no price of them."""
+    with (tmp_path / "printed").open("w") as printed:
+        commands.plan(
+            Config.from_dict(CONFIG, {"train": {"bn_batch_size": bn_batch_size}}), devices="8xH200", interconnect="",
+            cluster="", explain=False, output=tmp_path / "plan.toml", console=Console(file=printed, width=300),
+        )  # fmt: skip
+    note = "note: BN groups of 16 samples lie on several devices"
+    assert (note in (tmp_path / "printed").read_text()) == is_told
+
+
 def test_a_cluster_file_and_pins(tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.toml"
     cluster.write_text(
