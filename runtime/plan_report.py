@@ -89,25 +89,33 @@ def print_explanation(console: Console, stages: Sequence[StageRow], batch: Batch
         "samples split",
         "branches split",
         "samples pay from batch",
-        "branches pay from",
+        "branches pay",
     ):
         table.add_column(column)
     for stage in stages:
         even = stage.break_even_batch
-        needed = stage.needed_bytes_per_s
         table.add_row(
             stage.stage,
             stage.split,
             _ms(stage.sample_s),
             _ms(stage.branch_s),
             "never seen" if even is None else "any" if even == 0 else str(even),
-            "no bandwidth" if needed is None else "any" if needed == 0 else f"{8e-9 * needed:,.2f} Gbit/s",
+            _bandwidths(stage.needed_bytes_per_s, stage.most_bytes_per_s),
         )
     console.print(table)
     console.print(
         f"step times with that stage split so, all else as planned; batch {batch.num_samples}",
         highlight=False,
     )
+
+
+def _bandwidths(least: float | None, most: float | None) -> str:
+    """Of the branch groups' link, bytes a second from and up to which something pays, as `StageRow` has them."""
+    if least is None:
+        return "at no bandwidth"
+    if most is not None:
+        return f"up to {8e-9 * most:,.2f} Gbit/s"
+    return f"from {8e-9 * least:,.2f} Gbit/s" if least else "at any bandwidth"
 
 
 def _ms(seconds: float) -> str:

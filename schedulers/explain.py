@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from anabranch.schedulers.cluster import Cluster, Link
 from anabranch.schedulers.costs import Batch, Costs
 from anabranch.schedulers.errors import PlanError
+from anabranch.schedulers.layout import make_layout
 from anabranch.schedulers.plan import SAMPLE, BranchPlacement, Plan
 from anabranch.schedulers.predict import Predictor
 from anabranch.schedulers.request import Request
@@ -18,8 +19,10 @@ class StageRow:
     """One stage (blocks up to the last dot of their names), all else as in the plan.
 
     sample_s, branch_s: predicted step times with the stage split so. break_even_batch: samples of a step from
-    which "sample" pays (0: always; None: not up to 64 times the batch). needed_bytes_per_s: of the branch
-    groups' link, from which "branch" pays at this batch (None: at no bandwidth; 0: at any).
+    which "sample" pays (0: always; None: not up to 64 times the batch). needed_bytes_per_s, most_bytes_per_s: of
+    the branch groups' link, from which and up to which "branch" pays at this batch (0: from the lowest, None: up
+    to the highest; None, None: at none). At low ones alone it pays where the gradients that it saves outweigh
+    activations.
     """
 
     stage: str
@@ -29,6 +32,7 @@ class StageRow:
     branch_s: float
     break_even_batch: int | None
     needed_bytes_per_s: float | None
+    most_bytes_per_s: float | None
 
 
 def explain(plan: Plan, request: Request) -> list[StageRow]:
@@ -62,12 +66,14 @@ def explain(plan: Plan, request: Request) -> list[StageRow]:
                 predict(by_sample).total_s,
                 predict(by_branch).total_s,
                 _break_even(request, pair, gain),
-                _needed(request, pair, gain),
+                *_needed(request, pair, gain),
             )
         )
     return rows
 
 
+_BANDWIDTHS = 1e3, 1e13  # bytes a second: the lowest and highest looked at
+_LATENCY_S = 1e-5  # of a link of which nothing is known
 _Gain = Callable[[Costs, Cluster, Batch, tuple[Plan, Plan]], float]
 
 
@@ -116,24 +122,29 @@ def _break_even(request: Request, pair: tuple[Plan, Plan], gain: _Gain) -> int |
     return high * num_groups
 
 
-def _needed(request: Request, pair: tuple[Plan, Plan], gain: _Gain) -> float | None:
-    """By closed form: measured groups are left out, latency is kept."""
+def _needed(request: Request, pair: tuple[Plan, Plan], gain: _Gain) -> tuple[float | None, float | None]:
+    """Bandwidths from which and up to which "branch" pays: that of the branch groups' link varies, alone.
+
+    By closed form: that link's measured groups are left out, its latency is kept.
+    """
     assert request.costs is not None
     assert request.batch is not None
-    costs, batch, cluster = replace(request.costs, groups=()), request.batch, request.cluster
-    known = [link for link in (cluster.local, cluster.across) if link is not None]
-    latency = min((link.latency_s for link in known), default=1e-5)
+    costs, batch, cluster = request.costs, request.batch, request.cluster
+    across = make_layout(pair[0].devices or (), cluster, batch, pair[0].samples).branch_group.across
+    costs = replace(costs, groups=tuple(group for group in costs.groups if group.across != across))
+    known = cluster.across if across else cluster.local
+    link = known or Link(_LATENCY_S, 0.0)
 
     def pays(bandwidth: float) -> bool:
-        link = Link(latency, bandwidth)
-        return gain(costs, replace(cluster, local=link, across=link), batch, pair) > 0
+        changed = replace(link, bandwidth_bytes_per_s=bandwidth)
+        where = replace(cluster, across=changed) if across else replace(cluster, local=changed)
+        return gain(costs, where, batch, pair) > 0
 
-    low, high = 1e3, 1e13
-    if pays(low):
-        return 0.0
-    if not pays(high):
-        return None
+    low, high = _BANDWIDTHS
+    at_low, at_high = pays(low), pays(high)
+    if at_low == at_high:
+        return (0.0, None) if at_low else (None, None)
     for _ in range(40):
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if pays(middle) else (middle, high)
-    return high
+        low, high = (middle, high) if pays(middle) == at_low else (low, middle)
+    return (0.0, low) if at_low else (high, None)

@@ -210,3 +210,30 @@ def test_explain() -> None:
             assert (row.break_even_batch <= request.batch.num_samples) == (row.sample_s <= row.branch_s)
     assert (rows[0].break_even_batch or 0) < (rows[-1].break_even_batch or 10**9)
     assert explain(replace(result.plan, data=8, branch=1), request) == []
+
+
+@pytest.mark.parametrize(("num_devices", "mesh"), [(8, (2, 4)), (16, (4, 4)), (16, (1, 16))])
+def test_explained_bandwidths_are_of_the_branch_groups_link(num_devices: int, mesh: tuple[int, int]) -> None:
+    """With that link, and no other, a little slower or faster than said, the stage's other split is the faster one."""
+    request = replace(synthetic_request(8, num_devices), mesh=mesh)
+    plan = search(request).plan
+    link = "across" if mesh[1] > 8 else "local"
+
+    def pays(bandwidth: float) -> list[bool]:
+        known = getattr(request.cluster, link)
+        changed = {link: replace(known, bandwidth_bytes_per_s=bandwidth)}
+        rows = explain(plan, replace(request, cluster=replace(request.cluster, **changed)))
+        return [row.branch_s < row.sample_s for row in rows]
+
+    rows, at_lowest, at_highest = explain(plan, request), pays(1e3), pays(1e13)
+    for number, row in enumerate(rows):
+        least, most = row.needed_bytes_per_s, row.most_bytes_per_s
+        assert at_lowest[number] == (least == 0.0)
+        assert at_highest[number] == (least is not None and most is None)
+        if least:
+            assert not pays(0.99 * least)[number]
+            assert pays(1.01 * least)[number]
+        if most:
+            assert pays(0.99 * most)[number]
+            assert not pays(1.01 * most)[number]
+    assert len({(row.needed_bytes_per_s is None, row.needed_bytes_per_s == 0.0) for row in rows}) > 1

@@ -17,9 +17,11 @@ from anabranch.runtime import commands
 from anabranch.runtime.config import Config
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.plan_report import print_candidates
+from anabranch.runtime.plan_report import print_candidates, print_explanation
 from anabranch.schedulers import PlanError, parse_plan, read_plan
 from anabranch.schedulers.cluster_file import read_cluster
+from anabranch.schedulers.costs import Batch
+from anabranch.schedulers.explain import StageRow
 
 CONFIG: dict[str, Any] = {
     "model": {
@@ -144,6 +146,22 @@ def test_the_table_marks_the_chosen_plan() -> None:
     assert "0.800 (0.700 to 0.900)" in text
     assert "-10 %" in text
     assert "note: a note" in text
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "said"),
+    [
+        (None, None, "at no bandwidth"), (0.0, None, "at any bandwidth"), (1.25e9, None, "from 10.00 Gbit/s"),
+        (0.0, 2.5e9, "up to 20.00 Gbit/s"),
+    ],
+)  # fmt: skip
+def test_the_explanation_says_at_which_bandwidths(
+    least: float | None, most: float | None, said: str, tmp_path: Path
+) -> None:
+    row = StageRow("stage1", ("stage1.block1",), "sample", 0.1, 0.2, None, least, most)
+    with (tmp_path / "printed").open("w") as printed:
+        print_explanation(Console(file=printed, width=200), [row], Batch(64, 8))
+    assert said in (tmp_path / "printed").read_text()
 
 
 def test_what_is_there_is_replaced_only_where_it_is_named(
