@@ -80,7 +80,7 @@ def _predicted_plan(row: Row, network: nn.Module, cluster: Cluster, facts: dict[
     """The best by data sheets, where the ranks are not there to be measured."""
     spec, kind = spec_of(network), cluster.devices[0].kind
     costs = analytic_costs(
-        model_shape(network, spec), (kind,), shared=shared_bytes(network, spec),
+        model_shape(network, spec, row.precision), (kind,), shared=shared_bytes(network, spec),
         precision="half" if row.precision == "bf16" else "fp32",
     )  # fmt: skip
     request = make_request(
