@@ -7,7 +7,8 @@ backward   input's gradient ──► sent, weights' gradients meanwhile        
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,13 +18,18 @@ from torch.nn import functional as F
 
 
 class WeightGradients:
-    """Computations of weight gradients, in the order in which backward met them. report: told of each that is there.
+    """Computations of weight gradients, in the order in which backward met them.
 
-    Whoever sends a block's input gradient starts sending in backward, and then calls `run`.
+    Whoever sends a block's input gradient starts sending in backward, and then calls `run`. report: told of each
+    parameter after its last use here. shared: parameters with uses elsewhere too, which are left to autograd: it alone
+    knows the last one.
     """
 
-    def __init__(self, report: Callable[[nn.Parameter], None]) -> None:
-        self._report, self._waiting = report, list[tuple[nn.Parameter, Callable[[], Tensor]]]()
+    def __init__(
+        self, report: Callable[[nn.Parameter], None], shared: Set[nn.Parameter] = frozenset()
+    ) -> None:
+        self._report, self.shared = report, shared
+        self._waiting = list[tuple[nn.Parameter, Callable[[], Tensor]]]()
 
     def add(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
         """Keeps a computation for `run`."""
@@ -33,13 +39,16 @@ class WeightGradients:
     def run(self) -> None:
         """Computes them all: each is added to its parameter's grad, as autograd does."""
         waiting, self._waiting = self._waiting, []
+        uses = Counter(parameter for parameter, _ in waiting)
         for parameter, compute in waiting:
             grad = compute().to(parameter.dtype)
             if parameter.grad is None:
                 parameter.grad = grad
             else:
                 parameter.grad += grad
-            self._report(parameter)
+            uses[parameter] -= 1
+            if not uses[parameter]:
+                self._report(parameter)
 
 
 class ChunkedSum(Protocol):
@@ -79,7 +88,8 @@ def conv2d(
 ) -> Tensor:
     """`F.conv2d` without bias. is_last: its result is the partial sum of a block's branches."""
     queue, sums = _current.queue, _current.sums if is_last else None
-    if not (x.requires_grad and weight.requires_grad and torch.is_grad_enabled()):
+    needs_both = x.requires_grad and weight.requires_grad and torch.is_grad_enabled()
+    if queue is not None and (not needs_both or weight in queue.shared):
         queue = None
     if queue is None and sums is None:
         return F.conv2d(x, weight, None, stride, padding, 1, groups)

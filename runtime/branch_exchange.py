@@ -44,7 +44,7 @@ class BranchExchange:
     ) -> tuple[Tensor, Hidden, SumInParts | None]:
         queue = None
         if self.wire.overlap and torch.is_grad_enabled() and isinstance(h, Tensor) and h.requires_grad:
-            queue = WeightGradients(self.wire.report)
+            queue = WeightGradients(self.wire.report, self.wire.shared)
         copied = copy_to_branches(h, self.wire, queue)
         # Run again for what backward needs, a rank stops once it has all that: some before anything is to be sent.
         sums = SumInParts(self.wire, sizes) if self.wire.chunks > 1 and not is_running_again() else None

@@ -15,6 +15,7 @@ BatchNorm statistics and a few numbers (loss, hits, requests to stop) follow in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,8 @@ class GradientReducer:
             for bucket in self._buckets
             for parameter in bucket.parameters
         ]
+        uses = Counter(p for _, p in network.named_parameters(remove_duplicate=False))
+        network.wire.shared = frozenset(p for p, num_uses in uses.items() if num_uses > 1)
         network.wire.report = self._on_ready  # a weight gradient that autograd does not see
         self._statistics = self._make_statistics(num_extra)
         self.extra = self._statistics["world"].extra
@@ -146,6 +149,12 @@ class GradientReducer:
         if id(parameter) not in self._where:
             return  # nobody to sum with
         bucket = self._where[id(parameter)]
+        if bucket.work is not None:
+            name = next(name for name, p in self.network.named_parameters() if p is parameter)
+            raise RuntimeError(
+                f"{name} has another gradient after its sum was sent: its module runs several times in a step. "
+                'Set mesh.overlap to "off"; a checkpoint of your own around it needs use_reentrant=False'
+            )
         bucket.pending.discard(id(parameter))
         over, in_order = bucket.over, self._of_group[bucket.over]
         while self._next[over] < len(in_order) and not in_order[self._next[over]].pending:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,7 +28,8 @@ class Wire:
 
     channels_last: the format in which images travel and arrive; the same on all ranks, whatever format a rank has.
     half: float32 sums travel and are added as bfloat16: half the bytes, and rounding that `verify` reports. overlap:
-    the weight gradients of a block are computed while its input's gradient travels; report: is told of each then.
+    the weight gradients of a block are computed while its input's gradient travels; report: is told of each then;
+    shared: parameters of several modules, whose gradients autograd computes.
     chunks: parts of the batch in which partial sums travel, each while the next is computed where blocks can.
     """
 
@@ -38,6 +39,7 @@ class Wire:
     half: bool = False
     overlap: bool = False
     report: Callable[[nn.Parameter], None] = lambda parameter: None
+    shared: Set[nn.Parameter] = frozenset()
     chunks: int = 1
     _kept: list[Tensor] | None = None
     _repeated: Iterator[Tensor] | None = None

@@ -161,6 +161,20 @@ def plain_row_net() -> nn.Module:
     return Chain(stem, [row], classifier())
 
 
+def tied_net() -> nn.Module:
+    """Two blocks with one parameter in their last convolutions, which may leave weight gradients for later."""
+    return build(
+        "shared_basis",
+        base="cifar_resnet",
+        tied=("coefficients",),
+        blocks_per_stage=(3, 1, 1),
+        width=4,
+        bundled=True,
+        in_channels=2,
+        num_classes=5,
+    )
+
+
 def _multi_resnet(num_branches: int, blocks_per_stage: Sequence[int], **options: Any) -> nn.Module:
     return build(
         "multi_resnet",
@@ -184,6 +198,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "bare": bare_net,
     "row": row_net,
     "plain row": plain_row_net,
+    "tied": tied_net,
     "choice": lambda: Chain(nn.Identity(), [Choice()], classifier(2)),
 }
 

@@ -25,6 +25,7 @@ from anabranch.blocks import (
 from anabranch.blocks.batch import BatchLayout, batch_layout
 from anabranch.blocks.branch_sum import branch_sums, closing_sum
 from anabranch.blocks.convert import prepare
+from anabranch.blocks.convolution import WeightGradients, exchanging
 from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
 from anabranch.blocks.stacked import StackedConv2d, _at_once, _by_branch
@@ -534,3 +535,15 @@ def test_every_table_network_runs() -> None:
     for name in NETWORKS:
         size = 32 if name == "imagenet" else 8
         assert seeded(name)(torch.randn(2, 2, size, size)).shape == (2, 5)
+
+
+def test_a_weight_gradient_is_reported_after_its_last_use() -> None:
+    conv, reported = StackedConv2d("spread", 1, 2, 2, 3), list[nn.Parameter]()
+    plain, x = copy.deepcopy(conv), torch.randn(2, 2, 4, 4, requires_grad=True)
+    queue = WeightGradients(reported.append)
+    with exchanging(queue, None):
+        conv(conv(x)).sum().backward()
+    queue.run()
+    plain(plain(x)).sum().backward()
+    assert [id(one) for one in reported] == [id(conv.weight)]
+    torch.testing.assert_close(conv.weight.grad, plain.weight.grad)

@@ -231,6 +231,13 @@ def test_exchanges_of_a_group_come_in_one_order() -> None:
         assert report.max_relative_difference <= case.bound, report
 
 
+def test_a_tied_weight_leaves_after_its_last_use() -> None:
+    """Its gradients are not put off: a bucket would leave with the first."""
+    case = Case("tied", (2, 2), ((2, 2),), "ss", trial={"overlap": "on"})
+    for report in run_ranks(4, with_small_buckets, case, timeout_s=60):
+        assert report.max_relative_difference <= case.bound, report
+
+
 @cache
 def _defective() -> dict[str, Report]:
     found: dict[str, Report] = {}

@@ -221,6 +221,24 @@ def test_the_order_of_buckets_is_fixed_whatever_is_ready_first() -> None:
         assert torch.equal(grad, second[name]), name
 
 
+def reported_again(rank: int, world_size: int) -> str:
+    run = Run(Case("choice", (2, 1), (S,)))
+    reducer = GradientReducer(run.network, num_extra=len(run.step.reducer.extra), bucket_bytes=1)
+    (parameter,) = reducer._buckets[0].parameters
+    reducer.arm()
+    reducer._on_ready(parameter)
+    with pytest.raises(RuntimeError) as caught:
+        reducer._on_ready(parameter)
+    reducer.finish()
+    return str(caught.value)
+
+
+def test_a_gradient_that_comes_after_its_bucket_left_is_an_error() -> None:
+    for message in run_ranks(2, reported_again):
+        assert message.startswith("head.3.bias has another gradient"), message
+        assert "mesh.overlap" in message
+
+
 # ---- a step's result
 
 
