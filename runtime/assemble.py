@@ -45,9 +45,11 @@ def make_data(config: Config) -> DataBundle:
 def make_network(config: Config, bundle: DataBundle) -> nn.Module:
     """The network of `[model]` on one device, its parameters a function of the seed.
 
-    in_channels and num_classes of our families come from the data unless given. Raises ModelError or ConfigError.
+    in_channels and num_classes of our families come from the data unless given, as does the input_shape of a user's
+    network. Raises ModelError or ConfigError.
     """
     name, options = config.model.name, dict(config.model.options)
+    shape = (bundle.in_channels, *bundle.image_size)
     if ":" in name:
         make = import_object(name, "model.name")
         with torch.random.fork_rng(devices=[]):
@@ -58,6 +60,8 @@ def make_network(config: Config, bundle: DataBundle) -> nn.Module:
             raise ConfigError(
                 f"model.name = {name} returned a {type(network).__name__}: it must return a torch module"
             )
+        if getattr(network, "input_shape", None) is None:
+            network.input_shape = shape  # type: ignore[assignment]
         return in_precision(config, network)
     if name in (*families(), *models()):
         given: dict[str, Any] = {"in_channels": bundle.in_channels}
@@ -67,7 +71,7 @@ def make_network(config: Config, bundle: DataBundle) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.train.seed, "model"))
         network = build(name, **options)
-    network.input_shape = (bundle.in_channels, *bundle.image_size)  # type: ignore[assignment]
+    network.input_shape = shape  # type: ignore[assignment]
     return in_precision(config, network)
 
 

@@ -12,7 +12,14 @@ import pytest
 from anabranch.blocks import build
 from anabranch.blocks.convert import prepare
 from anabranch.runtime import worker
-from anabranch.runtime.assemble import make_plan, provisional_plan, settle, with_memory
+from anabranch.runtime.assemble import (
+    make_data,
+    make_network,
+    make_plan,
+    provisional_plan,
+    settle,
+    with_memory,
+)
 from anabranch.runtime.config import Config
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.model_shape import model_shape
@@ -123,6 +130,16 @@ def test_workers_tell_their_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert (device.index, device.kind, device.memory_bytes) == (3, "NVIDIA L4", 24 * 10**9)
     assert with_memory(Cluster((device,)), 0).devices[0].memory_bytes == 24 * 10**9
     assert with_memory(Cluster((device,)), 0.5).devices[0].memory_bytes == 5 * 10**8
+
+
+def test_a_users_network_has_the_input_shape_of_the_data() -> None:
+    chosen = Config.from_dict(
+        {"model": {"name": "parity_cases:plain_row_net"}, "data": {"name": "synthetic"}},
+        {"data": {"options": {"in_channels": 2, "image_size": 8}}},
+    )
+    network = prepare(make_network(chosen, make_data(chosen)))
+    assert network.input_shape == (2, 8, 8)
+    assert set(model_shape(network, spec_of(network))) == {"stem", "0", "head"}
 
 
 def test_a_scheduler_that_predicts_is_given_the_cost_file(tmp_path: Path) -> None:
