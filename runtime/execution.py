@@ -35,7 +35,6 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 _Way = tuple[Execution, MemoryFormat]
 _FORMS: tuple[Execution, ...] = get_args(Execution)
 _FIRST = _FORMS[0]  # taken where no other is clearly faster
-_WAYS: list[_Way] = [(form, layout) for layout in get_args(MemoryFormat) for form in _FORMS]
 _REPEATS, _MOST_REPEATS = 5, 10  # more of them while two forms are close, for _ENOUGH_S at most
 _CLOSE = 0.9
 _FEW_REPEATS, _HOPELESS = 3, 1.3  # a form that takes so much more than the fastest after so many is left out
@@ -160,7 +159,8 @@ def _ways_to_run(
         formats = ["contiguous"]
     if execution != "auto" and len(formats) == 1:
         return settle(dict.fromkeys(names, _told(execution)), formats[0])
-    cache = _Cache(network, precision)
+    ways: list[_Way] = [(form, layout) for layout in formats for form in _FORMS]
+    cache = _Cache(network, precision, ways)
     num_rows = {"own": len(rows.own_range), "group": len(rows.group_range)}
     keys = _measured(network, image_shape, num_rows, precision, cache, on_progress)
     told = gather_json({"keys": keys, "seconds": cache.used}, next(network.parameters()).device)
@@ -172,9 +172,9 @@ def _ways_to_run(
     if network.mesh.rank == 0:
         cache.keep()
 
-    def seconds(name: str, way: tuple[Execution, MemoryFormat]) -> float:
+    def seconds(name: str, way: _Way) -> float:
         """Over all ranks, which may hold different numbers of branches."""
-        index = _WAYS.index(way)
+        index = ways.index(way)
         return sum(merged[key][index] for one in told if (key := one["keys"].get(name)))
 
     def best(name: str, layout: MemoryFormat) -> Execution:
@@ -200,12 +200,12 @@ def is_ours(network: nn.Module) -> bool:
 
 
 class _Cache:
-    """Seconds by block, for each of `_WAYS`: a file a block, in a folder a machine and version.
+    """Seconds by block, for each of `ways`: a file a block, in a folder a machine, version and ways.
 
     The first figures stay, so that all later runs choose alike. used: those that this network asked for.
     """
 
-    def __init__(self, network: ParallelNetwork, precision: str) -> None:
+    def __init__(self, network: ParallelNetwork, precision: str, ways: Sequence[_Way]) -> None:
         device = next(network.parameters()).device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         parts = [
@@ -215,10 +215,11 @@ class _Cache:
             precision,
             os.environ.get("LD_PRELOAD", ""),
             # figures made in another way are others
-            (_WAYS, _FEW_REPEATS, _HOPELESS, _REPEATS, _MOST_REPEATS, _ENOUGH_S, _LONG_S),
+            (ways, _FEW_REPEATS, _HOPELESS, _REPEATS, _MOST_REPEATS, _ENOUGH_S, _LONG_S),
         ]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self._folder = cache_folder() / f"execution-{digest}"
+        self.ways = ways
         self.used: dict[str, list[float]] = {}
 
     def read(self, key: str) -> list[float] | None:
@@ -227,7 +228,7 @@ class _Cache:
             seconds = [float(s) for s in json.loads((self._folder / f"{key}.json").read_text())]
         except (OSError, ValueError, TypeError):
             return None
-        return seconds if len(seconds) == len(_WAYS) else None
+        return seconds if len(seconds) == len(self.ways) else None
 
     def keep(self) -> None:
         """Writes what was not there."""
@@ -266,15 +267,15 @@ def _measured(
         on_progress(done, len(unknown))
         x = torch.randn(size, dtype=parameter.dtype, device=parameter.device)
         with alone(module) as element:
-            cache.used[key] = _timed(element, x, precision)
+            cache.used[key] = _timed(element, x, precision, cache.ways)
     return keys
 
 
-def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
-    """Seconds forward and backward, for each of `_WAYS`; forms that do not differ take what the first takes."""
+def _timed(element: nn.Module, x: Tensor, precision: str, ways: Sequence[_Way]) -> list[float]:
+    """Seconds forward and backward, for each of `ways`; forms that do not differ take what the first takes."""
     forms = {form for _, one in branch_sums(element) for form in one.executions} | {_FIRST}
     sides: dict[_Way, nn.Module] = {}
-    for execution, layout in _WAYS:
+    for execution, layout in ways:
         if execution not in forms:
             continue
         sides[execution, layout] = side = copy.deepcopy(element)
@@ -283,7 +284,7 @@ def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
             block_sum.execution = execution
     for side in sides.values():
         run(side, x[:2], precision)  # the first run of a shape sets its kernels up
-    x = x[: max(2, int(_LONG_S / (run(sides[_WAYS[0]], x[:2], precision) / 2)))]
+    x = x[: max(2, int(_LONG_S / (run(sides[ways[0]], x[:2], precision) / 2)))]
     images = {"contiguous": x, "channels_last": x}
     if x.dim() == 4:
         images["channels_last"] = x.contiguous(memory_format=torch.channels_last)
@@ -296,7 +297,7 @@ def _timed(element: nn.Module, x: Tensor, precision: str) -> list[float]:
             if turn >= _FEW_REPEATS and min(samples[way]) > _HOPELESS * min(map(min, samples.values())):
                 continue
             samples[way].append(run(side, images[way[1]], precision))
-    return [min(samples.get((execution, layout)) or samples[_FIRST, layout]) for execution, layout in _WAYS]
+    return [min(samples.get((execution, layout)) or samples[_FIRST, layout]) for execution, layout in ways]
 
 
 def _any_close(samples: Mapping[_Way, Sequence[float]]) -> bool:

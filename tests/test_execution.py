@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -34,8 +35,12 @@ def test_the_faster_way_is_chosen_and_kept(tmp_path: Path) -> None:
     assert not one["moved"], "measuring leaves the network as it was"
     assert set(one["told"]["execution"].values()) == {"looped"}
     assert one["channels_last"]
-    (folder,) = (tmp_path / "anabranch").iterdir()
-    damaged = next(iter(sorted(folder.iterdir())))
+    kept = {
+        len(json.loads(next(folder.iterdir()).read_text())): folder
+        for folder in (tmp_path / "anabranch").iterdir()
+    }
+    assert set(kept) == {3, 6}, "the user's network is timed in its own memory format only"
+    damaged = next(iter(sorted(kept[3].iterdir())))
     damaged.write_text("[1.0, ")
     assert run_ranks(2, chosen, str(tmp_path))[0]["first"] == one["first"], "a torn file is measured again"
     assert damaged.read_text().endswith("]")
@@ -62,7 +67,9 @@ def test_a_form_that_is_clearly_slower_is_not_timed_to_the_end(monkeypatch: pyte
 
     monkeypatch.setattr(execution, "run", run)
     block = MultiResidual([nn.Conv2d(3, 3, 3, padding=1) for _ in range(2)])
-    found = dict(zip(execution._WAYS, execution._timed(block, torch.randn(8, 3, 4, 4), "fp32"), strict=True))
+    formats: list[execution.MemoryFormat] = ["contiguous", "channels_last"]
+    ways = [(form, layout) for layout in formats for form in execution._FORMS]
+    found = dict(zip(ways, execution._timed(block, torch.randn(8, 3, 4, 4), "fp32", ways), strict=True))
     for layout in ("contiguous", "channels_last"):
         for way in ("fused", "looped"):
             assert found[way, layout] == taken[way, layout == "channels_last"]
