@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 from anabranch.blocks.dropout import Dropout
@@ -14,26 +16,31 @@ _RANDOM = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 def prepare(network: nn.Module) -> nn.Module:
     """Converts every `nn.BatchNorm*` and `nn.Dropout*` of `network`, in place, and names the random layers.
 
-    Parameters, buffers and their names stay the same tensors and names. Raises ModelError on layers whose
-    random numbers or statistics would depend on the plan.
+    Parameters, buffers and their names stay the same tensors and names. A BatchNorm that has several names stays one
+    module; a dropout becomes one for each, as torch draws anew at each. Raises ModelError on layers whose random
+    numbers or statistics would depend on the plan.
     """
-    converted: dict[int, nn.Module] = {}  # by identity: a module used twice stays one module
-    for name, module in list(network.named_modules(remove_duplicate=False)):
-        for child_name, child in list(module.named_children()):
-            if id(child) in converted:
-                setattr(module, child_name, converted[id(child)])
-            elif (ours := _ours(child, f"{name}.{child_name}".lstrip("."))) is not None:
-                converted[id(child)] = ours
-                setattr(module, child_name, ours)
-    for name, module in network.named_modules():
-        if isinstance(module, Dropout):
-            module.layer = name
+    used: dict[int, nn.Module] = {}  # by identity of what was there
+    for name, module in list(network.named_modules()):
+        for key, child in list(module._modules.items()):  # every name, also of a module that has another here
+            if child is None:
+                continue
+            place = f"{name}.{key}".lstrip(".")
+            if is_first := id(child) not in used:
+                used[id(child)] = _ours(child, place)
+            ours = used[id(child)]
+            if isinstance(ours, Dropout):
+                ours = ours if is_first else copy.deepcopy(ours)
+                ours.layer = place
+            if ours is not child:
+                setattr(module, key, ours)
     return network
 
 
-def _ours(module: nn.Module, name: str) -> nn.Module | None:
+def _ours(module: nn.Module, name: str) -> nn.Module:
+    """Our form of a module; itself where it is or needs none."""
     if isinstance(module, BatchNorm):
-        return None
+        return module
     if isinstance(module, (nn.SyncBatchNorm, *_RANDOM)):
         raise ModelError(
             f"{name} is a {type(module).__name__}: its result depends on how a batch is spread over devices; "
@@ -51,4 +58,4 @@ def _ours(module: nn.Module, name: str) -> nn.Module | None:
         return ours.train(module.training)
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return Dropout(module.p, per_channel=not isinstance(module, nn.Dropout)).train(module.training)
-    return None
+    return module

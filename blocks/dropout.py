@@ -13,7 +13,8 @@ class Dropout(nn.Module):
     """Zeroes features with probability p in training and scales the others by 1/(1-p).
 
     per_channel: zero whole channels, as `nn.Dropout2d`. `layer` is the module's name in the network, set by
-    `anabranch.blocks.convert.prepare`. Without a batch layout this is torch's own dropout.
+    `anabranch.blocks.convert.prepare`; called twice in a pass, it draws the same mask twice. Without a batch layout
+    this is torch's own dropout.
     """
 
     def __init__(self, p: float = 0.5, *, per_channel: bool = False, layer: str = "") -> None:

@@ -318,6 +318,21 @@ def test_prepare_keeps_names_and_tensors() -> None:
     assert list(prepare(network).modules()) == converted, "a second time changes nothing"
 
 
+def test_prepare_converts_every_name_of_a_module() -> None:
+    """One twice in a parent too: a BatchNorm stays one, a dropout draws at each place, as torch's does."""
+    norm, drop, again = nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5))
+    network = nn.Sequential(drop, norm, drop, norm, nn.Sequential(drop), again, again)
+    prepare(prepare(network))
+    assert isinstance(network[1], BatchNorm)
+    assert network[1] is network[3]
+    drops = [network[0], network[2], network[4][0], again[0]]  # type: ignore[index]
+    assert [m.layer for m in drops if isinstance(m, Dropout)] == ["0", "2", "4.0", "5.0"]
+    with batch_layout(BatchLayout((4,), 4, sample_ids=torch.arange(4), random_key=7)):
+        first, second = (drops[i](torch.ones(4, 20)) for i in (0, 1))
+        assert torch.equal(first, drops[0](torch.ones(4, 20)))
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
