@@ -23,13 +23,13 @@ class GroupSync:
     """How a BN group whose samples lie in several processes gets one statistic.
 
     first_group: index, among the batch's groups, of the first group with rows here.
-    num_groups: groups in the whole batch.
+    group_sizes: of all groups in the whole batch, over all processes.
     part, num_parts: this process's slot among those that exchange statistics.
     all_reduce: sums a tensor over those processes, in place, and returns it.
     """
 
     first_group: int
-    num_groups: int
+    group_sizes: tuple[int, ...]
     part: int
     num_parts: int
     all_reduce: Callable[[Tensor], Tensor]

@@ -8,6 +8,7 @@ or micro-batches. Without a layout the module is `nn.BatchNorm2d`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anabranch.blocks.batch import BatchLayout, GroupSync, current_layout, is_running_again
+from anabranch.blocks.errors import ModelError
 
 _WHOLE = slice(None)
 
@@ -55,6 +57,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if x.shape[0] != sum(layout.group_sizes):
             raise RuntimeError(f"BatchNorm got {x.shape[0]} samples, the layout has {layout.group_sizes}")
         sizes = layout.group_sizes
+        _check_variance(sizes if layout.sync is None else layout.sync.group_sizes, x)
         # asked first: a compiled graph is made anew where anything that it read has changed
         if (
             self.found is None
@@ -243,7 +246,7 @@ class _SyncedGroupNorm(torch.autograd.Function):
         dims, channels = [0, *range(2, x.dim())], x.shape[1]
         per_sample = x[0, 0].numel() if x.shape[0] else 0
         wide = x.to(stats.dtype)
-        slots = stats.new_zeros((sync.num_parts, sync.num_groups, 2 * channels + 1))
+        slots = stats.new_zeros((sync.num_parts, len(sync.group_sizes), 2 * channels + 1))
         for group, rows in _local_groups(sizes, sync):
             mean = wide[rows].mean(dims)
             m2 = (wide[rows] - _per_channel(mean, x)).square().sum(dims)
@@ -275,7 +278,7 @@ class _SyncedGroupNorm(torch.autograd.Function):
         x, weight, mean, invstd, count = ctx.saved_tensors
         sync, grad_y = ctx.sync, grads[0].to(mean.dtype)
         dims = [0, *range(2, x.dim())]
-        sums = mean.new_zeros((sync.num_groups, 2, x.shape[1]))  # Σ grad_y, Σ grad_y·x̂
+        sums = mean.new_zeros((len(sync.group_sizes), 2, x.shape[1]))  # Σ grad_y, Σ grad_y·x̂
         normal = torch.empty_like(grad_y)
         for group, rows in _local_groups(ctx.sizes, sync):
             normal[rows] = (x[rows] - _per_channel(mean[group], x)) * _per_channel(invstd[group], x)
@@ -295,6 +298,16 @@ class _SyncedGroupNorm(torch.autograd.Function):
 
 _group_norm: Callable[..., Tensor] = _GroupNorm.apply
 _synced_group_norm: Callable[..., Tensor] = _SyncedGroupNorm.apply
+
+
+def _check_variance(sizes: tuple[int, ...], x: Tensor) -> None:
+    """The rule of nn.BatchNorm, for every group: of one value a channel there is no variance."""
+    if 1 in sizes and math.prod(x.shape[2:]) == 1:
+        raise ModelError(
+            f"BN group {sizes.index(1) + 1} of {len(sizes)} has 1 sample of 1 pixel, of which there is no variance: "
+            "give groups 2 samples or more (train.bn_batch_size; train.batch_size, where it is an epoch's last), or "
+            "use larger images"
+        )
 
 
 def _local_groups(sizes: tuple[int, ...], sync: GroupSync) -> list[tuple[int, slice]]:

@@ -180,9 +180,7 @@ class ParallelNetwork(nn.Module):
         def layout(share: Share, spans: bool, part: int, num_parts: int, over: str) -> BatchLayout:
             sync = None
             if spans and num_parts > 1:
-                sync = GroupSync(
-                    share.first_group, len(deal.group_sizes), part, num_parts, self._summing(over)
-                )
+                sync = GroupSync(share.first_group, deal.group_sizes, part, num_parts, self._summing(over))
             return BatchLayout(share.group_sizes, num_samples, sync=sync)
 
         own = row[mesh.branch_rank]

@@ -251,8 +251,7 @@ class _Sum:
     ],
 )
 def test_synced_groups_equal_one_process(shares: list[tuple[int, tuple[int, ...]]], affine: bool) -> None:
-    num_groups = max(first + len(sizes) for first, sizes in shares)
-    groups = [0] * num_groups
+    groups = [0] * max(first + len(sizes) for first, sizes in shares)
     for first, sizes in shares:
         for index, size in enumerate(sizes):
             groups[first + index] += size
@@ -273,7 +272,7 @@ def test_synced_groups_equal_one_process(shares: list[tuple[int, tuple[int, ...]
 
     def run(part: int) -> None:
         first, sizes = shares[part]
-        sync = GroupSync(first, num_groups, part, len(shares), total.of(part))
+        sync = GroupSync(first, tuple(groups), part, len(shares), total.of(part))
         with batch_layout(BatchLayout(sizes, 6, sync=sync)):
             ys[part] = copies[part](xs[part])
         (ys[part] * weights.split(rows)[part]).sum().backward()
@@ -293,6 +292,18 @@ def test_synced_groups_equal_one_process(shares: list[tuple[int, tuple[int, ...]
         grads = [copy.get_parameter(name).grad for copy in copies]
         close(torch.stack([grad for grad in grads if grad is not None]).sum(0), parameter.grad)
     close(torch.stack([s.buffer for s in staged]).sum(0), reference.buffer)
+
+
+def test_a_group_of_one_value_a_channel_is_refused() -> None:
+    """As torch's BatchNorm refuses it, whoever computes the statistics: its variance is 0 ÷ 0."""
+    sync = GroupSync(1, (2, 1), 0, 1, lambda x: x)
+    for sizes, over in (((2, 1), None), ((1,), None), ((1,), sync)):
+        norm, x = BatchNorm(3), torch.randn(sum(sizes), 3, 1, 1)
+        place = "BN group 2 of 2" if over is not None or len(sizes) > 1 else "BN group 1 of 1"
+        with batch_layout(BatchLayout(sizes, 3, sync=over)), pytest.raises(ModelError, match=place):
+            norm(x)
+        with batch_layout(BatchLayout(sizes, 3, sync=over)):
+            norm(x.expand(-1, -1, 2, 1))
 
 
 # ---- conversion
