@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anabranch.blocks.channels import take_groups
 from anabranch.blocks.errors import ModelError
 
 
@@ -95,7 +96,7 @@ class FilterBasis(nn.Module):
         rows = [b * self.per_branch + i for b in branches for i in range(self.per_branch)]
         group_of = [row * groups // number for row in rows]
         used = sorted(set(group_of))
-        inputs = x if len(used) == groups else x.unflatten(1, (groups, -1))[:, used].flatten(1, 2)
+        inputs = x if len(used) == groups else take_groups(x, used, x.shape[1] // groups)
         counts = [group_of.count(group) for group in used]
         if len(set(counts)) == 1:
             return F.conv2d(inputs, weight, None, self.stride, self.padding, 1, len(used))

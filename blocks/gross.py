@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Hidden
+from anabranch.blocks.channels import take_groups
 from anabranch.blocks.dropout import Dropout
 from anabranch.blocks.errors import ModelError
 from anabranch.blocks.group_search import series_layers
@@ -51,7 +52,7 @@ class ChannelSumConv(BranchSum):
     def branches(self, h: Hidden) -> Tensor:
         assert isinstance(h, Tensor), "`enter` gives one tensor"
         if self.execution != "looped":
-            mine = h if len(self.held) == self.num_branches else h[:, list(self.held)]
+            mine = h if len(self.held) == self.num_branches else take_groups(h, self.held, 1)
             return F.conv2d(mine, self.weight, None, self.stride, self.padding)
         total: Tensor | None = None
         for weight, branch in zip(self.weight.split(1, 1), self.held, strict=True):

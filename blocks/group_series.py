@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate, groupby, pairwise
 from typing import Literal, NamedTuple
 
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from anabranch.blocks.batch import current_layout
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Hidden
+from anabranch.blocks.channels import take_groups
 from anabranch.blocks.errors import ModelError
 from anabranch.blocks.random import fold
 
@@ -61,18 +63,25 @@ def expand_groups(weight: Tensor, size: int, channels: int | None = None) -> Ten
             f"must divide {size}, {size} the {channels} channels, and the number of groups the outputs"
         )
     per_group = num_rows * old // channels
-    return _expand(weight, size, [row // per_group for row in range(num_rows)])
+    return _expand(weight, size, tuple(row // per_group for row in range(num_rows)))
 
 
-def _expand(weight: Tensor, size: int, groups: Sequence[int]) -> Tensor:
+def _expand(weight: Tensor, size: int, groups: tuple[int, ...]) -> Tensor:
     """Ψ for rows that lie in these groups."""
     old = weight.shape[1]
     if size == old:
         return weight
-    places = torch.tensor([group % (size // old) for group in groups], device=weight.device)
     wide = weight.new_zeros((len(groups), size // old, *weight.shape[1:]))
-    wide[torch.arange(len(groups), device=weight.device), places] = weight
+    wide[_places(groups, size // old, weight.device)] = weight
     return wide.flatten(1, 2)
+
+
+@cache  # a copy to the device in every pass would wait for all that is to be computed before
+def _places(groups: tuple[int, ...], ratio: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(row, place) of each row: that of its group among the `ratio` groups that become one."""
+    with torch.inference_mode(False):  # else they could not be used in training later
+        places = torch.tensor([group % ratio for group in groups], device=device)
+        return torch.arange(len(groups), device=device), places
 
 
 def check_group_sizes(sizes: Sequence[int], channels: int) -> None:
@@ -195,7 +204,7 @@ class GroupSeriesConv(BranchSum):
         num_terms = self.sizes.index(size) + 1
         r, rows = self.r[0], self._rows(self.held)
         for old, index in zip(self.sizes, range(1, num_terms), strict=False):
-            r = _expand(r, self.sizes[index], [row // old for row in rows]) + self.r[index]
+            r = _expand(r, self.sizes[index], tuple(row // old for row in rows)) + self.r[index]
         return Bottleneck(_sum(self.p, num_terms), r, _sum(self.q, num_terms))
 
     def enter(self, x: Tensor) -> Tensor:
@@ -224,7 +233,7 @@ class GroupSeriesConv(BranchSum):
         for num_rows, members in groupby(in_group.items(), key=lambda item: item[1]):
             groups = [group for group, _ in members]
             stop = start + num_rows * len(groups)
-            middle.append(self._grouped(_channels(h, groups, size), r[start:stop], len(groups)))
+            middle.append(self._grouped(take_groups(h, groups, size), r[start:stop], len(groups)))
             start = stop
         return F.conv2d(middle[0] if len(middle) == 1 else torch.cat(middle, 1), q)
 
@@ -256,11 +265,3 @@ def _sum(terms: nn.ParameterList, num_terms: int) -> Tensor:
     for index in range(1, num_terms):
         total = total + terms[index]
     return total
-
-
-def _channels(h: Tensor, groups: Sequence[int], size: int) -> Tensor:
-    """The groups' channels; a view where the groups are neighbours."""
-    first, last = groups[0], groups[-1]
-    if len(groups) == last - first + 1:
-        return h[:, first * size : (last + 1) * size]
-    return torch.cat([h[:, group * size : (group + 1) * size] for group in groups], 1)

@@ -106,8 +106,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._stage(stats, layout, channels)
 
     def _plain_momentum(self) -> float:
-        if self.momentum is not None:
-            return self.momentum
+        """Of running statistics, where they move."""
+        if self.momentum is not None or not self.training:  # a GPU's counter would be waited for
+            return self.momentum or 0.0
         return 1.0 / float(self.num_batches_tracked or 1)  # nn.BatchNorm's cumulative average
 
     def _stat_dtype(self, x: Tensor) -> torch.dtype:

@@ -164,18 +164,18 @@ class GradientReducer:
     def _send(self, bucket: _Bucket) -> None:
         grads = [p.grad for p in bucket.parameters]
         used = [grad is not None for grad in grads]
-        bucket.flags.fill_(1.0) if all(used) else bucket.flags.copy_(torch.tensor(used))
+        bucket.flags.fill_(1.0)
         views = [view for view, grad in zip(bucket.views, grads, strict=True) if grad is not None]
         if views:  # a bucket of parameters that nobody here used still takes part
             torch._foreach_copy_(views, [grad for grad in grads if grad is not None])
-        for view, u in zip(bucket.views, used, strict=True):
-            if not u:
-                view.zero_()
+        bucket.unused = [i for i, u in enumerate(used) if not u]
+        for i in bucket.unused:
+            bucket.views[i].zero_()
+            bucket.flags[i].zero_()  # one by one: for a copy of `used` to a GPU the host would wait
         if any(factor != 1.0 for factor in bucket.factors):
             torch._foreach_mul_(bucket.views, bucket.factors)
         for parameter in bucket.parameters:
             parameter.grad = None
-        bucket.unused = [i for i, u in enumerate(used) if not u]
         if self.network.recorder.detailed:
             bucket.sent = self.network.recorder.now()
         bucket.work = exchange.all_reduce(bucket.buffer, bucket.group)
@@ -203,7 +203,8 @@ class GradientReducer:
             bucket.work.wait()
             if recorder.detailed:
                 recorder.reduced(f"{bucket.over}_bucket", bucket.buffer.nbytes, bucket.sent, start)
-            unused = {i for i in bucket.unused if not bool(bucket.flags[i] > 0)}
+            num_users = bucket.flags.tolist() if bucket.unused else []  # at once: the host waits for a GPU's
+            unused = {i for i in bucket.unused if not num_users[i]}
             for index, (parameter, view) in enumerate(zip(bucket.parameters, bucket.views, strict=True)):
                 parameter.grad = None if index in unused else view
         for op, num_bytes, sent, work in works:
