@@ -215,7 +215,7 @@ def response_loss(series: nn.Module, full: nn.Module, x: Tensor) -> Tensor:
 
 
 def _catch(caught: dict[str, Tensor], name: str, module: nn.Module, args: object, output: Tensor) -> None:
-    caught[name] = output
+    caught[name] = output.clone()  # what follows (a ReLU) may work in place
 
 
 def _dense(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Conv2d | ChannelSumConv]]:

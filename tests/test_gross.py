@@ -147,6 +147,16 @@ def test_response_loss_is_equation_9() -> None:
         response_loss(network, network, x)
 
 
+def test_responses_are_those_before_a_relu_in_place() -> None:
+    network, series = seeded(lambda: gross_net(**SMALL)).eval(), seeded(small_series).eval()
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = response_loss(series, network, x)
+    for module in [*series.modules(), *network.modules()]:
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    torch.testing.assert_close(response_loss(series, network, x), wanted)
+
+
 def test_reconstruction_trains_pointwise_and_grouped_layers_only() -> None:
     series = seeded(small_series)
     parameters = train_series_only(series)
