@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import nn
 from anabranch.blocks.count import count
 from anabranch.blocks.errors import ModelError
 from anabranch.blocks.group_series import GroupSeriesConv, GroupSize
+
+_MOST = 100_000  # each is an evaluation
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,14 @@ def series_layers(network: nn.Module) -> dict[str, GroupSeriesConv]:
 def configurations(network: nn.Module, limit: int | None = None) -> list[Configuration]:
     """Every choice of group sizes of a series network, cheapest first; with at most `limit` multiply-adds.
 
-    Raises ModelError if the limit leaves none.
+    Raises ModelError if the limit leaves none, and where there are more than can be searched one by one.
     """
     layers = list(series_layers(network).values())
+    if (num := math.prod(len(layer.sizes) for layer in layers)) > _MOST:
+        raise ModelError(
+            f"{len(layers)} layers of {min(len(layer.sizes) for layer in layers)} or more group sizes have {num:,} "
+            f"configurations, and at most {_MOST:,} are searched: give fewer sizes (gross.sizes)"
+        )
     smallest = tuple(layer.sizes[0] for layer in layers)
     base = configuration_macs(network, smallest)
     more: list[dict[int, int]] = []  # what a layer's size costs beyond its smallest: layers add up

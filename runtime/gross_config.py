@@ -15,7 +15,7 @@ class GrossConfig:
     too high then, for all configurations alike.)"""
     sizes: tuple[int, ...] = ()
     """Group sizes of the series, each dividing the next; a layer has those up to its input channels, which the last
-    must divide. Empty: all powers of two that divide them."""
+    must divide. Empty: all powers of two that divide them. All choices, one a layer, may be 100,000."""
     temperature: float = 4.0
     """Sampling temperature: 0 draws all group sizes alike, larger values the small ones more often."""
     validation_fraction: float = 0.2

@@ -33,6 +33,7 @@ from anabranch.blocks.group_search import (
     series_layers,
     set_group_sizes,
 )
+from anabranch.blocks.network import Network
 from anabranch.blocks.random import fold
 from anabranch.runtime.model_spec import spec_of
 
@@ -88,6 +89,18 @@ def test_configurations(series: nn.Module) -> None:
     assert all(layer.group_size == layer.sizes[-1] for layer in series_layers(series).values()), "as before"
     with pytest.raises(ModelError, match="at most 1000 multiply-adds: the smallest has 1906176"):
         configurations(series, 1000)
+
+
+def test_a_space_that_cannot_be_searched_is_refused() -> None:
+    layers = nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(7)))
+    network = Network(
+        nn.Conv2d(3, 32, 1), {"stage1": {"block1": layers}}, nn.Identity(), input_shape=(3, 8, 8)
+    )
+    series = series_network(network)
+    with pytest.raises(
+        ModelError, match=r"7 layers of 6 .* have 279,936 configurations, .* 100,000 .*gross\.sizes"
+    ):
+        configurations(series)
 
 
 def test_multiply_adds_are_what_runs() -> None:
