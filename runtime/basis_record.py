@@ -2,8 +2,9 @@
 
 RUN/basis/gradient_flow.jsonl                  a line each `basis_every_steps` steps: {"step", "bases": {name: {…}}}
 RUN/basis/gradient_flow.png                    Figure 3, when the run ends
-RUN/basis/coefficient_similarity.safetensors   |cosine| by basis, (n, n) float32, when the run ends
-RUN/basis/coefficient_similarity.png           Figure 4
+RUN/basis/coefficient_similarity.safetensors   |cosine| by basis, (n, n) float32, when the run ends; not where blocks
+                                               share no elements
+RUN/basis/coefficient_similarity.png           Figure 4, of the same
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ class BasisRecord(Callback):
         similarity = coefficient_similarity(network)
         if not self.writes:
             return
-        tensors = {name: matrix.float().cpu() for name, matrix in similarity.items()}
-        write_tensors(self.folder / "coefficient_similarity.safetensors", tensors)
-        plot_coefficient_similarity(similarity, self.folder / "coefficient_similarity.png")
+        if similarity:
+            tensors = {name: matrix.float() for name, matrix in similarity.items()}
+            write_tensors(self.folder / "coefficient_similarity.safetensors", tensors)
+            plot_coefficient_similarity(similarity, self.folder / "coefficient_similarity.png")
         plot_gradient_flow({"": read_gradient_flow(self.folder.parent)}, self.folder / "gradient_flow.png")
 
 

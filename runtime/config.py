@@ -250,7 +250,7 @@ class ProfileConfig:
     """Steps from one line of metrics.jsonl to the next."""
     basis_every_steps: int = 0
     """Steps from one record of the gradients in shared filter bases to the next (their paper: 10), in RUN/basis/ with
-    figures of them and of the coefficients' similarity, which need matplotlib; 0: off."""
+    figures of them and, where blocks share elements, of the coefficients' similarity, which need matplotlib; 0: off."""
     trackers: tuple[str, ...] = ()
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow; each needs its package."""
 

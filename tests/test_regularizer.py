@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from anabranch.blocks.mobilenet import mobilenet_v2
 from anabranch.blocks.shared_basis import basis_groups
 from anabranch.blocks.shared_resnet import cifar_resnet
 from anabranch.blocks.shared_transform import share_bases, tie_convolutions
-from anabranch.runtime import commands
+from anabranch.runtime import basis_analysis, commands
 from anabranch.runtime.assemble import make_data, make_network
 from anabranch.runtime.basis_analysis import (
     GradientFlow,
@@ -30,7 +32,7 @@ from anabranch.runtime.basis_analysis import (
 from anabranch.runtime.basis_record import check_recordable, read_gradient_flow
 from anabranch.runtime.branch_state import by_branch
 from anabranch.runtime.callbacks import Callback
-from anabranch.runtime.config import Config
+from anabranch.runtime.config import Config, ModelConfig
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.mesh import make_mesh
@@ -255,6 +257,9 @@ def test_similarity_is_of_coefficients_of_one_basis() -> None:
     rows = torch.cat(weights).double()  # without the own element's coefficient
     expected = torch.cosine_similarity(rows[:, None], rows[None], dim=2).abs()
     torch.testing.assert_close(found["stage1.basis1"], expected)
+    with mock.patch.object(basis_analysis, "_MOST_ROWS", 3):
+        fewer = coefficient_similarity(network)
+    assert torch.equal(fewer["stage1.basis1"], found["stage1.basis1"][::3, ::3]), "every third of eight"
 
 
 def test_plots_are_written(tmp_path: Path) -> None:
@@ -320,6 +325,16 @@ def test_train_writes_analyses_beside_the_run(tmp_path: Path) -> None:
     assert len(history) == 6
     assert [sample["step"] for sample in history["stage2.basis1"]] == [0, 2, 4]
     commands.train(short_run(tmp_path / "off"), Console(quiet=True))
+    tied = replace(
+        short_run(tmp_path / "tied", basis_every_steps=2),
+        model=ModelConfig(
+            "shared_basis", {"base": "cifar_resnet", "tied": ["coefficients"], "width": 4, "depth": 20}
+        ),
+    )
+    commands.train(tied, Console(quiet=True))
+    assert {path.name for path in (tmp_path / "tied/basis").iterdir()} == {
+        "gradient_flow.jsonl", "gradient_flow.png"
+    }, "no elements are shared: there are no coefficients over them"  # fmt: skip
     with pytest.raises(ConfigError, match=r"gradient_flow\.jsonl: train with --profile\.basis-every-steps"):
         read_gradient_flow(tmp_path / "off")
 
