@@ -124,7 +124,8 @@ class BranchSum(nn.Module):
 
     def _zeros(self, h: Hidden) -> Tensor:
         assert self._shape_oracle is not None, "a copy without branches comes from shard(())"
-        first = h if isinstance(h, Tensor) else h[0]
+        parts = (h,) if isinstance(h, Tensor) else h  # of which some may be indices or masks
+        first = next((part for part in parts if part.is_floating_point()), parts[0])
         oracle = self._shape_oracle[0].to(first.dtype)
         with (
             torch.no_grad(),

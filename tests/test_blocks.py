@@ -537,6 +537,28 @@ def test_every_table_network_runs() -> None:
         assert seeded(name)(torch.randn(2, 2, size, size)).shape == (2, 5)
 
 
+class Indexed(BranchSum):
+    """Its hidden form begins with what is no number."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.branch = nn.ModuleDict({str(i): nn.Conv2d(2, 3, 1) for i in range(2)})
+
+    def enter(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.arange(2), x
+
+    def branches(self, h: Any) -> Tensor:
+        order, x = h
+        return torch.stack([one(x[:, order]) for one in self.branch.values()]).sum(0)
+
+
+def test_a_copy_without_branches_gives_zeros_of_the_sums_precision() -> None:
+    block, x = Indexed().double(), torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    nothing = block.shard(()).partial_sum(block.enter(x))
+    assert torch.equal(nothing, torch.zeros_like(block.partial_sum(block.enter(x))))
+    assert nothing.dtype == torch.float64
+
+
 def test_a_weight_gradient_is_reported_after_its_last_use() -> None:
     conv, reported = StackedConv2d("spread", 1, 2, 2, 3), list[nn.Parameter]()
     plain, x = copy.deepcopy(conv), torch.randn(2, 2, 4, 4, requires_grad=True)
