@@ -77,6 +77,8 @@ def densenet(
     """
     if depth not in _BLOCKS:
         raise ModelError(f"no DenseNet of depth {depth}: use one of {list(_BLOCKS)}")
+    if growth < 1 or in_channels < 1:
+        raise ModelError(f"growth {growth}, in_channels {in_channels}: give at least 1 of each")
     counts = _BLOCKS[depth] if blocks_per_stage is None else tuple(blocks_per_stage)
     if not counts or min(counts) < 1:
         raise ModelError(f"blocks_per_stage {list(counts)} must be numbers of at least 1")

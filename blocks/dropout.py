@@ -30,7 +30,7 @@ class Dropout(nn.Module):
         shape = x.shape[1:2] if self.per_channel else x.shape[1:]
         keys = sample_keys(fold(layout.random_key, "dropout", self.layer), layout.sample_ids)
         drawn = uniform(keys, shape.numel()).view(x.shape[0], *shape)
-        kept = (drawn >= self.p).to(x.dtype) / (1.0 - self.p)
+        kept = (drawn >= self.p).to(x.dtype) / (1.0 - self.p or 1.0)  # nothing is kept of p = 1
         return x * (kept.view(*kept.shape, *([1] * (x.dim() - kept.dim()))))
 
     def extra_repr(self) -> str:

@@ -188,6 +188,7 @@ def resnet(
         raise ModelError(
             f"cardinality {cardinality} needs bottlenecks (depth 50 or more, not {depth}) and must divide {2 * width}"
         )
+    _check_channels(width, in_channels)
     entry = (
         make_stem("imagenet", in_channels, width) if stem == "imagenet" else conv_norm(in_channels, width, 3)
     )
@@ -216,8 +217,14 @@ def cifar_resnet(
         low = 6 * max(num_blocks, 1) + 2
         raise ModelError(f"a CIFAR ResNet has depth 6n+2, got {depth}: use {low} or {low + 6}")
     counts = _counts(blocks_per_stage, (num_blocks,) * 3)
+    _check_channels(width, in_channels)
     entry = conv_norm(in_channels, width, 3)
     return _network(entry, width, counts, False, 1, "A", bundled, num_classes, (in_channels, 32, 32))
+
+
+def _check_channels(width: int, in_channels: int) -> None:
+    if width < 1 or in_channels < 1:
+        raise ModelError(f"width {width}, in_channels {in_channels}: give at least 1 of each")
 
 
 def _counts(given: Sequence[int] | None, usual: tuple[int, ...]) -> tuple[int, ...]:

@@ -402,6 +402,7 @@ def test_the_share_kept_is_right() -> None:
     y = _dropped(Dropout(0.25, layer="a"), torch.ones(64, 1024), list(range(64)))
     assert abs(float((y > 0).float().mean()) - 0.75) < 0.01
     assert abs(float(y.mean()) - 1.0) < 0.02
+    assert torch.equal(_dropped(Dropout(1.0, layer="a"), torch.ones(2, 8), [0, 1]), torch.zeros(2, 8))
 
 
 def test_random_numbers_are_stable_and_even() -> None:
