@@ -61,12 +61,13 @@ def place(
     use_gpu: bool,
     cpus_per_worker: float = 1.0,
     devices: Devices | None = None,
+    any_gpu: bool = False,
 ) -> tuple[Seat, ...]:
     """A seat for every rank of a data × branch mesh, in rank order (branch innermost).
 
-    With `devices` [data][branch] exactly those; else each branch group on a host that holds it, the one with the
-    fewest ranks of this run, then with the fewest free places; where none does, on as few hosts as possible. So a
-    lost host takes few replicas along. Raises ClusterError when the cluster cannot hold that.
+    With `devices` [data][branch] exactly those (any_gpu: on their hosts); else each branch group on a host that holds
+    it, the one with the fewest ranks of this run, then with the fewest free places; where none does, on as few hosts as
+    possible. So a lost host takes few replicas along. Raises ClusterError when the cluster cannot hold that.
     """
     if cpus_per_worker > 1 and cpus_per_worker != int(cpus_per_worker):
         raise ClusterError(
@@ -77,6 +78,8 @@ def place(
     _check_room(hosts, world_size, use_gpu, cpus_per_worker)
     if devices is not None:
         chosen = _as_planned(hosts, mesh, use_gpu, cpus_per_worker, devices)
+        if any_gpu:
+            chosen = [(host, None) for host, _ in chosen]
     else:
         chosen = [(host, None) for host in _packed(hosts, mesh, use_gpu, cpus_per_worker)]
     ranks_on = Counter(host.name for host, _ in chosen)

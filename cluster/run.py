@@ -21,7 +21,8 @@ from anabranch.cluster.worker_group import WorkerGroup
 class RayRequest:
     """What to run on: a data × branch mesh of workers, each with a GPU or only with CPUs.
 
-    devices: [data][branch] "host:index", None: free ones. address: the cluster's, "" for RAY_ADDRESS or a private
+    devices: [data][branch] "host:index", None: free ones. any_gpu: of these only the hosts count, whose GPUs are Ray's
+    choice: those that other jobs hold are not missed. address: the cluster's, "" for RAY_ADDRESS or a private
     one. backend: "gloo", "nccl", or "" for nccl on GPUs. port: rank 0's for the process group, 0 for a free one.
     timeout_s: until the workers must have started.
     """
@@ -29,6 +30,7 @@ class RayRequest:
     mesh: tuple[int, int]
     use_gpu: bool = False
     devices: Devices | None = None
+    any_gpu: bool = False
     address: str = ""
     backend: str = ""
     port: int = 0
@@ -73,6 +75,7 @@ def _start(request: RayRequest, backend: str, stop: Stop, num_spares: int) -> Wo
         use_gpu=request.use_gpu,
         cpus_per_worker=request.cpus_per_worker,
         devices=request.devices,
+        any_gpu=request.any_gpu,
     )
     spares = place_spares(found, seats, num_spares, request.use_gpu, request.cpus_per_worker)
     reserved: dict[Host, int] = {}

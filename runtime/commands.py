@@ -55,7 +55,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             check_recordable(driver.network)
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
-            folder = RunFolder.create(driver.config, driver.plan)
+            folder = RunFolder.create(driver.config, driver.plan, filled_in=not driver.asks_devices)
             lock.take(folder.path)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
@@ -71,7 +71,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             assert audit is not None, "the plan is automatic"
             assert driver.plan is not None, "with a driver"
             print_candidates(console, audit)
-            folder = RunFolder.create(driver.config, driver.plan)
+            folder = RunFolder.create(driver.config, driver.plan, filled_in=not driver.asks_devices)
             found = folder.checkpoint()
             (folder.path / f"audit-{found.folder.name}.json").write_text(json.dumps(audit, indent=1) + "\n")
             path = str(found.folder)
@@ -161,7 +161,7 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
         check_steps(steps, driver.last_step)
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
-            folder = RunFolder.create(driver.config, driver.plan)
+            folder = RunFolder.create(driver.config, driver.plan, filled_in=not driver.asks_devices)
             lock.take(folder.path)
             mesh = replace(driver.config.mesh, costs=audit["costs"] if audit else driver.config.mesh.costs)
             launch = replace(driver.config.launch, run_dir=str(folder.path))
@@ -217,7 +217,7 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
 
         check_search(driver.network, driver.config)
         if driver.plan is not None:
-            folder = RunFolder.create(driver.config, driver.plan)
+            folder = RunFolder.create(driver.config, driver.plan, filled_in=not driver.asks_devices)
             lock.take(folder.path)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))

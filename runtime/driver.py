@@ -29,6 +29,7 @@ from anabranch.runtime.run_record import RunRecord
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
 from anabranch.schedulers.cost_file import read_costs
 from anabranch.schedulers.registry import make_request
+from anabranch.schedulers.wording import first_few
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,14 +39,16 @@ class Driver:
     """Within its context the configuration is checked and settled, the plan made and the cluster connected.
 
     config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together; where
-    `is_auto`, only a provisional one before `find_plan`. cluster: the plan's devices. model: what the plan places.
-    network: the one-device network, for checks. num_train: training samples. last_step: how many steps the run has.
-    shares_folder: every worker writes into the run's folder.
+    `is_auto`, only a provisional one before `find_plan`. asks_devices: whether a person said which; else only their
+    hosts count. cluster: the plan's devices, by rank. model: what the plan places. network: the one-device network, for
+    checks. num_train: training samples. last_step: how many steps the run has. shares_folder: every worker writes into
+    the run's folder.
     """
 
     plan: Plan | None = None
     cluster: Cluster | None = None
     is_auto = False
+    asks_devices = False
     model: ModelSpec
     network: nn.Module
     num_train: int
@@ -127,13 +130,20 @@ class Driver:
                 f"mesh.num_workers is {config.mesh.num_workers}, launcher none runs one: use --launcher ray"
             )
         cluster = self._cluster() if self.launcher == "ray" else local_cluster(1, "localhost")
-        self.is_auto, _ = auto_partial(config)
+        self.is_auto, file = auto_partial(config)
+        self.asks_devices = file is not None and file.asks_devices
         # what planning anew asks for, where a plan that was found before is gone on with
         self._asked = config.mesh if self.is_auto else replace(config.mesh, plan=AUTO, shape="")
         self.plan = (provisional_plan if self.is_auto else make_plan)(config, self.model, cluster)
         check_replicas_wanted(config, self.plan)
-        names = {name for row in self.plan.devices or () for name in row}
-        self.cluster = replace(cluster, devices=tuple(d for d in cluster.devices if str(d) in names))
+        names = [name for row in self.plan.devices or () for name in row]
+        self.cluster = replace(cluster, devices=tuple(cluster.by_name[name] for name in names))
+        if file is not None and file.on(cluster).devices != file.devices:
+            self.console.print(
+                f"the devices of {file.source} are not free here: the run is on {first_few(names)}",
+                highlight=False,
+                soft_wrap=True,
+            )
         settled = settle(config, self.plan)
         self.config = replace(settled, mesh=config.mesh) if self.is_auto else settled
         if self.is_auto:
@@ -225,6 +235,7 @@ class Driver:
                 mesh=(self.plan.data, self.plan.branch),
                 use_gpu=self._uses_gpus,
                 devices=self.plan.devices,
+                any_gpu=not self.asks_devices,
                 address=launch.address,
                 backend=launch.backend,
                 port=launch.port,

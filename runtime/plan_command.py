@@ -219,7 +219,8 @@ def _partial(config: Config) -> PlanFile | None:
 
 def _write(output: Path, plan: Plan, partial: PlanFile | None, console: Console) -> None:
     """The plan file, which must read back; with the pins that the plan keeps."""
-    text = format_plan(replace(plan, scheduler=None), partial.pins if partial else ())
+    asked = partial is not None and partial.asks_devices
+    text = format_plan(replace(plan, scheduler=None), partial.pins if partial else (), filled_in=not asked)
     parse_plan(text)
     try:
         output.write_text(text, encoding="utf-8")

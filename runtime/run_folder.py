@@ -23,10 +23,11 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, config: Config, plan: Plan) -> RunFolder:
+    def create(cls, config: Config, plan: Plan, *, filled_in: bool) -> RunFolder:
         """Makes (or goes on in) the configured folder and writes the resolved configuration and plan.
 
-        The configuration is one to begin with: where this run went on from is not in it.
+        The configuration is one to begin with: where this run went on from is not in it. filled_in: nobody asked for the
+        plan's devices, so that the run may go on on others.
         """
         given = config.launch.run_dir
         config = replace(config, checkpoint=replace(config.checkpoint, resume=""))
@@ -34,7 +35,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_bytes(path / "config.toml", config.to_toml().encode())
-            write_bytes(path / "plan.toml", format_plan(plan).encode())
+            write_bytes(path / "plan.toml", format_plan(plan, filled_in=filled_in).encode())
         except OSError as error:
             raise ConfigError(
                 f"launch.run_dir {path} cannot be written: {error.strerror}; choose another with --run-dir"

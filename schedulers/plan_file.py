@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -100,7 +100,10 @@ class PinRule:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A plan file's content; `source` is its path, for messages."""
+    """A plan file's content; `source` is its path, for messages.
+
+    filled_in: the devices are where a plan without any was put, and no wish: their hosts are taken where they are.
+    """
 
     data: int
     branch: int
@@ -110,6 +113,17 @@ class PlanFile:
     scheduler: str | None = None
     source: str = "plan"
     pins: tuple[PinRule, ...] = ()
+    filled_in: bool = False
+
+    @property
+    def asks_devices(self) -> bool:
+        """Whether it must run on its devices, and no others."""
+        return self.devices is not None and not self.filled_in
+
+    def on(self, cluster: Cluster) -> PlanFile:
+        """The same; without the devices that were filled in where the cluster has not all of them."""
+        names = {name for row in self.devices or () for name in row}
+        return self if self.asks_devices or names <= cluster.by_name.keys() else replace(self, devices=None)
 
     @property
     def mesh(self) -> tuple[int, int]:
@@ -169,7 +183,7 @@ class PlanFile:
         costs: Costs | None = None,
         batch: Batch | None = None,
     ) -> Plan:
-        """The plan for a network; with a cluster, its devices are checked or filled in.
+        """The plan for a network; with a cluster, its devices are checked or filled in (again, see `on`).
 
         Blocks that no rule matches go to the file's scheduler, which is asked only then and needs the
         cluster. A mesh, when given, must be the file's. Raises PlanError, with the file, for the first rule
@@ -179,6 +193,7 @@ class PlanFile:
         blocks, edges = self.placements(model)
         devices = self.devices
         if cluster is not None:
+            devices = self.on(cluster).devices
             with located(self.source):
                 devices = devices or cluster.place(self.data, self.branch)
                 cluster.check(devices)

@@ -50,6 +50,7 @@ _MESH: _Keys = {
         lambda v: _is_list(v, lambda row: _is_list(row, _is_name)),
         'a row of "host:index" for each replica, as in devices = [["a:0", "a:1"]]',
     ),
+    "filled_in": (lambda v: isinstance(v, bool), "true where the devices are no wish, else leave it out"),
     "samples": (
         lambda v: _is_list(v, lambda number: _is_int(number, 1)),
         "a positive integer for each replica, as in samples = [3, 1]",
@@ -172,6 +173,7 @@ def _plan_file(content: dict[str, Any], text: _Text) -> PlanFile:
             _pin(table, text, line)
             for table, line in zip(pins, text.table_lines("pins", len(pins)), strict=True)
         ),
+        filled_in=mesh.get("filled_in", False),
     )
 
 

@@ -13,10 +13,10 @@ from anabranch.schedulers.plan_file import BlockRule, PinRule, PlanFile
 from anabranch.schedulers.wording import lists
 
 
-def format_plan(plan: Plan, pins: Iterable[PinRule] = ()) -> str:
+def format_plan(plan: Plan, pins: Iterable[PinRule] = (), *, filled_in: bool = False) -> str:
     """The plan as TOML. Blocks placed alike have one rule where a glob is for exactly them, else one each.
 
-    pins: that the plan was made with, so that they hold when it is changed.
+    pins: that the plan was made with, so that they hold when it is changed. filled_in: nobody asked for its devices.
     """
     return format_plan_file(
         PlanFile(
@@ -27,6 +27,7 @@ def format_plan(plan: Plan, pins: Iterable[PinRule] = ()) -> str:
             plan.samples,
             plan.scheduler,
             pins=tuple(pins),
+            filled_in=filled_in,
         )
     )
 
@@ -40,6 +41,10 @@ def format_plan_file(file: PlanFile) -> str:
         lines += (
             [one_line] if len(one_line) <= 100 else ["devices = [", *(f"    {row}," for row in rows), "]"]
         )
+        if file.filled_in:
+            lines.append(
+                "filled_in = true  # any GPUs of these hosts; other devices where these are not there"
+            )
     if file.samples is not None:
         lines.append(f"samples = {list(file.samples)}")
     if file.scheduler is not None:

@@ -88,6 +88,7 @@ def make_request(
     """What `schedule` asks a scheduler. Raises PlanError when the cluster is too small or has not its devices."""
     request = Request(model, cluster, mesh, costs=costs, batch=batch)
     if partial is not None:
+        partial = partial.on(cluster)
         partial.check_mesh(mesh)
         fixed, edges = partial.placements(model)
         request = replace(

@@ -90,7 +90,7 @@ def train(
         )
         plan = make_plan(config, spec_of(network), local_cluster(world_size, "localhost"))
         if rank == 0:
-            RunFolder.create(config, plan)
+            RunFolder.create(config, plan, filled_in=True)
         job = Job("train", config, plan, config.launch.run_dir, checkpoint, str(Path.cwd()))
         results[case] = job(WorkerContext(rank, world_size, rank, "localhost", "cpu", 1, "", "gloo"))
     return results

@@ -119,6 +119,7 @@ def test_planned_devices_are_taken_exactly() -> None:
     devices = (("b:1", "a:3"), ("a:0", "b:0"))
     assert seated((A, B), (2, 2), use_gpu=True, devices=devices) == ["b1", "a3", "a0", "b0"]
     seats = place((A, B), (2, 2), use_gpu=True, devices=devices)
+    assert seated((A, B), (2, 2), use_gpu=True, devices=devices, any_gpu=True) == ["b", "a", "a", "b"]
     assert [seat.local_rank for seat in seats] == [0, 0, 1, 1]
     assert {seat.num_threads for seat in seats} == {4}
 
@@ -425,6 +426,8 @@ def test_ranks_get_the_planned_gpus(ray_hosts: tuple[Host, ...]) -> None:
         ClusterError, match=f"GPUs of {big} that Ray did not give: other jobs hold 1 of its 4"
     ):
         run_on_ray(look, RayRequest((1, 1), use_gpu=True, backend="gloo", devices=devices), no_watch)
+    filled_in = RayRequest((1, 1), use_gpu=True, backend="gloo", devices=devices, any_gpu=True)
+    assert [place["host"] for place in run_on_ray(look, filled_in, no_watch)] == [big]
     ray.kill(holder)
 
 

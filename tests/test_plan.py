@@ -264,6 +264,12 @@ def test_devices_and_the_cluster(read: Callable[..., Plan]) -> None:
     assert read(MESH + 'devices = [["a:2", "a:0"]]\n' + ALL, cluster=cluster).devices == (("a:2", "a:0"),)
     with pytest.raises(PlanError, match="devices b:0 are not in the cluster, which has a:0, a:1, a:2"):
         read(MESH + 'devices = [["a:2", "b:0"]]\n' + ALL, cluster=cluster)
+    was = 'devices = [["a:2", "b:0"]]\nfilled_in = true\n'
+    assert read(MESH + was + ALL, cluster=cluster).devices == (("a:0", "a:1"),), "no wish of anybody"
+    auto = MESH + was.replace("b:0", "a:0") + 'scheduler = "even"\n'
+    assert read(auto, cluster=cluster).devices == (("a:2", "a:0"),), "kept where it can be"
+    auto = MESH + was + 'scheduler = "even"\n'
+    assert read(auto, cluster=cluster).devices == (("a:0", "a:1"),)
     with pytest.raises(
         PlanError, match=r"plan\.toml: the mesh 4x2 needs 8 devices, the cluster has 3 \(a:0, a:1, a:2\)"
     ):
