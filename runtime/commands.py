@@ -28,7 +28,7 @@ from anabranch.runtime.plan_report import print_candidates
 from anabranch.runtime.position import check_steps
 from anabranch.runtime.progress import print_placement, print_status
 from anabranch.runtime.run_lock import RunLock
-from anabranch.runtime.unended_run import go_on
+from anabranch.runtime.unended_run import begins_here, go_on
 
 if TYPE_CHECKING:
     from anabranch.runtime.checkpoint import Checkpoint
@@ -379,12 +379,11 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     from anabranch.runtime.storage import open_folder
 
     wanted, given, url = config.checkpoint.resume, config.launch.run_dir, config.checkpoint.url
+    if given and begins_here(config) and finished(open_folder(Path(given) / "checkpoints")):
+        raise ConfigError(
+            f"launch.run_dir {given} holds a run already: go on with it (--resume {given}), or choose another folder"
+        )
     if not wanted:
-        if given and finished(open_folder(Path(given) / "checkpoints")):
-            raise ConfigError(
-                f"launch.run_dir {given} holds a run already: go on with it (--resume {given}), "
-                "or choose another folder"
-            )
         if url and Checkpoints(Path(given), url=url).newest(on_bad=partial(_warn, console)):
             raise ConfigError(
                 f"checkpoint.url {url} holds a run's checkpoints already: go on with it (--resume auto --run-dir DIR), "

@@ -118,7 +118,8 @@ class TrainConfig:
     """Samples per step over all workers (the global batch)."""
     bn_batch_size: int = 0
     """Samples that share one BatchNorm statistic, at most batch_size; 0: batch_size / workers / accumulation, so that
-    each worker has one such group of a micro-batch; written to the run's config.toml as a number."""
+    each worker has one such group of a micro-batch; written to the run's config.toml as a number, which stays when it
+    goes on with other workers."""
     accumulation: int = 1
     """Micro-batches per step, run one after another; divides the memory of activations."""
     seed: int = 0
@@ -205,8 +206,9 @@ class CheckpointConfig:
     resume: str = ""
     """Run folder to go on from, or "auto": the newest checkpoint in run_dir, if there is one. Empty: start anew. With a
     folder and no CONFIG the run's configuration is taken, but for [launch]: say again where and with how many spares it
-    is to run. A mesh, a number of workers or a plan that is given replaces all three of the run's; batch_size and the
-    number of training samples stay what they were."""
+    is to run. In a run_dir where a run that began so did not end, that one goes on. A mesh, a number of workers or a
+    plan that is given replaces all three of the run's; batch_size and the number of training samples stay what they
+    were."""
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from rich.console import Console
 
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.cli import main
+from anabranch.runtime.commands import _resumed
 from anabranch.runtime.config import Config
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.manifest import Manifest
 from anabranch.runtime.run_record import RunRecord
+from anabranch.runtime.storage import open_folder
 from anabranch.runtime.unended_run import go_on
 
 # The user's loss: at its sixth call it kills the process, where a file says so.
@@ -143,3 +147,72 @@ def test_another_training_is_refused(tmp_path: Path, section: str, change: dict[
         ConfigError, match=f"holds a run already that did not end, its {said}: make it the same"
     ):
         go_on(config)
+
+
+def kept(run: Path, bn_batch_size: int) -> None:
+    """A checkpoint without tensors, and its run's configuration."""
+    config = replace(Config(), train=replace(Config().train, bn_batch_size=bn_batch_size))
+    run.mkdir(exist_ok=True)
+    (run / "config.toml").write_text(config.to_toml())
+    folder = open_folder(run / "checkpoints/step-000002")
+    folder.make()
+    Manifest({"step": 2}, config.to_toml(), "", "SGD", {}, {}, {}).write(folder)
+
+
+@pytest.mark.parametrize("launcher", ["ray", "env", "none"])
+@pytest.mark.parametrize("resume", ["auto", "before", "before, at a URL", "elsewhere"])
+def test_groups_belong_to_the_run(
+    tmp_path: Path, resume: str, launcher: Literal["ray", "env", "none"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of workers: 0 is the default of a new run alone."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    before, url = tmp_path / "before", ""
+    kept(before, 32)
+    run_dir = before if resume == "auto" else tmp_path / "new"
+    if resume.endswith("URL"):
+        url = f"file://{tmp_path}/bucket"
+        (before / "checkpoints").rename(tmp_path / "bucket")
+        (before / "config.toml").write_text(Config.from_dict({"checkpoint": {"url": url}}).to_toml())
+    (before / "checkpoints/step-000003").mkdir(parents=True)
+    (before / "checkpoints/step-000003/manifest.json").touch()  # torn: the older one is gone on from
+    config = Config.from_dict(
+        {
+            "launch": {"run_dir": str(run_dir), "launcher": launcher},
+            "checkpoint": {"resume": "auto" if resume == "auto" else str(before)},
+        }
+    )
+    if resume == "elsewhere":  # on a machine that has nothing but the URL
+        (before / "checkpoints").rename(tmp_path / "bucket")
+        config = replace(
+            config, checkpoint=replace(config.checkpoint, resume="auto", url=f"file://{tmp_path}/bucket")
+        )
+    assert go_on(config) == replace(config, train=replace(config.train, bn_batch_size=32))
+    own = replace(config, train=replace(config.train, bn_batch_size=8))
+    assert go_on(own) == own, "said by name"
+    new = replace(config, checkpoint=Config().checkpoint)
+    assert go_on(new) == new, "nothing to go on with"
+
+
+def test_a_run_that_began_from_another_goes_on_with_its_own(tmp_path: Path) -> None:
+    """The same command again (a job that is retried) neither begins once more nor mixes the two."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    kept(first, 32)
+    second.mkdir()
+    config = plant(second, "running")
+    config = replace(config, checkpoint=replace(config.checkpoint, resume=str(first)))
+    assert (go_on(config).checkpoint.resume, go_on(config).train.bn_batch_size) == ("auto", 32)
+    other = replace(config, train=replace(config.train, epochs=30))
+    with pytest.raises(ConfigError, match=r"did not end, its train.epochs is 20, here it is 30"):
+        go_on(other)
+    record = json.loads((second / "run.json").read_text())
+    (second / "run.json").write_text(json.dumps({**record, "state": "finished"}))
+    assert go_on(config).checkpoint.resume == str(first)
+    with pytest.raises(ConfigError, match=f"second holds a run already: go on with it .--resume {second}"):
+        _resumed(go_on(config), Console(quiet=True))
+    (second / "checkpoints/step-000002/manifest.json").unlink()
+    found, checkpoint = _resumed(go_on(config), Console(quiet=True))
+    assert (found.launch.run_dir, str(checkpoint and checkpoint.path)) == (
+        str(second),
+        str(first / "checkpoints/step-000002"),
+    )
