@@ -41,7 +41,15 @@ class Round:
             }
 
     def told(self, seconds: float | None) -> Iterator[dict[str, Any]]:
-        """What there is to tell at its end, which came after `seconds`."""
+        """What there is to tell at its end, which came after `seconds`. Of one that was not decided: what led to it."""
+        if not self.order:
+            for event in self.events:
+                text = (
+                    f"rank {event['rank']} on {event['host']} failed in step {event['step']} ({event['cause']}); "
+                    "the run ended before it was made good"
+                )
+                yield {**event, "at": self.began, "action": "ended", "seconds": None, "text": text}
+            return
         took = f" in {seconds:.1f} s" if seconds is not None else ""
         step = self.order["step"]
         back = f", all went on from step {step}" if self.order["action"] == "rewind" else ""

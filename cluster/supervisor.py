@@ -118,6 +118,8 @@ class Supervisor:
                     self.stop.reason in REASONS.values()
                 ):  # whoever asked in another way waits for the checkpoint
                     self.deadline = min(self.deadline, time.monotonic() + STOP_S)
+        if self.failures or self.running:
+            self._tell_open()
         if self.failures:
             raise worker_error(self.failures)
         if self.running:
@@ -127,8 +129,7 @@ class Supervisor:
                 str(self.stop.reason),
             )
         self._look(LAST_STATUS_WAIT_S, anew=True)
-        for round, _ in self._pending:
-            self._tell(round, None)
+        self._tell_open()
         # A rank that was lost after another had returned: that one has passed everything that all do together.
         first = self.results[min(self.results)]
         return [self.results.get(rank, first) for rank in range(len(self.group.members))]
@@ -175,9 +176,16 @@ class Supervisor:
         elif self.recovery and self._is_recoverable(rank, result):
             self._lose(rank, result)
         else:
-            self.failures.append(result)
+            self.failures.append(self._explained(rank, result))
             patience = CAUSE_S if all(failure.in_collective for failure in self.failures) else MORE_FAILURES_S
             self.deadline = min(self.deadline, time.monotonic() + patience)
+
+    def _explained(self, rank: int, failure: Failure) -> Failure:
+        """The end of a process that we killed has our reason for it, and where it hung, before its last words."""
+        if not (why := self._given_up.pop(rank, "")):
+            return failure
+        parts = (f"{why}; it was killed", self._stacks.pop(rank, ""), failure.text.partition("\n")[2])
+        return replace(failure, text="\n".join(filter(None, parts)))
 
     def _is_recoverable(self, rank: int, failure: Failure) -> bool:
         assert self.recovery is not None, "asked where there is one"
@@ -394,6 +402,11 @@ class Supervisor:
         assert self.recovery is not None, "it has become smaller"
         text = f"{host} has room for workers, which did not come: {why}; the run goes on without them"
         self.recovery.told({"host": host, "cause": why, "at": time.time(), "text": text})
+
+    def _tell_open(self) -> None:
+        """What nobody will see the outcome of."""
+        for round in [*(round for round, _ in self._pending), *filter(None, [self._round])]:
+            self._tell(round, None)
 
     def _tell(self, round: Round, seconds: float | None) -> None:
         assert self.recovery is not None, "there was a round"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,19 +264,20 @@ class Driver:
             try:
                 results = run_on_ray(job, request, progress.watch, recovery)
             except WorkerError as error:
-                raise _with_remedy(error, len(self.failures), launch.run_dir) from error.__cause__
+                raise _with_remedy(error, self.failures, self.config) from error.__cause__
             found = {"failures": self.failures, "mesh_changes": self.mesh_changes}
             return {**results[0], **found, "ray_calls": dict(ray_calls)}
 
 
-def _with_remedy(error: WorkerError, num_failures: int, run_dir: str) -> WorkerError:
+def _with_remedy(error: WorkerError, failures: list[dict[str, Any]], config: Config) -> WorkerError:
     """The same with what was tried before, and how to go on."""
     from anabranch.runtime.manifest import finished
     from anabranch.runtime.storage import open_folder
 
-    text = str(error)
-    if num_failures:
-        text += f"\nBefore this {num_failures} lost workers were replaced (launch.max_failures)."
-    if any(finished(open_folder(Path(run_dir) / "checkpoints"))):
-        text += f"\nGo on from the last checkpoint with: anabranch train --resume {run_dir}"
+    text, run_dir = str(error), config.launch.run_dir
+    if num := sum(failure["action"] != "ended" for failure in failures):
+        text += f"\nBefore this {num} lost workers were replaced (launch.max_failures)."
+    with suppress(OSError):  # a service that does not answer: the error itself says more
+        if finished(open_folder(config.checkpoint.url or Path(run_dir) / "checkpoints")):
+            text += f"\nGo on from the last checkpoint with: anabranch train --resume {run_dir}"
     return WorkerError(text, error.worker_failures)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from anabranch.cluster.errors import WorkerError
 from anabranch.cluster.failures import Failure
 from anabranch.cluster.member import Member
 from anabranch.cluster.placement import Host, Seat
@@ -80,3 +81,37 @@ def test_what_a_rank_tells_no_more_is_no_longer_so() -> None:
     member.told({"phase": "training", "step_time_s": 0.5})
     member.told({"phase": "fitting"})
     assert member.status == {"rank": 1, "host": "a", "device": "a:0", "phase": "fitting"}
+
+
+def test_why_a_rank_was_killed_is_the_error_where_that_ends_the_run() -> None:
+    """And what was under way is told, though nobody sees its outcome."""
+    told: list[dict[str, Any]] = []
+    recovery = SimpleNamespace(hang_s=30.0, min_replicas=None, max_failures=0, told=told.append)
+    died = Failure(
+        1, "b", "the worker's process died: killed by ray.kill\nIts last words:\nhm", False, died=True
+    )
+    host = Host("b", "1", 2, 2)
+    group = SimpleNamespace(
+        kill=lambda rank: None,
+        result=lambda rank, ref: died,
+        seats=[Seat(rank, host, 0, 1) for rank in (0, 1)],
+    )
+    supervisor = Supervisor(cast(Any, group), [], lambda _: None, Stop(), cast(Any, recovery), (2, 1))
+    begun = Round(
+        events=[{"rank": 0, "host": "b", "cause": "no answer for 9 s", "step": 4, "replaced": True}]
+    )
+    supervisor._round = begun
+    supervisor._stacks[1] = "line 7, in forward"
+    supervisor._give_up(1, "hangs: no step for 31 s, in forward")
+    supervisor._ended(1, "ref")
+    with pytest.raises(WorkerError) as caught:
+        supervisor.supervise()
+    assert str(caught.value).splitlines() == [
+        "rank 1 on host b failed:",
+        "hangs: no step for 31 s, in forward; it was killed",
+        "line 7, in forward",
+        "Its last words:",
+        "hm",
+    ]
+    text = "rank 0 on b failed in step 4 (no answer for 9 s); the run ended before it was made good"
+    assert [(each["action"], each["at"], each["text"]) for each in told] == [("ended", begun.began, text)]
