@@ -23,9 +23,8 @@ def doctor(config: Config, console: Console) -> dict[str, Any]:
     num_workers = mesh.num_workers or (axes[0] * axes[1] if axes else 0)
     with RunProgress(console, "doctor") as progress:
         progress.watch([{"phase": "asking every host"}])
-        found = examine(
-            launch.address, run_folder(launch.run_dir), launch.port, num_workers, launch.cpus_per_worker
-        )
+        shared = None if config.checkpoint.url else run_folder(launch.run_dir)
+        found = examine(launch.address, shared, launch.port, num_workers, launch.cpus_per_worker)
     print_checks(console, found)
     return {"ok": all(check.ok for check in found), "checks": [vars(check) for check in found]}
 

@@ -224,6 +224,8 @@ class Driver:
         if kind in ("train", "profile", "gross") and not other:
             record = RunRecord(launch.run_dir, what, launch.address)
             record.note(numerics=numerics(self.config.train.precision))
+            if "://" in checkpoint:
+                record.note(checkpoint=Path(checkpoint).name)
         with RunProgress(Console(quiet=True) if other else self.console, what, record) as progress:
             if self.launcher != "ray":
                 result = run_here(

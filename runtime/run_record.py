@@ -65,8 +65,7 @@ class RunRecord:
                 for status in statuses
             ],
         }
-        if "compiled" in first:
-            self._fields["compiled"] = first["compiled"]
+        self._fields |= {name: first[name] for name in ("compiled", "checkpoint") if name in first}
         self._write()
         if self._folder and Path(self._folder, STOP).exists():
             self._asked = True
@@ -97,7 +96,8 @@ class RunRecord:
 
 
 def run_status(folder: Path) -> dict[str, Any]:
-    """run.json's fields with `alive`, `silent_s` (since it was heard of), `run_dir` and the newest `checkpoint`.
+    """run.json's fields with `alive`, `silent_s` (since it was heard of), `run_dir` and the newest `checkpoint`: in
+    the folder, else (at a URL) the last that was told.
 
     state is "dead" where the record says "running" and its driver is gone: by its process ID where that is one of
     this machine's, else where it was silent for longer than SILENT_S. Raises ConfigError where there is no record.
@@ -112,12 +112,13 @@ def run_status(folder: Path) -> dict[str, Any]:
     alive = record["state"] == "running" and (_same_start(record) if here else silent_s <= SILENT_S)
     if record["state"] == "running" and not alive:
         record["state"] = "dead"
+    told = record.get("checkpoint", "")
     with suppress(OSError):
         manifests = (folder / "checkpoints").glob("*/manifest.json")
-        record["checkpoint"] = max((path.parent.name for path in manifests), default="")
+        record["checkpoint"] = max((path.parent.name for path in manifests), default=told)
     return {
         **record,
-        "checkpoint": record.get("checkpoint", ""),
+        "checkpoint": record.get("checkpoint", told),
         "alive": alive,
         "silent_s": silent_s,
         "run_dir": str(folder.absolute()),

@@ -532,6 +532,8 @@ class Trainer:
 
     def _told_saved(self, where: str) -> None:
         if where:
+            if "://" in where:  # a folder's are seen there
+                self.context.publish(checkpoint=Path(where).name)
             self._tell("on_checkpoint", where if "://" in where else Path(where))
 
     def _save(self, checkpoints: Checkpoints, step: int, plateau: Plateau, tested: dict[str, Any]) -> None:

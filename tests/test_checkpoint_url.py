@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 from checkpoint_ranks import save_at_url, save_without_renaming
 from ranks import run_ranks
+from rich.console import Console
 
+from anabranch.cluster import WorkerError
+from anabranch.cluster.checks import Check
+from anabranch.runtime import doctor_command
 from anabranch.runtime.checkpoints import Checkpoints
+from anabranch.runtime.cli import main
 from anabranch.runtime.config import Config
+from anabranch.runtime.driver import _with_remedy
 from anabranch.runtime.redact import redacted
+from anabranch.runtime.run_record import run_status
 from anabranch.runtime.schema import FieldError
 
 
@@ -76,3 +83,36 @@ def test_secrets_stay_out_of_files() -> None:
     plain = "git@host:path, a@b.c, https://host/a@b?x=1, s3://bucket/key"
     assert redacted(plain) == plain
     assert re.search(r"://\*\*\*@", redacted("redis://:pw@host"))
+
+
+def test_a_run_whose_folder_holds_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its status and its error name what is at the URL all the same."""
+    url, run = f"file://{tmp_path}/bucket", tmp_path / "run"
+    flags = ["--launcher", "none", "--model.options.depth", "8", "--mesh.execution", "fused"]
+    flags += ["--mesh.memory-format", "contiguous", "--train.eval-every-epochs", "0", "--run-dir", str(run)]
+    assert main(["train", *flags, "--train.max-steps", "2", "--checkpoint.url", url]) == 0
+    assert run_status(run)["checkpoint"] == "step-000002"
+    assert main(["status", str(run)]) == 0
+    assert "newest checkpoint: step-000002" in capsys.readouterr().out
+    config = Config.from_dict({"checkpoint": {"url": url}, "launch": {"run_dir": str(run)}})
+    failures = [{"action": "discard"}, {"action": "ended"}]
+    said = str(_with_remedy(WorkerError("boom", {}), failures, config)).splitlines()
+    assert said[1].startswith("Before this 1 lost workers were replaced")
+    assert said[2] == f"Go on from the last checkpoint with: anabranch train --resume {run}"
+
+
+@pytest.mark.parametrize(("url", "shared"), [("", Path("/runs/a")), ("file:///bucket", None)])
+def test_a_shared_folder_is_asked_for_where_checkpoints_go_there(
+    url: str, shared: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the doctor as by a run."""
+    asked: list[object] = []
+
+    def examine(*arguments: object) -> list[Check]:
+        asked.extend(arguments)
+        return []
+
+    monkeypatch.setattr(doctor_command, "examine", examine)
+    config = Config.from_dict({"checkpoint": {"url": url}, "launch": {"run_dir": "/runs/a"}})
+    doctor_command.doctor(config, Console(quiet=True))
+    assert asked[1] == shared
