@@ -5,12 +5,14 @@ from anabranch.cluster.ray_calls import ray_calls
 from anabranch.cluster.ray_session import connect, discover, load_ray
 from anabranch.cluster.recovery import Recovery
 from anabranch.cluster.run import RayRequest, run_on_ray
+from anabranch.cluster.supervisor import Stop
 from anabranch.cluster.worker_context import WorkerContext
 
 __all__ = [
     "ClusterError",
     "RayRequest",
     "Recovery",
+    "Stop",
     "StoppedError",
     "WorkerContext",
     "WorkerError",

@@ -39,19 +39,24 @@ class RayRequest:
 
 
 def run_on_ray(
-    target: Target, request: RayRequest, watch: Watch, recovery: Recovery | None = None
+    target: Target,
+    request: RayRequest,
+    watch: Watch,
+    recovery: Recovery | None = None,
+    stop: Stop | None = None,
 ) -> list[dict[str, Any]]:
     """Run `target` on every rank of the request's mesh; what it returned, by rank.
 
     `watch` is called about once a second and once at the end. On the first Ctrl-C or SIGTERM the workers are asked to
     stop and their results returned as usual; a second one ends them at once (KeyboardInterrupt). recovery: replaces
     lost ranks; the target must then quiesce (`WorkerContext.await_order`) where it loses another. None: it is an error.
+    stop: where the reason to end early is noted, also where it came too late for the targets.
 
     Raises ClusterError before any target starts when the cluster cannot run this; WorkerError when a worker failed;
     StoppedError when the workers did not end in time after being asked to.
     """
     backend = request.backend or ("nccl" if request.use_gpu else "gloo")
-    stop = Stop()
+    stop = stop or Stop()
     with connect(request.address), stop_signals(stop):
         group = _start(request, backend, stop, recovery.spares if recovery else 0)
         try:

@@ -52,7 +52,7 @@ NEWCOMER_S = 120.0
 
 
 class Stop:
-    """Why the run should end early; set by a signal or the watch."""
+    """Why the run should end early, the first reason; set by a signal or the watch."""
 
     reason: str | None = None
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from anabranch.runtime.config import Config
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
+from anabranch.runtime.interrupts import stopped_by
 from anabranch.runtime.launch import choose_launcher, leads
 from anabranch.runtime.plan_report import print_candidates
 from anabranch.runtime.position import check_steps
@@ -173,7 +173,7 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
     if result is None:
         return None
     if reason := result.get("stopped"):
-        raise _stopped(reason)(
+        raise stopped_by(reason)(
             f"stopped before all {steps} steps were measured, no profile was written: run it again, "
             "or with fewer --steps",
             driver.config.launch.run_dir,
@@ -228,7 +228,7 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
         return None
     if reason := result.pop("stopped"):
         again = f"go on with: anabranch gross --resume {result['run_dir']}"
-        raise _stopped(reason)(f"stopped, what was done is saved; {again}", result["run_dir"])
+        raise stopped_by(reason)(f"stopped, what was done is saved; {again}", result["run_dir"])
     print_table(console, result)
     plot = result["plot"] or "none, matplotlib is not installed: install it and run the command again"
     console.print(f"plot of accuracy against multiply-adds: {plot}", highlight=False, soft_wrap=True)
@@ -406,12 +406,8 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
     return config, checkpoint
 
 
-def _stopped(reason: str) -> type[Stopped]:
-    return Interrupted if reason == "interrupt" else Terminated
-
-
 def _raise_stopped(reason: str, result: dict[str, Any]) -> None:
-    raise _stopped(reason)(
+    raise stopped_by(reason)(
         f"stopped after step {result['steps']}, checkpoint saved; "
         f"go on with: anabranch train --resume {result['run_dir']}",
         result["run_dir"],

@@ -162,7 +162,7 @@ class MeshConfig:
     remeasure: bool = False
     """Of auto: measure again, whatever is kept."""
     replan: bool = False
-    """Of auto: where steps have become slower, plan anew at the epoch's end and go on from its checkpoint."""
+    """Of auto under Ray: where steps have become slower, plan anew at the epoch's end and go on from its checkpoint."""
     memory_gb: float = 0.0
     """Of auto and `plan`: most bytes (in 1e9) of live tensors that a worker may have; 0: what its device has, where
     known."""

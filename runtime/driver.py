@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from anabranch.cluster import RayRequest, WorkerError, connect, discover, load_ray, ray_calls, run_on_ray
+from anabranch.cluster import (
+    RayRequest,
+    Stop,
+    WorkerError,
+    connect,
+    discover,
+    load_ray,
+    ray_calls,
+    run_on_ray,
+)
 from anabranch.cluster.doctor import is_remote, preflight
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_rules import mesh_axes
 from anabranch.runtime.doctor_command import run_folder
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.interrupts import stopped_by
 from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.job_line import check_address, outlive_note
 from anabranch.runtime.launch import choose_launcher, leads, run_here
@@ -60,6 +70,7 @@ class Driver:
         self.launcher = choose_launcher(config.launch.launcher or ("ray" if config.launch.address else ""))
         self.failures: list[dict[str, Any]] = []  # that training was recovered from
         self.mesh_changes: list[dict[str, Any]] = []  # replicas left out and taken in again
+        self._replans = False  # a run that has begun, and whose record goes on
         self._stack = ExitStack()
 
     def __enter__(self) -> Driver:
@@ -177,6 +188,7 @@ class Driver:
         """Measures, plans and times plans on the workers; from then on `plan` is the one chosen.
 
         What `automatic_plan` returns; None where there is nothing to choose (one worker), or no driver's choice.
+        Raises Interrupted or Terminated when told to stop.
         """
         from anabranch.runtime.assemble import settle
 
@@ -185,6 +197,10 @@ class Driver:
         asked = self.config.mesh
         result = self.run("plan", "planning")
         assert result is not None, "with a driver"
+        if reason := result.pop("stopped"):
+            run_dir = self.config.launch.run_dir
+            saved = f", the checkpoint is saved; go on with: anabranch train --resume {run_dir}"
+            raise stopped_by(reason)(f"stopped while planning{saved if self._replans else ''}", run_dir)
         self.plan = parse_plan(result["plan"]).resolve(self.model, self.cluster)
         check_replicas_wanted(self.config, self.plan)
         self.config = settle(self.config, self.plan)
@@ -196,6 +212,7 @@ class Driver:
         from anabranch.runtime.assemble import provisional_plan
 
         assert self.cluster is not None, "with a plan"
+        self._replans = True
         self.config = replace(self.config, mesh=replace(self._asked, remeasure=True))
         self.plan = provisional_plan(self.config, self.model, self.cluster)
         return self.find_plan()
@@ -215,13 +232,15 @@ class Driver:
 
     def run(self, kind: Kind, what: str, *, checkpoint: str = "", steps: int = 0) -> dict[str, Any] | None:
         """Runs the job on all ranks, showing progress; rank 0's result, None on the other ranks of torchrun."""
+        if kind in ("train", "gross") and self.config.mesh.replan:
+            self._check_replan(kind)
         launch = self.config.launch
         job = Job(
             kind, self.config, self.plan, launch.run_dir, checkpoint, str(Path.cwd()), steps, self.cluster
         )
         other = not leads(self.launcher)
         record = None
-        if kind in ("train", "profile", "gross") and not other:
+        if (kind in ("train", "profile", "gross") or self._replans) and not other:
             record = RunRecord(launch.run_dir, what, launch.address)
             record.note(numerics=numerics(self.config.train.precision))
             if "://" in checkpoint:
@@ -231,6 +250,7 @@ class Driver:
                 result = run_here(
                     job, progress.watch, self.launcher, backend=launch.backend, port=launch.port
                 )
+                progress.stopped = result.get("stopped")
                 return None if other else result
             assert self.plan is not None, "made with the cluster"
             request = RayRequest(
@@ -244,8 +264,13 @@ class Driver:
                 cpus_per_worker=launch.cpus_per_worker,
                 timeout_s=launch.timeout_s,
             )
+            stop = Stop()
             if kind != "train":
-                return {**run_on_ray(job, request, progress.watch)[0], "ray_calls": dict(ray_calls)}
+                result = run_on_ray(job, request, progress.watch, stop=stop)[0]
+                if kind == "plan":
+                    result = {**result, "stopped": stop.reason}
+                progress.stopped = result.get("stopped") or ("replan" if kind == "plan" else None)
+                return {**result, "ray_calls": dict(ray_calls)}
 
             def told(event: dict[str, Any]) -> None:
                 text = event.pop("text")
@@ -264,11 +289,27 @@ class Driver:
 
             recovery = recovery_of(self.config, self.plan, checkpoint, told)
             try:
-                results = run_on_ray(job, request, progress.watch, recovery)
+                result = run_on_ray(job, request, progress.watch, recovery, stop)[0]
             except WorkerError as error:
                 raise _with_remedy(error, self.failures, self.config) from error.__cause__
+            if result["stopped"] == "replan":  # who is told to stop meanwhile does not plan
+                result = {**result, "stopped": stop.reason or "replan"}
+            progress.stopped = result["stopped"]
             found = {"failures": self.failures, "mesh_changes": self.mesh_changes}
-            return {**results[0], **found, "ray_calls": dict(ray_calls)}
+            return {**result, **found, "ray_calls": dict(ray_calls)}
+
+    def _check_replan(self, kind: Kind) -> None:
+        """Raises ConfigError where nobody could plan anew; where there is nothing to plan, says so."""
+        if self.launcher == "env":
+            raise ConfigError(
+                "mesh.replan is true, and torchrun or srun started the ranks: only a run under Ray is planned anew; "
+                "make it false, or take --launcher ray"
+            )
+        assert self.plan is not None, "with a driver"
+        if kind == "gross" or self.plan.world_size == 1:
+            why = "gross keeps its plan" if kind == "gross" else "one worker has nothing to plan"
+            self.console.print(f"warning: mesh.replan is ignored: {why}", style="yellow", highlight=False)
+            self.config = replace(self.config, mesh=replace(self.config.mesh, replan=False))
 
 
 def _with_remedy(error: WorkerError, failures: list[dict[str, Any]], config: Config) -> WorkerError:

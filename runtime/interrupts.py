@@ -26,3 +26,8 @@ class Terminated(Stopped):
     """SIGTERM, as a cluster's scheduler sends it before it takes a machine away."""
 
     exit_code = 143
+
+
+def stopped_by(reason: str) -> type[Stopped]:
+    """What to raise for the reason that a run was given to end: "interrupt", else as for SIGTERM."""
+    return Interrupted if reason == "interrupt" else Terminated

@@ -56,8 +56,11 @@ def _branches(held: Sequence[int]) -> str:
 class RunProgress:
     """Shows the workers' statuses and notes them in the run's record, if it has one.
 
-    Its `watch` is called about once a second with all of them.
+    Its `watch` is called about once a second with all of them. stopped: set by whoever has the result, see
+    `RunRecord.close`.
     """
+
+    stopped: str | None = None
 
     def __init__(self, console: Console, what: str, record: RunRecord | None = None) -> None:
         self._console, self._what, self._record = console, what, record
@@ -79,7 +82,7 @@ class RunProgress:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._bar.stop()
         if self._record:
-            self._record.close(error)
+            self._record.close(error, self.stopped)
 
     def watch(self, statuses: Sequence[Mapping[str, Any]]) -> str | None:
         """Shows the first rank's figures, and whoever is behind it; "stop" where `anabranch stop` asked for it."""

@@ -77,10 +77,12 @@ class RunRecord:
         """Keeps plain values beside the others from now on."""
         self._fields |= fields
 
-    def close(self, error: BaseException | None) -> None:
-        """Notes how it ended."""
-        stopped = self._fields.get("phase") == "stopped" or type(error).__name__ == "StoppedError"
-        state = "stopped" if stopped else "failed" if error else "finished"
+    def close(self, error: BaseException | None, stopped: str | None = None) -> None:
+        """Notes how it ended. stopped: why before its end, None: it did not; "replan": to go on, so that it runs."""
+        if error:
+            state = "stopped" if type(error).__name__ == "StoppedError" else "failed"
+        else:
+            state = "running" if stopped == "replan" else "stopped" if stopped else "finished"
         self._fields |= {"state": state, "error": str(error) if error else ""}
         self._write()
 

@@ -21,6 +21,7 @@ from anabranch.cluster import (
     ClusterError,
     RayRequest,
     Recovery,
+    Stop,
     StoppedError,
     WorkerContext,
     WorkerError,
@@ -567,7 +568,9 @@ def until_told(listens: bool, context: WorkerContext) -> dict[str, Any]:
 
 
 def test_the_watch_can_stop_a_run(ray_hosts: tuple[Host, ...]) -> None:
-    results = run_on_ray(partial(until_told, True), RayRequest((1, 2)), lambda statuses: "enough")
+    stop = Stop()
+    results = run_on_ray(partial(until_told, True), RayRequest((1, 2)), lambda statuses: "enough", stop=stop)
+    assert stop.reason == "enough"
     assert results == [{"reason": "enough"}] * 2
 
 

@@ -10,20 +10,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from anabranch.cluster import RayRequest
+from anabranch.cluster import RayRequest, Stop
 from anabranch.runtime import assemble
 from anabranch.runtime import driver as driver_module
 from anabranch.runtime.config import Config
 from anabranch.runtime.driver import Driver
+from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.interrupts import Interrupted, Terminated
+from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.run_folder import RunFolder
+from anabranch.runtime.run_record import run_status
 from anabranch.schedulers import Cluster, Device, PlanError, read_plan
 
 
 def configured(**sections: dict[str, Any]) -> Config:
     """A small run in this process, with other fields."""
-    return Config.from_dict(
-        {"model": {"options": {"depth": 8}}, "launch": {"launcher": "none"}}, {**sections}
-    )
+    return Config.from_dict({"model": {"options": {"depth": 8}}, "launch": {"launcher": "none"}}, sections)
 
 
 PLAN = '[mesh]\ndata = 1\nbranch = 1\nscheduler = "data"\n'
@@ -45,7 +47,9 @@ def test_only_devices_that_a_person_wrote_are_exact(
     (tmp_path / "plan.toml").write_text(PLAN + devices)
     requests: list[RayRequest] = []
 
-    def run_on_ray(job: object, request: RayRequest, *others: object) -> list[dict[str, Any]]:
+    def run_on_ray(
+        job: object, request: RayRequest, *others: object, **named: object
+    ) -> list[dict[str, Any]]:
         requests.append(request)
         return [{}]
 
@@ -81,3 +85,84 @@ def test_its_devices_are_in_the_order_of_the_ranks(monkeypatch: pytest.MonkeyPat
         assert driver.cluster is not None
         assert driver.cluster.names == [name for row in driver.plan.devices or () for name in row]
         assert driver.cluster.names == ["b:0", "b:1", "a:0"]
+
+
+def planning(monkeypatch: pytest.MonkeyPatch, run_dir: Path, asked: str) -> Driver:
+    """A driver of two workers that plan, under a Ray which is not there and is told to stop too late for them."""
+    two = Cluster((Device("a", 0, "cpu"), Device("a", 1, "cpu")))
+    monkeypatch.setattr(assemble, "local_cluster", lambda *_: two)
+
+    def run_on_ray(
+        job: Job, request: RayRequest, watch: object, recovery: object = None, stop: Stop | None = None
+    ) -> list[dict[str, Any]]:
+        assert stop is not None
+        if asked:
+            stop(asked)
+        return [{"stopped": "replan"} if job.kind == "train" else {"plan": "[mesh]\ndata = 2\nbranch = 1\n"}]
+
+    monkeypatch.setattr(driver_module, "run_on_ray", run_on_ray)
+    mesh = {"plan": "auto", "replan": True}
+    return Driver(configured(mesh=mesh, launch={"run_dir": str(run_dir)}), Console(quiet=True))
+
+
+@pytest.mark.parametrize(("asked", "raised"), [("interrupt", Interrupted), ("terminate", Terminated)])
+def test_who_is_told_to_stop_neither_plans_on_nor_anew(
+    asked: str, raised: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the word came when the workers were done."""
+    with planning(monkeypatch, tmp_path, asked) as driver:
+        driver.launcher, driver._uses_gpus = "ray", False
+        with pytest.raises(raised, match=r"stopped while planning$"):
+            driver.find_plan()
+        result = driver.run("train", "training")
+        assert result is not None
+        assert (result["stopped"], run_status(tmp_path)["state"]) == (asked, "stopped")
+        with pytest.raises(
+            raised, match=f"checkpoint is saved; go on with: anabranch train --resume {tmp_path}"
+        ):
+            driver.plan_again()
+
+
+def test_a_run_that_is_planned_anew_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whoever looks at it, or wants to stop it, meanwhile."""
+    with planning(monkeypatch, tmp_path, "") as driver:
+        driver.launcher, driver._uses_gpus = "ray", False
+        driver.run("train", "training")
+        assert run_status(tmp_path)["alive"]
+        monkeypatch.setattr(driver_module, "parse_plan", lambda text: read_plan(tmp_path / "plan.toml"))
+        (tmp_path / "plan.toml").write_text('[mesh]\ndata = 2\nbranch = 1\nscheduler = "data"\n')
+        driver.plan_again()
+        status = run_status(tmp_path)
+    assert (status["what"], status["alive"]) == ("planning", True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stopped", "state"),
+    [("gross", "interrupt", "stopped"), ("gross", None, "finished"), ("train", "by another rank", "stopped")],
+)
+def test_the_record_says_how_it_ended(
+    kind: Kind, stopped: str | None, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "run_here", lambda *_, **__: {"stopped": stopped})
+    with Driver(configured(launch={"run_dir": str(tmp_path)}), Console(quiet=True)) as driver:
+        driver.run(kind, "working")
+    assert run_status(tmp_path)["state"] == state
+
+
+def test_a_run_that_nobody_can_plan_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun it is refused before it starts; with one worker, which has nothing to plan, it is told."""
+    jobs: list[Job] = []
+
+    def run_here(job: Job, *_: object, **__: object) -> dict[str, Any]:
+        jobs.append(job)
+        return {"stopped": None}
+
+    monkeypatch.setattr(driver_module, "run_here", run_here)
+    config, out = configured(mesh={"plan": "auto", "replan": True}), io.StringIO()
+    with Driver(config, Console(file=out, width=200)) as driver:
+        driver.run("train", "training")
+    assert [job.config.mesh.replan for job in jobs] == [False]
+    assert "warning: mesh.replan is ignored: one worker has nothing to plan" in out.getvalue()
+    driver.launcher, driver.config = "env", config
+    with pytest.raises(ConfigError, match="replan is true, and torchrun or srun started the ranks"):
+        driver.run("train", "training")
