@@ -150,6 +150,8 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
         raise ConfigError(f"--steps is {steps}: profile at least 1")
     from anabranch.runtime.profile_file import profile_folder
 
+    # a run's configuration is profiled, nothing is gone on with
+    config = replace(config, checkpoint=replace(config.checkpoint, resume=""))
     run = Path(config.launch.run_dir) if config.launch.run_dir else None
     if run is not None and profile_folder(run) != run:
         config = replace(config, launch=replace(config.launch, run_dir=str(profile_folder(run))))

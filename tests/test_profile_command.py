@@ -14,6 +14,7 @@ import pytest
 from test_report import metrics
 
 from anabranch.runtime.cli import main
+from anabranch.runtime.config import Config
 from anabranch.runtime.profile_file import read_profile
 from anabranch.runtime.run_record import run_status
 
@@ -81,6 +82,19 @@ def test_a_profile_is_written_told_and_printed(
         assert {name: (tmp_path / name).read_text() for name in own} == own
         assert 'name = "multi_resnet"' in (folder / "config.toml").read_text()
         assert not (tmp_path / "run.json").exists()
+
+
+def test_a_runs_configuration_is_profiled_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder stays as it is, and is not locked."""
+    options = {"depth": 8, "num_branches": 2}
+    config = Config.from_dict({"model": {"options": options}, "train": {"batch_size": 8}})
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained/config.toml").write_text(config.to_toml())
+    monkeypatch.chdir(tmp_path)
+    assert main([*ALONE, "--steps", "2", "--resume", "trained"]) == 0
+    assert [path.name for path in (tmp_path / "trained").iterdir()] == ["config.toml"]
+    (profiled,) = (tmp_path / "runs").iterdir()
+    assert len(read_profile(profiled / "profile.json")["elements"]) == 5  # of depth 8
 
 
 @pytest.mark.parametrize(
