@@ -34,7 +34,8 @@ def choose_launcher(launcher: str = "", environ: Mapping[str, str] = os.environ)
     if launcher not in ("", "ray", "env", "none"):
         raise ClusterError(f'launch.launcher is "{launcher}": make it ray, env or none, or leave it empty')
     torchrun = "RANK" in environ and "WORLD_SIZE" in environ
-    slurm = "SLURM_PROCID" in environ and _number("SLURM_NTASKS", environ, 1) > 1
+    # A step's own number: a batch script has SLURM_PROCID and SLURM_NTASKS too, and is no rank.
+    slurm = "SLURM_PROCID" in environ and _number("SLURM_STEP_NUM_TASKS", environ, 1) > 1
     if launcher == "env" and not torchrun and "SLURM_PROCID" not in environ:
         raise ClusterError(
             "launch.launcher is env, but neither torchrun (RANK, WORLD_SIZE) nor srun (SLURM_PROCID, SLURM_NTASKS) "

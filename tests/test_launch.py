@@ -20,7 +20,7 @@ from anabranch.cluster.worker_context import WorkerContext
 from anabranch.runtime.launch import alone, choose_launcher, from_environment, run_here
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2"}
-SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
+SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
 
 # Under any launcher: meet the others, add the ranks, tell what this rank was given.
 WORKER = """
@@ -75,7 +75,8 @@ def free_port() -> int:
         ("", TORCHRUN, "env"),
         ("", {"RANK": "0"}, "ray"),  # half of torchrun's: something else set it
         ("", SRUN, "env"),
-        ("", {**SRUN, "SLURM_NTASKS": "1"}, "ray"),  # a batch script's own step
+        ("", {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, "ray"),
+        ("", {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "ray"),  # a line of a batch script, without srun
         ("none", TORCHRUN, "none"),
         ("ray", TORCHRUN, "ray"),
         ("env", SRUN, "env"),
@@ -189,7 +190,8 @@ def test_a_run_of_one_process_takes_all_cores_or_what_the_user_set(own: str) -> 
 
 def test_srun_and_the_error_is_said_once() -> None:
     """Two tasks as srun starts them. Rank 1 raises: rank 0 says that it lost a rank, not what gloo said."""
-    common = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
+    common = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    common |= {"SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
     ranks = [start(WORKER, "raise", SLURM_PROCID=str(rank), **common) for rank in range(2)]
     errors = [process.communicate(timeout=60)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
