@@ -102,7 +102,7 @@ def _start(request: RayRequest, backend: str, stop: Stop, num_spares: int) -> Wo
                     f"mesh.devices names GPUs of {host.name} that Ray did not give: other jobs hold "
                     f"{host.gpus - host.free_gpus} of its {host.gpus}; leave devices out of the plan, or wait for them"
                 )
-            reserved[host] = host.gpus - sum(seat.host == host for seat in seats)
+            reserved[host] = host.gpus - sum(seat.host == host for seat in seats) - spares.count(host)
 
 
 def _await_start(group: WorkerGroup, request: RayRequest, stop: Stop) -> list[Host]:

@@ -48,8 +48,7 @@ class WorkerGroup:
         bundles = [share] * len(seats) + [{"GPU": float(num)} for num in reserved.values()]
         first_spare = len(bundles)
         bundles += [share] * len(spares)
-        self._share, self._spare_places = share, list(enumerate(spares, first_spare))
-        self._spares: list[Member] = []
+        self._share = share
         self.joining: list[Member] = []
         # bundles of ours that nobody is in, and the GPU that was used there
         self._idle: list[tuple[int, Host, str | None]] = []
@@ -65,7 +64,8 @@ class WorkerGroup:
             for index, seat in enumerate(seats)
         ]
         self._holders = [self._create(i, bundles[i], 1) for i in range(len(seats), first_spare)]
-        self._hosts = hosts[:first_spare]
+        self._spares = [self._waiting(host, bundle) for bundle, host in enumerate(spares, first_spare)]
+        self._hosts = hosts
         self._probes: list[Probe] = []
         self._port = 0
 
@@ -100,7 +100,8 @@ class WorkerGroup:
     def probe(self, port: int) -> list[Any]:
         """Ask every actor where it is (rank 0 holds `port`); refs that are ready once the actors live."""
         self._port = port
-        actors = [member.actor for member in self.members] + self._holders
+        spares = [spare.actor for spare in self._spares]
+        actors = [member.actor for member in self.members] + self._holders + spares
         return [
             counted("probe", actor.probe.remote, port if rank == 0 else 0)
             for rank, actor in enumerate(actors)
@@ -110,7 +111,8 @@ class WorkerGroup:
         """Give every rank the GPU that the plan names; the hosts on which Ray gave others and holds some back.
 
         A plan's index counts the host's GPUs in the order of Ray's numbers for them, which are known where this
-        group holds all of them, and are else taken to begin at 0. Raises ClusterError when an actor did not start.
+        group holds all of them, and are else taken to begin at 0. Spares have those that are left. Raises ClusterError
+        when an actor did not start.
         """
         import ray
         from ray.exceptions import RayError
@@ -134,6 +136,10 @@ class WorkerGroup:
                 member.gpu = ids[seat.gpu] if len(ids) == seat.host.gpus else str(seat.gpu)
                 planned.setdefault(seat.host, set()).add(member.gpu)
             member.begin()
+        for spare in self._spares:
+            if taken := planned.get(spare.seat.host):
+                spare.gpu = next(id for id in given[spare.seat.host] if id not in taken)
+                taken.add(spare.gpu)
         return [host for host, ids in planned.items() if not ids <= set(given[host])]
 
     @property
@@ -159,7 +165,8 @@ class WorkerGroup:
         }
         for member in self.members:
             self._run(member)
-        self._spares += [self._newcomer(host, bundle) for bundle, host in self._spare_places]
+        for spare in self._spares:
+            self._run_waiting(spare)
         return [member.ref for member in self.members]
 
     def _run(self, member: Member, **place: Any) -> None:
@@ -174,16 +181,23 @@ class WorkerGroup:
         }
         member.ref = counted("run", member.actor.run.remote, self._target, place, member.gpu)
 
-    def _newcomer(
-        self, host: Host, bundle: int | None, num_threads: int = 0, gpu: str | None = None
-    ) -> Member:
-        """A process without a place: it loads what it can, then waits for an order. gpu: of whom it follows there."""
+    def _run_waiting(self, member: Member) -> None:
+        self._run(member, generation=-1, init_method="")
+
+    def _waiting(self, host: Host, bundle: int | None, num_threads: int = 0) -> Member:
+        """A process without a place."""
         alike = (seat.num_threads for seat in self.seats if seat.host.node_id == host.node_id)
         num_threads = num_threads or next(alike, 1)
         seat = Seat(-1, host, 0, num_threads)
-        member = Member(seat, bundle, self._create(bundle, self._share, num_threads, host))
+        return Member(seat, bundle, self._create(bundle, self._share, num_threads, host))
+
+    def _newcomer(
+        self, host: Host, bundle: int | None, num_threads: int = 0, gpu: str | None = None
+    ) -> Member:
+        """One that loads what it can, then waits for an order. gpu: of whom it follows there."""
+        member = self._waiting(host, bundle, num_threads)
         member.gpu = gpu
-        self._run(member, generation=-1, init_method="")
+        self._run_waiting(member)
         return member
 
     def _elsewhere(self) -> Host:

@@ -351,6 +351,13 @@ def look(context: WorkerContext) -> dict[str, Any]:
     return {"host": context.host, "device": context.device, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 
+def look_beside_a_spare(folder: Path, context: WorkerContext) -> dict[str, Any]:
+    """`look`, once two ranks and a spare have told of their GPUs there."""
+    (folder / str(context.rank)).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    wait_for(lambda: len(list(folder.iterdir())) == 3)
+    return look(context)
+
+
 def no_watch(statuses: list[dict[str, Any]]) -> None:
     """See nothing."""
 
@@ -402,13 +409,16 @@ def test_ray_is_outside_the_step(ray_hosts: tuple[Host, ...]) -> None:
     assert once["run"] == once["result"] == 2
 
 
-def test_ranks_get_the_planned_gpus(ray_hosts: tuple[Host, ...]) -> None:
+def test_ranks_get_the_planned_gpus(ray_hosts: tuple[Host, ...], tmp_path: Path) -> None:
     """Also those that Ray would not have given first; without a plan, each its own."""
     import ray
 
     big, small = (host.name for host in ray_hosts)
-    request = RayRequest((1, 2), use_gpu=True, backend="gloo", devices=((f"{big}:3", f"{big}:1"),))
-    found = run_on_ray(look, request, no_watch)
+    planned = ((f"{big}:3", f"{big}:1"),)
+    request = RayRequest((1, 2), use_gpu=True, backend="gloo", devices=planned, timeout_s=20)
+    recovery = Recovery(lambda _: {}, lambda _: False, lambda _: None, spares=1)
+    found = run_on_ray(partial(look_beside_a_spare, tmp_path), request, no_watch, recovery)
+    assert (tmp_path / "-1").read_text() in ("0", "2"), "a spare has one of those that are left"
     assert found == [{"host": big, "device": "cuda:0", "gpu": gpu} for gpu in ("3", "1")]
     found = run_on_ray(look, RayRequest((1, 2), use_gpu=True, backend="gloo"), no_watch)
     assert [place["host"] for place in found] == [small] * 2
