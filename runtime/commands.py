@@ -43,8 +43,6 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     """
     own_folder = not config.checkpoint.url  # else nothing but rank 0's files are in it
     with _locked(config) as lock, Driver(go_on(config), console, shares_folder=own_folder) as driver:
-        from anabranch.runtime.run_folder import RunFolder
-
         driver.config, checkpoint = _resumed(driver.config, console)
         if checkpoint is not None:
             checkpoint.check(driver.network)
@@ -55,7 +53,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             check_recordable(driver.network)
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
-            folder = RunFolder.create(driver.config, driver.plan, filled_in=not driver.asks_devices)
+            folder = driver.make_folder()
             lock.take(folder.path)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))
@@ -71,7 +69,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             assert audit is not None, "the plan is automatic"
             assert driver.plan is not None, "with a driver"
             print_candidates(console, audit)
-            folder = RunFolder.create(driver.config, driver.plan, filled_in=not driver.asks_devices)
+            folder = driver.make_folder()
             found = folder.checkpoint()
             (folder.path / f"audit-{found.folder.name}.json").write_text(json.dumps(audit, indent=1) + "\n")
             path = str(found.folder)
@@ -158,12 +156,11 @@ def profile(config: Config, steps: int, console: Console) -> dict[str, Any] | No
     with _locked(config) as lock, Driver(config, console, shares_folder=True) as driver:
         from anabranch.runtime.profile_command import print_result
         from anabranch.runtime.profile_steps import check_steps
-        from anabranch.runtime.run_folder import RunFolder
 
         check_steps(steps, driver.last_step)
         audit = driver.find_plan() if driver.is_auto else None
         if driver.plan is not None:
-            folder = RunFolder.create(driver.config, driver.plan, filled_in=not driver.asks_devices)
+            folder = driver.make_folder()
             lock.take(folder.path)
             mesh = replace(driver.config.mesh, costs=audit["costs"] if audit else driver.config.mesh.costs)
             launch = replace(driver.config.launch, run_dir=str(folder.path))
@@ -215,11 +212,10 @@ def gross(config: Config, console: Console) -> dict[str, Any] | None:
     with _locked(config) as lock, Driver(config, console, shares_folder=True) as driver:
         from anabranch.runtime.gross_report import print_table
         from anabranch.runtime.gross_space import check_search
-        from anabranch.runtime.run_folder import RunFolder
 
         check_search(driver.network, driver.config)
         if driver.plan is not None:
-            folder = RunFolder.create(driver.config, driver.plan, filled_in=not driver.asks_devices)
+            folder = driver.make_folder()
             lock.take(folder.path)
             driver.config = replace(
                 driver.config, launch=replace(driver.config.launch, run_dir=str(folder.path))

@@ -44,21 +44,24 @@ from anabranch.schedulers.wording import first_few
 if TYPE_CHECKING:
     from torch import nn
 
+    from anabranch.runtime.run_folder import RunFolder
+    from anabranch.schedulers.plan_file import PinRule
+
 
 class Driver:
     """Within its context the configuration is checked and settled, the plan made and the cluster connected.
 
     config: settled where there is a plan. plan: None under torchrun and srun, whose ranks make it together; where
-    `is_auto`, only a provisional one before `find_plan`. asks_devices: whether a person said which; else only their
-    hosts count. cluster: the plan's devices, by rank. model: what the plan places. network: the one-device network, for
-    checks. num_train: training samples. last_step: how many steps the run has. shares_folder: every worker writes into
-    the run's folder.
+    `is_auto`, only a provisional one before `find_plan`. cluster: the plan's devices, by rank. model: what the plan
+    places. network: the one-device network, for checks. num_train: training samples. last_step: how many steps the run
+    has. shares_folder: every worker writes into the run's folder.
     """
 
     plan: Plan | None = None
     cluster: Cluster | None = None
     is_auto = False
-    asks_devices = False
+    _asks_devices = False  # a person said which; else only their hosts count
+    _pins: tuple[PinRule, ...] = ()
     model: ModelSpec
     network: nn.Module
     num_train: int
@@ -142,7 +145,8 @@ class Driver:
             )
         cluster = self._cluster() if self.launcher == "ray" else local_cluster(1, "localhost")
         self.is_auto, file = auto_partial(config)
-        self.asks_devices = file is not None and file.asks_devices
+        if file is not None:
+            self._asks_devices, self._pins = file.asks_devices, file.pins
         # what planning anew asks for, where a plan that was found before is gone on with
         self._asked = config.mesh if self.is_auto else replace(config.mesh, plan=AUTO, shape="")
         self.plan = (provisional_plan if self.is_auto else make_plan)(config, self.model, cluster)
@@ -217,6 +221,13 @@ class Driver:
         self.plan = provisional_plan(self.config, self.model, self.cluster)
         return self.find_plan()
 
+    def make_folder(self) -> RunFolder:
+        """The run's folder, with its configuration and plan: a person's wishes are told from what was filled in."""
+        from anabranch.runtime.run_folder import RunFolder
+
+        assert self.plan is not None, "a driver's"
+        return RunFolder.create(self.config, self.plan, filled_in=not self._asks_devices, pins=self._pins)
+
     def _cluster(self) -> Cluster:
         """The cluster's devices; without GPUs and without a word from the user, two workers' places."""
         cluster, mesh = discover(self.config.launch.cpus_per_worker), self.config.mesh
@@ -257,7 +268,7 @@ class Driver:
                 mesh=(self.plan.data, self.plan.branch),
                 use_gpu=self._uses_gpus,
                 devices=self.plan.devices,
-                any_gpu=not self.asks_devices,
+                any_gpu=not self._asks_devices,
                 address=launch.address,
                 backend=launch.backend,
                 port=launch.port,

@@ -14,6 +14,7 @@ from anabranch.runtime.config_file import read_toml
 from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.errors import CheckpointError, ConfigError
 from anabranch.schedulers import Plan, format_plan
+from anabranch.schedulers.plan_file import PinRule
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, config: Config, plan: Plan, *, filled_in: bool) -> RunFolder:
+    def create(
+        cls, config: Config, plan: Plan, *, filled_in: bool, pins: tuple[PinRule, ...] = ()
+    ) -> RunFolder:
         """Makes (or goes on in) the configured folder and writes the resolved configuration and plan.
 
         The configuration is one to begin with: where this run went on from is not in it. filled_in: nobody asked for the
-        plan's devices, so that the run may go on on others.
+        plan's devices, so that the run may go on on others, which keep the pins.
         """
         given = config.launch.run_dir
         config = replace(config, checkpoint=replace(config.checkpoint, resume=""))
@@ -35,7 +38,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_bytes(path / "config.toml", config.to_toml().encode())
-            write_bytes(path / "plan.toml", format_plan(plan, filled_in=filled_in).encode())
+            write_bytes(path / "plan.toml", format_plan(plan, pins, filled_in=filled_in).encode())
         except OSError as error:
             raise ConfigError(
                 f"launch.run_dir {path} cannot be written: {error.strerror}; choose another with --run-dir"

@@ -89,7 +89,9 @@ def _run_dir(job: Job, config: Config, plan: Plan, context: WorkerContext) -> Pa
     run_dir = job.run_dir
     if job.plan is None:
         if context.rank == 0:
-            run_dir = str(RunFolder.create(config, plan, filled_in=True).path)
+            file = auto_partial(config)[1]
+            pins = file.pins if file else ()
+            run_dir = str(RunFolder.create(config, plan, filled_in=True, pins=pins).path)
         run_dir = broadcast_json(run_dir, context.device)
         context.publish(run_dir=run_dir)
     return Path(run_dir)

@@ -18,7 +18,6 @@ from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import Interrupted, Terminated
 from anabranch.runtime.job import Job, Kind
-from anabranch.runtime.run_folder import RunFolder
 from anabranch.runtime.run_record import run_status
 from anabranch.schedulers import Cluster, Device, PlanError, read_plan
 
@@ -60,8 +59,9 @@ def test_only_devices_that_a_person_wrote_are_exact(
         driver.launcher, driver._uses_gpus = "ray", True
         driver.run("eval", "evaluating")
         assert [(r.devices, r.any_gpu) for r in requests] == [((("localhost:0",),), not asks)]
-        config = replace(driver.config, launch=replace(driver.config.launch, run_dir=str(tmp_path / "run")))
-        RunFolder.create(config, driver.plan, filled_in=not driver.asks_devices)
+        launch = replace(driver.config.launch, run_dir=str(tmp_path / "run"))
+        driver.config = replace(driver.config, launch=launch)
+        driver.make_folder()
     assert read_plan(tmp_path / "run/plan.toml").asks_devices is asks
     assert said in " ".join(out.getvalue().split())
     assert ("not free here" in out.getvalue()) is bool(said)
@@ -73,6 +73,23 @@ def test_asked_devices_that_are_gone_are_an_error(tmp_path: Path) -> None:
         pytest.raises(PlanError, match="devices gone:0 are not in the cluster"),
         Driver(configured(mesh={"plan": str(tmp_path / "plan.toml")}), Console(quiet=True)),
     ):
+        pass
+
+
+def test_pins_hold_where_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other devices too, or it does not."""
+    clusters = [Cluster((Device(a, 0, "cpu"), Device(b, 0, "cpu"))) for a, b in ("ab", "cb", "cd")]
+    monkeypatch.setattr(assemble, "local_cluster", lambda *_: clusters.pop(0))
+    pins = '[[pins]]\nmatch = "stage1.block1"\nbranch = 3\nhost = "b"\n'
+    rule = '[[blocks]]\nmatch = "*"\nsplit = "branch"\ncounts = [2, 2]\n'
+    (tmp_path / "plan.toml").write_text(f"[mesh]\ndata = 1\nbranch = 2\n{rule}{pins}")
+    config = configured(mesh={"plan": str(tmp_path / "plan.toml")}, launch={"run_dir": str(tmp_path)})
+    for devices in (("a:0", "b:0"), ("c:0", "b:0")):
+        with Driver(config, Console(quiet=True)) as driver:
+            assert driver.plan is not None
+            assert driver.plan.devices == (devices,)
+            driver.make_folder()
+    with pytest.raises(PlanError, match='pinned to "b", the cluster has c, d'), Driver(config, Console()):
         pass
 
 
