@@ -29,8 +29,8 @@ class RunFolder:
     ) -> RunFolder:
         """Makes (or goes on in) the configured folder and writes the resolved configuration and plan.
 
-        The configuration is one to begin with: where this run went on from is not in it. filled_in: nobody asked for the
-        plan's devices, so that the run may go on on others, which keep the pins.
+        The configuration is one to begin with: where this run went on from is not in it. filled_in: nobody asked for
+        the plan's devices, so that the run may go on on others, which keep the pins.
         """
         given = config.launch.run_dir
         config = replace(config, checkpoint=replace(config.checkpoint, resume=""))
