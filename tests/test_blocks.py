@@ -28,7 +28,7 @@ from anabranch.blocks.convert import prepare
 from anabranch.blocks.convolution import WeightGradients, exchanging
 from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
-from anabranch.blocks.stacked import StackedConv2d, _at_once, _by_branch
+from anabranch.blocks.stacked import StackedAffine, StackedConv2d, _at_once, _by_library
 from anabranch.runtime.branch_state import branch_of, by_branch, entries
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.parallel_network import branch_tensors
@@ -257,7 +257,7 @@ def test_mixed_takes_grouped_convolutions_apart(execution: Any, alone: int) -> N
     "channels_last", [(False, False), (True, True), (True, False), (False, True)], ids=str
 )
 def test_affine_gradients_are_those_of_both_kinds_of_device(channels_last: tuple[bool, bool]) -> None:
-    """`_by_branch` is a CPU's, `_at_once` a GPU's; both against autograd. channels_last: of x and of the gradient."""
+    """`_by_library` is a CPU's, `_at_once` a GPU's; both against autograd. channels_last: of x and of the gradient."""
     x, weight, bias, grad_y = (
         torch.randn(size, dtype=torch.float64) for size in ((3, 4, 5, 6), (8,), (8,), (3, 8, 5, 6))
     )
@@ -266,10 +266,26 @@ def test_affine_gradients_are_those_of_both_kinds_of_device(channels_last: tuple
     leaves = [one.clone().requires_grad_() for one in (x, weight, bias)]
     y = (leaves[0].repeat(1, 2, 1, 1) * leaves[1].view(-1, 1, 1) + leaves[2].view(-1, 1, 1)).relu()
     expected = torch.autograd.grad(y, leaves, grad_y)
-    for gradients in (_by_branch, _at_once):
+    for gradients in (_by_library, _at_once):
         found = gradients(grad_y, x, weight, y.detach().contiguous(memory_format=formats[0]))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [16, 40])  # few over both branches, and many
+def test_affine_maps_of_all_branches(channels: int, channels_last: bool) -> None:
+    affine = StackedAffine(2, channels).double()
+    for parameter in affine.parameters():
+        torch.nn.init.normal_(parameter)
+    kind = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(3, channels, 5, 6, dtype=torch.float64).contiguous(memory_format=kind)
+    y, before = affine(x), x.clone()
+    expected = x.repeat(1, 2, 1, 1) * affine.weight.view(-1, 1, 1) + affine.bias.view(-1, 1, 1)
+    torch.testing.assert_close(y, expected.relu(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat([affine.one(x, 0), affine.one(x, 1)], 1), y, rtol=0, atol=1e-12)
+    assert y.is_contiguous(memory_format=kind)
+    assert torch.equal(x, before)
 
 
 # ---- shards
