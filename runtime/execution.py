@@ -40,7 +40,8 @@ _CLOSE = 0.9
 _FEW_REPEATS, _HOPELESS = 3, 1.3  # a form that takes so much more than the fastest after so many is left out
 _ENOUGH_S = 10.0
 _LONG_S = 0.5  # a block that takes longer is measured on fewer samples; another form may then be the fastest
-CLEARLY = 0.97  # what is not at least as much faster is noise: fused, contiguous
+CLEARLY = 0.97  # what is not at least as much faster is noise: contiguous
+_FORM_CLEARLY = 0.985  # of forms, which are run again while they are close: else fused
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _ways_to_run(
             return _told(execution)
         by_form = {form: seconds(name, (form, layout)) for form in _FORMS}
         fastest = min(_FORMS, key=by_form.__getitem__)
-        return fastest if by_form[fastest] < CLEARLY * by_form[_FIRST] else _FIRST
+        return fastest if by_form[fastest] < _FORM_CLEARLY * by_form[_FIRST] else _FIRST
 
     totals = [sum(seconds(name, (best(name, layout), layout)) for name in names) for layout in formats]
     chosen = formats[1] if len(formats) > 1 and totals[1] < CLEARLY * totals[0] else formats[0]
