@@ -40,7 +40,7 @@ _CLOSE = 0.9
 _FEW_REPEATS, _HOPELESS = 3, 1.3  # a form that takes so much more than the fastest after so many is left out
 _ENOUGH_S = 10.0
 _LONG_S = 0.5  # a block that takes longer is measured on fewer samples; another form may then be the fastest
-CLEARLY = 0.97  # what is not at least as much faster is noise: contiguous
+CLEARLY = 0.97  # what is not at least as much faster is noise: contiguous, one chunk, not compiled
 _FORM_CLEARLY = 0.985  # of forms, which are run again while they are close: else fused
 
 
