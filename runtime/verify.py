@@ -34,7 +34,6 @@ from anabranch.schedulers import Plan
 
 _Tensors = Mapping[str, Tensor | None]
 _BUNDLE = 2**22  # numbers that travel together
-_SMALL = 1e-4  # tensors this much smaller than the largest of their kind are measured against that
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ class Report:
     """max_relative_difference: of all tensors; worst: which one. by_kind: loss, gradient, change, statistic.
 
     A tensor's relative difference is max|a−b| ÷ max(max|b|, 1e-4 × the largest max|·| among tensors of its
-    kind).
+    kind). Where bf16 computes or travels, roots of mean squares take the place of these maxima and 1e-2 that
+    of 1e-4: an element's rounding may be as large as the element, and what cancels (the gradient of a bias
+    before BatchNorm) is rounding alone.
     """
 
     max_relative_difference: float
@@ -120,7 +121,9 @@ def verify_plan(
         clip_norm=trial.optimizer.clip_norm,
         penalty=trial.penalty,
     )
-    compare = _Comparison(like, parallel, mesh, device)
+    compare = _Comparison(
+        like, parallel, mesh, device, _HALF if "bf16" in (trial.precision, trial.wire) else _EXACT
+    )
     before = {n: p.detach().clone() for n, p in parallel.named_parameters()}
     ref_before = {n: p.detach().clone() for n, p in reference.network.named_parameters()} if reference else {}
     num_batches = -(-len(trial.x) // trial.batch_size)
@@ -185,18 +188,34 @@ def _reference(network: nn.Module, trial: Trial, device: str) -> ReferenceStep:
     )
 
 
+@dataclass(frozen=True)
+class _Measure:
+    """size: of a tensor, one number. small: tensors this much smaller than the largest of their kind are measured
+    against that."""
+
+    size: Callable[[Tensor], Tensor]
+    small: float
+
+
+_EXACT = _Measure(lambda t: t.abs().max(), 1e-4)
+_HALF = _Measure(lambda t: t.square().mean().sqrt(), 1e-2)
+
+
 @dataclass
 class _Difference:
     kind: str
     name: str
-    difference: float  # max|a-b| over all ranks
-    size: float  # max|b|
+    difference: float  # the size of a-b, the largest over all ranks
+    size: float  # that of b
 
 
 class _Comparison:
     """Collects differences; every rank calls its methods in the same order."""
 
-    def __init__(self, like: nn.Module, parallel: ParallelNetwork, mesh: Mesh, device: str) -> None:
+    def __init__(
+        self, like: nn.Module, parallel: ParallelNetwork, mesh: Mesh, device: str, measure: _Measure
+    ) -> None:
+        self.measure = measure
         self.like: dict[str, Tensor] = {**dict(like.named_parameters()), **dict(like.named_buffers())}
         self.whole, self.local = branch_tensors(like), branch_tensors(parallel)
         self.mesh, self.device = mesh, device
@@ -222,7 +241,7 @@ class _Comparison:
                     part.copy_(theirs.detach().reshape(-1))
             dist.broadcast(bundle, 0)
             for name, part in zip(some, bundle.split(sizes), strict=True):
-                size = float(part.abs().max()) if part.numel() else 0.0
+                size = float(self.measure.size(part)) if part.numel() else 0.0
                 whole = part.view(self.like[name].shape)
                 self._add(kind, name + suffix, self._difference(name, whole, mine), size)
 
@@ -249,7 +268,7 @@ class _Comparison:
             return math.inf
         expected = by_branch(name, whole, self.whole)
         held = by_branch(name, value.detach().to(torch.float64), self.local)
-        differences = [(part - expected[k]).abs().max() for k, part in held.items() if part.numel()]
+        differences = [self.measure.size(part - expected[k]) for k, part in held.items() if part.numel()]
         return float(torch.stack(differences).max()) if differences else 0.0  # Python's max would lose a NaN
 
     def _add(self, kind: str, name: str, difference: float, size: float) -> None:
@@ -263,7 +282,8 @@ class _Comparison:
         largest: dict[str, float] = {}
         for d in found:
             largest[d.kind] = max(largest.get(d.kind, 0.0), d.size)
-        relative = [(d.difference / max(d.size, _SMALL * largest[d.kind], 1e-300), d) for d in found]
+        small = self.measure.small
+        relative = [(d.difference / max(d.size, small * largest[d.kind], 1e-300), d) for d in found]
         worst, where = max(relative, key=lambda pair: pair[0])
         by_kind = {kind: max(r for r, d in relative if d.kind == kind) for kind in largest}
         name = where.name if where.kind == "loss" else f"{where.kind} of {where.name}"

@@ -112,6 +112,8 @@ CASES = [
     Case("bottleneck", (1, 4), ((1, 1, 1, 0), S, (0, 0, 3, 0), (1, 0, 1, 1)), "ss"),
 ]
 
+# At a rate of 0.1 trajectories in bf16 are apart after three steps, how far depends on the processor's kernels.
+NEAR = {"optimizer": {"lr": 0.01}}
 # Rounding of the arithmetic that trains, not of the plan: bounds are stated, not derived.
 ROUNDED = [
     Case(
@@ -122,7 +124,7 @@ ROUNDED = [
         trial={**EVERYTHING, "precision": "fp32"},
         bound=1e-3,
     ),
-    Case("basic4", (1, 2), ((3, 1),), "ss", trial={"wire": "bf16", "precision": "fp32"}),
+    Case("basic4", (1, 2), ((3, 1),), "ss", trial={"wire": "bf16", "precision": "fp32", **NEAR}),
     Case(
         "basic4",
         (1, 2),
@@ -137,7 +139,7 @@ ROUNDED = [
         "rr",
         trial={**EVERYTHING, "precision": "bf16", "steps": 1},
     ),
-    Case("basic", (1, 2), ((3, 2),), "ss", trial={**EVERYTHING, "precision": "bf16"}),
+    Case("basic", (1, 2), ((3, 2),), "ss", trial={**EVERYTHING, "precision": "bf16", **NEAR}),
     Case(
         "basic",
         (1, 2),
@@ -147,13 +149,15 @@ ROUNDED = [
         bound=1e-3,
     ),
     Case("tuple", (2, 2), ((2, 1), S), "rr", trial={"precision": "fp32"}, bound=5e-3),
-    Case("basic", (1, 2), ((5, 0), (3, 2), S, (2, 3)), "ss", trial={"precision": "bf16"}),
-    Case("unequal", (2, 2), ((2, 1), S, S), "rr", trial={"precision": "bf16"}),
+    Case("basic", (1, 2), ((5, 0), (3, 2), S, (2, 3)), "ss", trial={"precision": "bf16", **NEAR}),
+    Case("unequal", (2, 2), ((2, 1), S, S), "rr", trial={"precision": "bf16", **NEAR}),
+    # a bias before BatchNorm, whose gradient is rounding alone
+    Case("unequal", (1, 2), ((2, 1), S, S), "rr", trial={**EVERYTHING, "precision": "bf16", "steps": 1}),
 ]
 
-# bfloat16: after three steps at a rate of 0.1 the trajectories are apart, which of small gradients shows little; the
-# first step's bound is `verify`'s own.
-BF16 = {"loss": 2e-2, "statistic": 1e-1, "gradient": 4.0, "change": 2.0}
+# bfloat16: four times what three steps showed at most, of 60 networks and samples (loss 0.005, statistic 0.006,
+# gradient 1.05, change 0.53); the first step's bound is `verify`'s own.
+BF16 = {"loss": 2e-2, "statistic": 2.4e-2, "gradient": 4.0, "change": 2.0}
 
 _BATCH = 9
 
