@@ -101,10 +101,12 @@ class TrainStep:
             with recorder.span("backward"):
                 share.backward()
             with recorder.span("forward"), torch.no_grad():
-                extra[_LOSS] += share.detach() * self.output_share
-                extra[_HITS] += num_correct(output, target) * self.output_share
+                extra[_LOSS].add_(share.detach() * self.output_share)
+                extra[_HITS].add_(num_correct(output, target) * self.output_share)
         with recorder.span("reduction"):
-            extra[_STOP] = float(stop)
+            extra[_STOP].fill_(
+                float(stop)
+            )  # to assign it would copy it from the host, behind all of the backward
             if recorder.enabled:
                 self.tell_times(batches[0].x.device)
             self.reducer.finish()

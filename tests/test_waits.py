@@ -18,10 +18,12 @@ from anabranch.blocks.filter_basis import FilterBasis
 from anabranch.blocks.gross import ChannelSumConv
 from anabranch.blocks.group_series import GroupSeriesConv
 from anabranch.blocks.norm import BatchNorm
+from anabranch.runtime.step import StepResult
 
 
 class Waits(TorchDispatchMode):
-    """Counts operators for which the host waits, or that get a list of indices (which is copied to the GPU)."""
+    """Counts operators for which the host waits, or that get a list of indices (which is copied to the GPU), or that
+    copy one number, as `t[i] = 1.0` does."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -29,6 +31,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.num += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.index.Tensor)
+        self.num += func is torch.ops.aten.copy_.default and args[1].dim() == 0
         return func(*args, **(kwargs or {}))
 
 
@@ -80,6 +83,24 @@ def unused(rank: int, world_size: int) -> int:
 
 def test_unused_parameters_are_looked_up_at_once() -> None:
     assert run_ranks(2, unused) == [0, 0]
+
+
+def whole_step(rank: int, world_size: int) -> int:
+    run = Run(Case("basic4", (1, 2), (S, (2, 2), (4, 0), S), trial={"precision": "fp32"}))
+    gradients, waits = run.step.gradients, Waits()
+
+    def watched(*args: Any, **options: Any) -> StepResult:
+        with waits:
+            return gradients(*args, **options)
+
+    run.gradients()
+    with mock.patch.object(run.step, "gradients", watched):
+        run.gradients()
+    return waits.num
+
+
+def test_a_step_waits_for_its_sums_alone() -> None:
+    assert run_ranks(2, whole_step) == [0, 0], "they are read as a list"
 
 
 def test_groups_of_channels_are_taken_as_slices() -> None:
