@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.cluster.environment import hold_port, interface_variables
-from anabranch.cluster.failures import Failure, waits_for_others
+from anabranch.cluster.failures import Failure, gpu_works, waits_for_others
 from anabranch.cluster.worker_context import WorkerContext
 
 _STACK_FRAMES = 8
@@ -132,7 +132,8 @@ class Worker:
         assert self._context is not None, "it runs"
         frames = traceback.extract_stack(sys._current_frames()[self._context.thread])
         stack = "".join(traceback.format_list(frames[-_STACK_FRAMES:]))
-        return {"where": self._context.where(), "stack": stack, "waits": waits_for_others(frames)}
+        waits = waits_for_others(frames) or gpu_works(self._context.device)
+        return {"where": self._context.where(), "stack": stack, "waits": waits}
 
     def request_stop(self, reason: str) -> None:
         """Ask the target to save and return."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from anabranch.cluster.errors import WorkerError
@@ -96,6 +97,20 @@ def waits_for_others(stack: Sequence[traceback.FrameSummary]) -> bool:
     if (stack[-1].line or "").endswith(".wait()"):
         return True
     return any(place in frame.filename for frame in stack[-_DEEP:] for place in _EXCHANGES)
+
+
+def gpu_works(device: str) -> bool:
+    """Whether a rank's GPU ("cuda:0") has work left, as it has while an exchange on it waits for others.
+
+    The host itself may be anywhere then: where the queue of the GPU is full, it waits within the next operator.
+    """
+    if not device.startswith("cuda"):
+        return False
+    import torch
+
+    with suppress(RuntimeError):  # the GPU is lost
+        return torch.cuda.is_initialized() and not torch.cuda.current_stream(device).query()
+    return False
 
 
 def worker_error(failures: Sequence[Failure]) -> WorkerError:

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 from anabranch.cluster import stall
-from anabranch.cluster.failures import waits_for_others
+from anabranch.cluster.failures import gpu_works, waits_for_others
 from anabranch.cluster.stall import Stall, step_of
 from anabranch.runtime import exchange, process_group
 
@@ -155,3 +155,28 @@ def stands(rank: int, world_size: int, how: str) -> list[bool]:
 )
 def test_who_waits_for_another_rank_does_not_hang(how: str, waits: bool) -> None:
     assert run_ranks(2, stands, how)[0] == [waits]
+
+
+def test_a_gpu_with_work_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host may be anywhere: in a convolution that finds the GPU's queue full."""
+    asked: list[str] = []
+
+    class Stream:
+        answers: ClassVar[list[bool]] = [False, True]
+
+        def query(self) -> bool:
+            if not self.answers:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return self.answers.pop(0)
+
+    def current_stream(device: str) -> Stream:
+        asked.append(device)
+        return Stream()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert gpu_works("cuda:1")
+    assert asked == ["cuda:1"]
+    assert not gpu_works("cpu")
+    assert not gpu_works("cuda:1"), "its queue is empty"
+    assert not gpu_works("cuda:1"), "it is lost and waits for nobody"
