@@ -23,6 +23,7 @@ Target = Callable[[WorkerContext], dict[str, Any]]
 Watch = Callable[[list[dict[str, Any]]], str | None]
 
 WATCH_S = 0.5
+_ELSEWHERE = "192.0.2.1"  # nobody's address (RFC 5737): the way there is the way out
 _BASE_PORT, _NUM_PORTS = 20_000, 10_000  # below the system's own choices for outgoing connections
 
 
@@ -124,7 +125,7 @@ def alone(backend: str = "", environ: MutableMapping[str, str] = os.environ) -> 
     own = environ.get("OMP_NUM_THREADS", "")
     num_threads = int(own) if own.isdecimal() and int(own) else len(os.sched_getaffinity(0))
     environ.update(thread_variables(num_threads))
-    device, backend = _device(0, 1, backend, environ)
+    device, backend = _device(0, 1, backend)
     return WorkerContext(0, 1, 0, socket.gethostname(), device, num_threads, "", backend)
 
 
@@ -147,14 +148,16 @@ def from_environment(
             f"{names[0]} is {rank}, {names[1]} is {world_size}: ranks count from 0 to {world_size - 1}"
         )
     environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size)})
-    if world_size > 1:
-        _meeting_point(rank, environ)
     local_rank, num_local = _number(names[2], environ, rank), _number(names[3], environ, world_size)
+    if world_size > 1:
+        _meeting_point(rank, environ, one_host=num_local >= world_size)
     own_cpus = environ.get("SLURM_CPUS_PER_TASK", "")
     num_cpus = len(os.sched_getaffinity(0))
     num_threads = int(own_cpus) if own_cpus.isdecimal() else thread_share(num_cpus, num_local)
     environ.update(thread_variables(num_threads))
-    device, backend = _device(local_rank, num_local, backend, environ)
+    if names[0].startswith("SLURM") and _num_gpus() == 1:  # srun can show each task its own GPU only
+        local_rank, num_local = 0, 1
+    device, backend = _device(local_rank, num_local, backend)
     init_method = "env://" if world_size > 1 else ""
     host = socket.gethostname()
     return WorkerContext(rank, world_size, local_rank, host, device, num_threads, init_method, backend)
@@ -173,20 +176,22 @@ def _number(name: str, environ: Mapping[str, str], default: int | None = None) -
     return int(match[1])
 
 
-def _device(local_rank: int, num_local: int, backend: str, environ: Mapping[str, str]) -> tuple[str, str]:
-    """This rank's device, and the backend for it."""
+def _num_gpus() -> int:
     import torch
 
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _device(local_rank: int, num_local: int, backend: str) -> tuple[str, str]:
+    """This rank's device, and the backend for it."""
+    num_gpus = _num_gpus()
     if not num_gpus:
         if backend == "nccl":
             raise ClusterError(
                 "launch.backend is nccl, which needs CUDA GPUs: this process sees none; make it gloo"
             )
         return "cpu", "gloo"
-    if num_gpus == 1 and "SLURM_PROCID" in environ:  # srun can show each task its own GPU only
-        local_rank = 0
-    elif num_local > num_gpus:
+    if num_local > num_gpus:
         raise ClusterError(
             f"{num_local} workers on {socket.gethostname()} need as many GPUs, it has {num_gpus}: start {num_gpus}"
         )
@@ -207,8 +212,8 @@ def _first_slurm_host(environ: Mapping[str, str]) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0]) if first else "127.0.0.1"
 
 
-def _meeting_point(rank: int, environ: MutableMapping[str, str]) -> None:
-    """Check rank 0's port, and name the interface that leads to it."""
+def _meeting_point(rank: int, environ: MutableMapping[str, str], *, one_host: bool) -> None:
+    """Check rank 0's port, and name the interface that leads to it; on its own host, the one that leads out."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in environ:
             raise ClusterError(
@@ -225,6 +230,8 @@ def _meeting_point(rank: int, environ: MutableMapping[str, str]) -> None:
         held.close()
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port))  # sends nothing: only asks the routing table
+        if not one_host and probe.getsockname()[0].startswith("127."):
+            probe.connect((_ELSEWHERE, port))
         environ.update(interface_variables(probe.getsockname()[0], environ))
 
 

@@ -179,6 +179,23 @@ def test_ranks_on_gpus_meet_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match=r"3 workers on .* need as many GPUs, it has 2"):
         from_environment(environ={**place, **meeting, "LOCAL_WORLD_SIZE": "3"})
 
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ClusterError, match=r"2 workers on .* need as many GPUs, it has 1"):
+        # torchrun within a batch script of Slurm
+        from_environment(environ={**place, **meeting, "SLURM_PROCID": "0"})
+    shown = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "2(x2)"}
+    assert from_environment(environ={**shown, **meeting}).device == "cuda:0", "srun shows each task its own"
+
+
+@pytest.mark.parametrize(("on_host", "is_loopback"), [("2", True), ("1", False)])
+def test_the_way_to_other_hosts_is_no_loopback(on_host: str, is_loopback: bool) -> None:
+    """Where a host's own name leads to 127.0.1.1, as Debian has it."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": on_host}
+    environ = {**place, "MASTER_ADDR": "127.0.1.1", "MASTER_PORT": "29444"}
+    from_environment("gloo", environ=environ)
+    assert (environ.get("GLOO_SOCKET_IFNAME") == "lo") == is_loopback
+    assert environ.get("GLOO_SOCKET_IFNAME") == environ.get("NCCL_SOCKET_IFNAME")
+
 
 @pytest.mark.parametrize("own", ["", "1", "3"])
 def test_a_run_of_one_process_takes_all_cores_or_what_the_user_set(own: str) -> None:
