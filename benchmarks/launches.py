@@ -100,7 +100,8 @@ def _profiled(side: Callable[[], None], device: torch.device, steps: int) -> dic
 
 def _is_kernel(event: Any, *, is_cuda: bool) -> bool:
     if is_cuda:
-        return str(event.device_type.name) == "CUDA"
+        # ranges that the host has named (an optimizer's step) are told as the GPU's too; copies are its work
+        return str(event.device_type.name) == "CUDA" and not event.is_user_annotation
     name = str(event.name)
     return name.startswith(_OPERATOR) and not _is_view(name.removeprefix(_OPERATOR)) and not _is_inside(event)
 

@@ -154,7 +154,7 @@ def _seconds(work: Callable[[], object], together: bool = True) -> float:
         dist.barrier()
     begun = time.perf_counter()
     work()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # its workers are on CPUs
         torch.cuda.synchronize()
     return time.perf_counter() - begun
 
