@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class BatchLayout:
 
 class _Current(threading.local):
     layout: BatchLayout | None = None
-    again = False
 
 
 _current = _Current()
@@ -65,6 +65,19 @@ _current = _Current()
 def current_layout() -> BatchLayout | None:
     """The layout of the batch that this thread is running, None outside `batch_layout`."""
     return _current.layout
+
+
+def layout_for(module: nn.Module) -> BatchLayout | None:
+    """The layout of the batch that a module is running, None outside `batch_layout`.
+
+    Where a user's own checkpoint runs it again in backward, nobody says one: it is that of its last forward pass.
+    """
+    layout = _current.layout
+    if layout is None and is_running_again():
+        return module.__dict__.get("_last_layout")
+    if not torch.compiler.is_compiling():  # a graph changes no state
+        module.__dict__["_last_layout"] = layout
+    return layout
 
 
 @contextmanager
@@ -77,16 +90,9 @@ def batch_layout(layout: BatchLayout | None) -> Iterator[None]:
         _current.layout = before
 
 
-@contextmanager
-def running_again() -> Iterator[None]:
-    """A forward pass that repeats one (its activations were not kept): what that one counted is not counted twice."""
-    before, _current.again = _current.again, True
-    try:
-        yield
-    finally:
-        _current.again = before
-
-
 def is_running_again() -> bool:
-    """Whether this thread is inside `running_again`."""
-    return _current.again
+    """Whether this thread is in a backward pass: a forward pass there repeats one, whose activations were not kept.
+
+    What that one counted is not counted twice.
+    """
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks

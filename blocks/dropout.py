@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks.batch import current_layout
+from anabranch.blocks.batch import layout_for
 from anabranch.blocks.random import fold, sample_keys, uniform
 
 
@@ -22,7 +22,7 @@ class Dropout(nn.Module):
         self.p, self.per_channel, self.layer = p, per_channel, layer
 
     def forward(self, x: Tensor) -> Tensor:
-        layout = current_layout()
+        layout = layout_for(self)
         if not self.training or self.p == 0.0:
             return x
         if layout is None or layout.sample_ids is None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks.batch import current_layout
+from anabranch.blocks.batch import layout_for
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Hidden
 from anabranch.blocks.channels import take_groups
 from anabranch.blocks.errors import ModelError
@@ -191,7 +191,7 @@ class GroupSeriesConv(BranchSum):
             return self.group_size
         if not self.training:
             return self.sizes[-1]
-        layout = current_layout()
+        layout = layout_for(self)
         if layout is None:
             raise ModelError(
                 f"{self.layer or 'the layer'} draws its group size by the step's key: run it inside batch_layout, or "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks.batch import BatchLayout, GroupSync, current_layout, is_running_again
+from anabranch.blocks.batch import BatchLayout, GroupSync, current_layout, is_running_again, layout_for
 from anabranch.blocks.errors import ModelError
 
 _WHOLE = slice(None)
@@ -45,7 +45,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
                 None if weight is None else weight[channels],
                 None if bias is None else bias[channels],
             )
-        layout = current_layout()
+        layout = layout_for(self)
         if not self.training or layout is None:
             if self.training and self.num_batches_tracked is not None and (channels.start or 0) == 0:
                 self.num_batches_tracked.add_(1)

@@ -19,8 +19,8 @@ parameters' gradients count do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, running_again
+from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, branch_sums, closing_sum
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.network import named_blocks
@@ -152,14 +152,11 @@ class ParallelNetwork(nn.Module):
         sums: list[Tensor] = []
         is_row = len(branch_sums(module)) > 1
 
-        @contextmanager
-        def again() -> Iterator[None]:
-            with running_again(), self.wire.repeating(sums) if is_row else nullcontext():
-                yield
-
         y: Tensor = checkpoint(  # random choices depend on samples and the step only: no state to restore
             run, x, use_reentrant=False, preserve_rng_state=layout.sample_ids is None,
-            context_fn=lambda: (self.wire.keeping(sums) if is_row else nullcontext(), again()),
+            context_fn=lambda: (
+                (self.wire.keeping(sums), self.wire.repeating(sums)) if is_row else (nullcontext(), nullcontext())
+            ),
         )  # fmt: skip
         return y
 

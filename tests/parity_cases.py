@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from anabranch.blocks import BranchSum, MultiResidual, build
 from anabranch.blocks.branch_sum import Hidden
@@ -161,6 +162,33 @@ def plain_row_net() -> nn.Module:
     return Chain(stem, [row], classifier())
 
 
+class Checkpointed(nn.Module):
+    """Layers whose activations a user makes again in backward."""
+
+    def __init__(self, layers: nn.Module, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.layers, self.use_reentrant = layers, use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.layers, x, use_reentrant=self.use_reentrant)
+        return y
+
+
+def checkpointed_net() -> nn.Module:
+    """A user's own checkpoints: of a row of layers, in branches, around a whole block."""
+    around = MultiResidual([thin(), random()], before=nn.BatchNorm2d(6), after=nn.BatchNorm2d(6))
+    return Chain(
+        nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), Checkpointed(random(), use_reentrant=True)),
+        [
+            MultiResidual(
+                [Checkpointed(wide(), use_reentrant=True), Checkpointed(random(), use_reentrant=False)]
+            ),
+            Checkpointed(around, use_reentrant=False),
+        ],
+        classifier(),
+    )
+
+
 def tied_net() -> nn.Module:
     """Two blocks with one parameter in their last convolutions, which may leave weight gradients for later."""
     return build(
@@ -199,6 +227,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "row": row_net,
     "plain row": plain_row_net,
     "tied": tied_net,
+    "checkpointed": checkpointed_net,
     "choice": lambda: Chain(nn.Identity(), [Choice()], classifier(2)),
 }
 

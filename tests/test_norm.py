@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from parity_cases import Case, S, parity
+from ranks import run_ranks
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from anabranch.blocks import ModelError
-from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout, running_again
+from anabranch.blocks.batch import BatchLayout, GroupSync, batch_layout
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.dropout import Dropout
+from anabranch.blocks.group_series import GroupSeriesConv
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
 from anabranch.blocks.random import fold, sample_keys, uniform
 
@@ -427,17 +431,47 @@ def test_random_numbers_are_stable_and_even() -> None:
     assert float((correlation - torch.eye(50)).abs().max()) < 0.25
 
 
-def test_running_again_counts_nothing() -> None:
-    """A forward pass that only makes activations anew: the same output, nothing staged twice."""
-    norm, _ = _pair()
-    staged = StagedStatistics([norm], torch.device("cpu"), torch.float64)
-    x = torch.randn(6, CHANNELS, 3, 3, dtype=torch.float64)
-    for sizes in ((6,), (2, 4)):
-        with batch_layout(BatchLayout(sizes, 6)):
-            first = norm(x)
-            once = staged.buffer.clone()
-            with running_again():
-                again = norm(x)
-        torch.testing.assert_close(again, first, rtol=0, atol=0)
-        assert torch.equal(staged.buffer, once)
-        staged.commit()
+@pytest.mark.parametrize("sizes", [(6,), (2, 4)], ids=str)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_users_checkpoint_changes_nothing(use_reentrant: bool, sizes: tuple[int, ...]) -> None:
+    """Run again in backward, where no layout is said: the same groups, masks and sizes, and nothing staged twice."""
+
+    def gradients(keep: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        series = GroupSeriesConv(CHANNELS, CHANNELS, (1, 1), (1, 3))
+        series.group_size, series.temperature = "sampled", 0.0
+        for parameter in series.parameters():
+            nn.init.normal_(parameter)
+        layers = prepare(
+            nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.Dropout(0.3), series, nn.Sigmoid())
+        ).double()
+        staged = _statistics(m for m in layers.modules() if isinstance(m, BatchNorm))
+        x, found = _x(6), list[Tensor]()
+        for key in (3, 4):  # of which the series draws sizes that differ
+            with batch_layout(BatchLayout(sizes, 6, torch.arange(6), key)):
+                y = layers(x) if keep else checkpoint(layers, x, use_reentrant=use_reentrant)
+            y.square().sum().backward()
+            found += [y.detach(), staged.buffer.clone()]
+            staged.commit()
+        grads = [x.grad, *(parameter.grad for parameter in layers.parameters())]
+        return [*found, *(grad for grad in grads if grad is not None), *layers.buffers()]
+
+    for again, kept in zip(gradients(keep=False), gradients(keep=True), strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=1e-13)
+
+
+def test_a_users_checkpoint_under_a_plan() -> None:
+    """Of layers in the stem, in one branch and around a block whose sum is split."""
+    cases = [
+        Case("checkpointed", (1, 2), ((1, 1), (1, 1)), "ss"),
+        Case("checkpointed", (1, 2), (S, (2, 0)), "sr", trial={"bn_batch_size": 16, "accumulation": 2}),
+        Case(
+            "checkpointed",
+            (1, 2),
+            ((0, 2), (2, 0)),
+            "rs",
+            trial={"chunks": 2, "overlap": "on", "recompute": True},
+        ),
+    ]
+    for report in run_ranks(2, parity, cases)[0]:
+        assert report.max_relative_difference <= 1e-9, report
