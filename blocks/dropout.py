@@ -9,7 +9,7 @@ from anabranch.blocks.batch import layout_for
 from anabranch.blocks.random import fold, sample_keys, uniform
 
 
-class Dropout(nn.Module):
+class Dropout(nn.modules.dropout._DropoutNd):
     """Zeroes features with probability p in training and scales the others by 1/(1-p).
 
     per_channel: zero whole channels, as `nn.Dropout2d`. `layer` is the module's name in the network, set by
@@ -18,8 +18,8 @@ class Dropout(nn.Module):
     """
 
     def __init__(self, p: float = 0.5, *, per_channel: bool = False, layer: str = "") -> None:
-        super().__init__()
-        self.p, self.per_channel, self.layer = p, per_channel, layer
+        super().__init__(p)
+        self.per_channel, self.layer = per_channel, layer
 
     def forward(self, x: Tensor) -> Tensor:
         layout = layout_for(self)

@@ -10,6 +10,7 @@ import torch
 from parity_cases import Case, S, parity
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from anabranch.blocks import ModelError
@@ -348,6 +349,41 @@ def test_prepare_converts_every_name_of_a_module() -> None:
     assert not torch.equal(first, second)
 
 
+class _Rectified(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class _Late(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.detach().mean()) > 0 else x
+
+
+class _Wider(nn.BatchNorm2d):
+    """Computes what torch's computes."""
+
+    def __init__(self) -> None:
+        super().__init__(2 * CHANNELS)
+
+
+def test_prepare_keeps_hooks() -> None:
+    network, called = nn.Sequential(_Wider(), nn.Dropout(0.5)), list[str]()
+    for layer in list(network):
+        layer.register_forward_hook(lambda module, args, y: called.append(type(module).__name__))
+    prepare(network)(torch.ones(2, 2 * CHANNELS, 2, 2))
+    assert called == ["BatchNorm", "Dropout"]
+
+
+def test_prepare_takes_layers_that_draw_nothing() -> None:
+    layers = [
+        nn.InstanceNorm2d(4),
+        nn.MultiheadAttention(4, 2),
+        nn.LSTM(4, 4),
+        nn.TransformerEncoderLayer(4, 2, dropout=0.0),
+    ]
+    prepare(nn.Sequential(*layers))
+
+
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
@@ -355,7 +391,26 @@ def test_prepare_converts_every_name_of_a_module() -> None:
         (nn.AlphaDropout(0.5), "0.1 is a AlphaDropout"),
         (nn.FeatureAlphaDropout(0.5), "FeatureAlphaDropout"),
         (nn.RReLU(), "RReLU"),
+        (nn.FractionalMaxPool2d(2, 3), "FractionalMaxPool2d"),
+        (
+            nn.InstanceNorm2d(4, track_running_stats=True),
+            "InstanceNorm2d with track_running_stats=True: .* set it to False",
+        ),
+        (
+            nn.TransformerEncoderLayer(4, 2),
+            "0.1.self_attn is a MultiheadAttention with dropout=0.1: .* set it to 0",
+        ),
+        (nn.GRU(4, 4, 2, dropout=0.5), "GRU with dropout=0.5"),
         (nn.LazyBatchNorm2d(), "0.1 is lazy"),
+        (
+            _Rectified(4),
+            "0.1 is a _Rectified, which does something else than nn.BatchNorm2d: .* holds a plain",
+        ),
+        (
+            parametrize.register_parametrization(nn.BatchNorm2d(4), "weight", nn.Softplus()),
+            "ParametrizedBatchNorm2d",
+        ),
+        (_Late(0.5), "0.1 is a _Late, which does something else than nn.Dropout"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules")
