@@ -10,6 +10,9 @@ from anabranch.blocks.branch_sum import BranchSum, Hidden
 from anabranch.blocks.convert import prepare
 from anabranch.blocks.errors import ModelError
 
+# may return their input itself, or a view of it: a dropout in evaluation; as a leaf, a Sequential is empty
+_PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.Sequential)
+
 
 class MultiResidual(BranchSum):
     """y = after(shortcut(x) + Σ_i branches[i](h)), h = before(x) (Multi-ResNet, Eq. 3).
@@ -19,7 +22,7 @@ class MultiResidual(BranchSum):
     before, shortcut, after: replicated modules; identity where None. The shortcut reads x, or h with
         `shortcut_reads="h"`.
 
-    Raises ModelError if a first layer works in place: it would change what the other branches read.
+    Raises ModelError if a first layer that computes works in place: it would change what the other branches read.
     """
 
     def __init__(
@@ -69,8 +72,9 @@ class MultiResidual(BranchSum):
 
 
 def _refuse_in_place_start(name: str, module: nn.Module) -> None:
-    first = next((m for m in module.modules() if not list(m.children())), module)
-    if getattr(first, "inplace", False):
+    leaves = (m for m in module.modules() if not m._modules)
+    first = next((m for m in leaves if getattr(m, "inplace", False) or not isinstance(m, _PASSING)), None)
+    if first is not None and getattr(first, "inplace", False):
         raise ModelError(
             f"{name} starts with {type(first).__name__}(inplace=True), which would change the input that the "
             "other branches and the shortcut read: use inplace=False there"

@@ -351,6 +351,10 @@ def test_entries_by_branch_do_not_depend_on_who_holds_what() -> None:
             "branch 1 starts with ReLU",
         ),
         (
+            lambda: MultiResidual([nn.Sequential(nn.Dropout(0.1), nn.Flatten(), nn.ReLU(inplace=True))]),
+            r"branch 0 starts with ReLU\(inplace=True\)",
+        ),
+        (
             lambda: MultiResidual([thin()], before=nn.ReLU6(inplace=True)),
             r"before starts with ReLU6\(inplace=True\)",
         ),
