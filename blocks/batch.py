@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anabranch.blocks.errors import ModelError
+
 
 @dataclass(frozen=True)
 class GroupSync:
@@ -53,6 +55,15 @@ class BatchLayout:
     sample_ids: Tensor | None = None
     random_key: int = 0
     sync: GroupSync | None = None
+
+    def check_rows(self, x: Tensor, layer: str) -> None:
+        """Raises ModelError where a layer's input has other rows than the batch."""
+        num_rows = sum(self.group_sizes)
+        if x.shape[0] != num_rows:
+            raise ModelError(
+                f"{layer} got {x.shape[0]} rows for a batch of {num_rows} samples: keep samples in dim 0, and fold "
+                "nothing into it"
+            )
 
 
 class _Current(threading.local):

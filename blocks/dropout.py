@@ -27,6 +27,7 @@ class Dropout(nn.modules.dropout._DropoutNd):
             return x
         if layout is None or layout.sample_ids is None:
             return F.dropout2d(x, self.p) if self.per_channel else F.dropout(x, self.p)
+        layout.check_rows(x, f"the dropout {self.layer}")
         shape = x.shape[1:2] if self.per_channel else x.shape[1:]
         keys = sample_keys(fold(layout.random_key, "dropout", self.layer), layout.sample_ids)
         drawn = uniform(keys, shape.numel()).view(x.shape[0], *shape)

@@ -54,8 +54,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             return F.batch_norm(
                 x, mean, var, weight, bias, self.training or mean is None, self._plain_momentum(), self.eps
             )
-        if x.shape[0] != sum(layout.group_sizes):
-            raise RuntimeError(f"BatchNorm got {x.shape[0]} samples, the layout has {layout.group_sizes}")
+        layout.check_rows(x, f"a BatchNorm of {self.num_features} channels")
         sizes = layout.group_sizes
         _check_variance(sizes if layout.sync is None else layout.sync.group_sizes, x)
         # asked first: a compiled graph is made anew where anything that it read has changed

@@ -213,9 +213,15 @@ def test_any_strides(view: str) -> None:
 
 
 def test_wrong_number_of_rows_is_an_error() -> None:
+    """Such as of (samples · tokens, channels)."""
     ours, _ = _pair()
-    with batch_layout(BatchLayout((2, 2), 4)), pytest.raises(RuntimeError, match="got 5 samples"):
-        ours(_x(5))
+    for layer, name in ((ours, "a BatchNorm of 3 channels"), (Dropout(0.5, layer="2.1"), "the dropout 2.1")):
+        layout = BatchLayout((2, 2), 4, torch.arange(4))
+        with (
+            batch_layout(layout),
+            pytest.raises(ModelError, match=f"{name} got 5 rows for a batch of 4 samples"),
+        ):
+            layer(_x(5))
 
 
 def test_evaluation_ignores_the_layout() -> None:
@@ -375,13 +381,8 @@ def test_prepare_keeps_hooks() -> None:
 
 
 def test_prepare_takes_layers_that_draw_nothing() -> None:
-    layers = [
-        nn.InstanceNorm2d(4),
-        nn.MultiheadAttention(4, 2),
-        nn.LSTM(4, 4),
-        nn.TransformerEncoderLayer(4, 2, dropout=0.0),
-    ]
-    prepare(nn.Sequential(*layers))
+    encoder = nn.TransformerEncoderLayer(4, 2, dropout=0.0)
+    prepare(nn.Sequential(nn.InstanceNorm2d(4), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4), encoder))
 
 
 @pytest.mark.parametrize(
