@@ -21,7 +21,7 @@ from typing import Any, Literal
 from torch import nn
 
 from anabranch.blocks.cru_unit import Form, ResidualUnit, cru_unit, plain_unit
-from anabranch.blocks.errors import ModelError
+from anabranch.blocks.errors import ModelError, at_least_one
 from anabranch.blocks.network import Head, Network, make_stem
 
 Stem = Literal["cifar", "imagenet"]
@@ -86,7 +86,7 @@ def cru_net(
         raise ModelError(
             f"cru_widths {list(cru_widths)} must be {len(blocks_per_stage)} numbers, one a stage, 0 for a plain one"
         )
-    _at_least_one(cardinality=cardinality, base_width=base_width, units_per_group=units_per_group)
+    at_least_one(cardinality=cardinality, base_width=base_width, units_per_group=units_per_group)
     stages = []
     for stage, (count, width) in enumerate(zip(blocks_per_stage, cru_widths, strict=True)):
         if width and count % units_per_group:
@@ -129,7 +129,7 @@ def preact_resnext(
         blocks_per_stage = _PLAIN_NETS[depth]
     if doubles not in ("base_width", "cardinality"):
         raise ModelError(f"doubles is 'base_width' or 'cardinality', got {doubles!r}")
-    _at_least_one(cardinality=cardinality, base_width=base_width)
+    at_least_one(cardinality=cardinality, base_width=base_width)
     grows = int(doubles == "cardinality")
     stages = [
         (cardinality * base_width << stage, cardinality << stage * grows, 0)
@@ -161,7 +161,7 @@ def _network(
         raise ModelError(f"stem is 'cifar' or 'imagenet', got {stem!r}")
     if not blocks_per_stage or min(blocks_per_stage) < 1:
         raise ModelError(f"blocks_per_stage {list(blocks_per_stage)} must be numbers of at least 1")
-    _at_least_one(channels=channels, in_channels=in_channels, num_classes=num_classes)
+    at_least_one(channels=channels, in_channels=in_channels, num_classes=num_classes)
     size, stem_channels = (224, 64) if stem == "imagenet" else (32, 16)
     wide = stem_channels
     blocks: dict[str, dict[str, nn.Module]] = {}
@@ -189,9 +189,3 @@ def _network(
         Head(wide, num_classes),
         input_shape=(in_channels, size, size),
     )
-
-
-def _at_least_one(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ModelError(f"{name} is at least 1, got {value}")

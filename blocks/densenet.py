@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks.errors import ModelError
+from anabranch.blocks.errors import ModelError, at_least_one
 from anabranch.blocks.filter_basis import FilterBasis, new_basis
 from anabranch.blocks.filter_sum import FilterSum
 from anabranch.blocks.network import Head, Network, conv2d, make_stem
@@ -77,8 +77,7 @@ def densenet(
     """
     if depth not in _BLOCKS:
         raise ModelError(f"no DenseNet of depth {depth}: use one of {list(_BLOCKS)}")
-    if growth < 1 or in_channels < 1:
-        raise ModelError(f"growth {growth}, in_channels {in_channels}: give at least 1 of each")
+    at_least_one(growth=growth, in_channels=in_channels, num_classes=num_classes)
     counts = _BLOCKS[depth] if blocks_per_stage is None else tuple(blocks_per_stage)
     if not counts or min(counts) < 1:
         raise ModelError(f"blocks_per_stage {list(counts)} must be numbers of at least 1")

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Hidden
 from anabranch.blocks.channels import take_groups
 from anabranch.blocks.dropout import Dropout
-from anabranch.blocks.errors import ModelError
+from anabranch.blocks.errors import ModelError, at_least_one
 from anabranch.blocks.group_search import series_layers
 from anabranch.blocks.group_series import GroupSeriesConv, powers_of_two
 from anabranch.blocks.network import Network, named_blocks
@@ -97,11 +97,11 @@ def gross_net(
     channels: of the convolutions; the first is the stem. width: of the first linear layer. image_size: height and
     width, divided by two (rounding down) by each pool. Raises ModelError if nothing is left of it.
     """
-    if len(channels) < 2 or min(*channels, width, in_channels) < 1:
+    if len(channels) < 2 or min(channels) < 1:
         raise ModelError(
-            f"channels {list(channels)}, width {width}, in_channels {in_channels}: give two or more layers' channels, "
-            "and at least 1 of each"
+            f"channels {list(channels)}: give two or more layers' channels, and at least 1 of each"
         )
+    at_least_one(width=width, in_channels=in_channels, num_classes=num_classes)
     left = image_size >> len(channels)
     if left < 1:
         raise ModelError(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anabranch.blocks.dropout import Dropout
-from anabranch.blocks.errors import ModelError
+from anabranch.blocks.errors import ModelError, at_least_one
 from anabranch.blocks.filter_basis import FilterBasis, kaiming_
 from anabranch.blocks.filter_sum import FilterSum
 from anabranch.blocks.network import Network
@@ -66,8 +66,12 @@ def mobilenet_v2(
     """MobileNetV2 for 224 × 224 images, seven stages.
 
     width: multiplier of all channels, rounded to multiples of 8 (the head's 1280 grow only).
-    blocks_per_stage: seven numbers instead of 1, 2, 3, 4, 3, 3, 1. Raises ModelError for other lengths.
+    blocks_per_stage: seven numbers instead of 1, 2, 3, 4, 3, 3, 1. Raises ModelError for an option that does not
+    fit.
     """
+    if not width > 0:
+        raise ModelError(f"width is above 0, got {width}")
+    at_least_one(num_classes=num_classes, in_channels=in_channels)
     counts = tuple(blocks_per_stage or (count for _, _, count, _ in _STAGES))
     if len(counts) != len(_STAGES) or min(counts) < 1:
         raise ModelError(f"blocks_per_stage {list(counts)} must be {len(_STAGES)} numbers of at least 1")

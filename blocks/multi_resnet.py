@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anabranch.blocks.branch_sum import BranchSum, BranchTensor, Execution, Hidden
-from anabranch.blocks.errors import ModelError
+from anabranch.blocks.errors import ModelError, at_least_one
 from anabranch.blocks.network import Head, Network, conv2d, make_stem
 from anabranch.blocks.norm import BatchNorm
 from anabranch.blocks.stacked import Role, StackedAffine, StackedConv2d
@@ -177,11 +177,9 @@ def multi_resnet(
     ):
         if value not in allowed:
             raise ModelError(f"{name} is one of {allowed}, got {value!r}")
-    if width < 1 or num_branches < 1 or in_channels < 1:
-        raise ModelError(
-            f"width {width}, num_branches {num_branches}, in_channels {in_channels}: give at least 1 of each"
-        )
     imagenet, bottleneck = stem == "imagenet", block == "bottleneck"
+    classes = num_classes if num_classes is not None else 1000 if imagenet else 10
+    at_least_one(width=width, num_branches=num_branches, in_channels=in_channels, num_classes=classes)
     stages = _stages(depth, block, stem, blocks_per_stage)
     if shortcut is None:
         shortcut = "B" if imagenet or bottleneck else "A"
@@ -212,7 +210,6 @@ def multi_resnet(
                 shortcut_reads_h=shared or bare,
             )
             channels = out
-    classes = num_classes if num_classes is not None else 1000 if imagenet else 10
     size = 224 if imagenet else 32
     return Network(
         make_stem(stem, in_channels, 64 if imagenet else 16),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from anabranch.blocks.errors import ModelError
+from anabranch.blocks.errors import ModelError, at_least_one
 from anabranch.blocks.network import Network, make_stem
 from anabranch.blocks.resnext_block import BLOCKS, Form, SlicedBlock
 from anabranch.blocks.shared_resnet import PoolHead, conv_norm
@@ -71,10 +71,9 @@ def resnext(
         raise ModelError(f'stem is "imagenet" or "cifar", got {stem!r}')
     if form not in BLOCKS:
         raise ModelError(f"form is one of {sorted(BLOCKS)}, got {form!r}")
-    sizes = {"cardinality": cardinality, "base_width": base_width, "num_slices": num_slices}
-    for name, value in {**sizes, "in_channels": in_channels, "channels": channels}.items():
-        if value < 1:
-            raise ModelError(f"{name} is at least 1, got {value}")
+    classes = num_classes if num_classes is not None else 1000 if stem == "imagenet" else 10
+    at_least_one(cardinality=cardinality, base_width=base_width, num_slices=num_slices)
+    at_least_one(in_channels=in_channels, channels=channels, num_classes=classes)
     if channels % 4:
         raise ModelError(f"channels {channels} must be a multiple of 4: the stem has a quarter of them")
     if num_slices > 1 and (cardinality > 1 or form != "c"):
@@ -97,7 +96,6 @@ def resnext(
                 else SlicedBlock(wide, num_slices, path_width, out, stride)
             )
             wide = out
-    classes = num_classes if num_classes is not None else 1000 if stem == "imagenet" else 10
     size = 224 if stem == "imagenet" else 32
     return Network(entry, blocks, PoolHead(wide, classes), input_shape=(in_channels, size, size))
 
@@ -112,9 +110,7 @@ def preserved_width(cardinality: int, base_width: int = 64, channels: int = 256)
 
     Of all widths the one whose `template_params` are nearest. Raises ModelError where that would be no channel at all.
     """
-    for name, value in {"cardinality": cardinality, "base_width": base_width, "channels": channels}.items():
-        if value < 1:
-            raise ModelError(f"{name} is at least 1, got {value}")
+    at_least_one(cardinality=cardinality, base_width=base_width, channels=channels)
     budget = template_params(1, base_width, channels)
     width = min(range(base_width + 1), key=lambda d: abs(template_params(cardinality, d, channels) - budget))
     if width == 0:

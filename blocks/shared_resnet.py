@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anabranch.blocks.errors import ModelError
+from anabranch.blocks.errors import ModelError, at_least_one
 from anabranch.blocks.filter_basis import FilterBasis, new_basis
 from anabranch.blocks.filter_sum import FilterSum
 from anabranch.blocks.network import Network, conv2d, make_stem
@@ -184,15 +184,16 @@ def resnet(
         )
     if stem not in ("cifar", "imagenet"):
         raise ModelError(f'stem is "cifar" or "imagenet", got {stem!r}')
+    at_least_one(cardinality=cardinality)
     if cardinality > 1 and (depth < 50 or 2 * width % cardinality):
         raise ModelError(
             f"cardinality {cardinality} needs bottlenecks (depth 50 or more, not {depth}) and must divide {2 * width}"
         )
-    _check_channels(width, in_channels)
+    classes = num_classes if num_classes is not None else 1000 if stem == "imagenet" else 100
+    at_least_one(width=width, in_channels=in_channels, num_classes=classes)
     entry = (
         make_stem("imagenet", in_channels, width) if stem == "imagenet" else conv_norm(in_channels, width, 3)
     )
-    classes = num_classes if num_classes is not None else 1000 if stem == "imagenet" else 100
     size = 224 if stem == "imagenet" else 32
     counts = _counts(blocks_per_stage, _BLOCKS[depth])
     return _network(
@@ -217,14 +218,9 @@ def cifar_resnet(
         low = 6 * max(num_blocks, 1) + 2
         raise ModelError(f"a CIFAR ResNet has depth 6n+2, got {depth}: use {low} or {low + 6}")
     counts = _counts(blocks_per_stage, (num_blocks,) * 3)
-    _check_channels(width, in_channels)
+    at_least_one(width=width, in_channels=in_channels, num_classes=num_classes)
     entry = conv_norm(in_channels, width, 3)
     return _network(entry, width, counts, False, 1, "A", bundled, num_classes, (in_channels, 32, 32))
-
-
-def _check_channels(width: int, in_channels: int) -> None:
-    if width < 1 or in_channels < 1:
-        raise ModelError(f"width {width}, in_channels {in_channels}: give at least 1 of each")
 
 
 def _counts(given: Sequence[int] | None, usual: tuple[int, ...]) -> tuple[int, ...]:

@@ -68,6 +68,12 @@ def make_network(config: Config, bundle: DataBundle) -> nn.Module:
         if bundle.num_classes is not None:
             given["num_classes"] = bundle.num_classes
         options = {**given, **options}
+        wanted, there = options.get("num_classes"), bundle.num_classes or 0
+        if config.train.loss == "cross_entropy" and isinstance(wanted, int) and 0 < wanted < there:
+            raise ConfigError(
+                f"model.options.num_classes is {wanted}, data.name = {config.data.name} has {there} classes: leave it "
+                f"out, or make it {there} or more"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.train.seed, "model"))
         network = build(name, **options)

@@ -22,6 +22,7 @@ from anabranch.runtime.assemble import (
 )
 from anabranch.runtime.config import Config
 from anabranch.runtime.deal import deal_step
+from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.model_shape import model_shape
 from anabranch.runtime.model_spec import spec_of
 from anabranch.schedulers import BlockSpec, Cluster, Device, Link, ModelSpec, PlanError, read_plan, schedule
@@ -130,6 +131,18 @@ def test_workers_tell_their_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert (device.index, device.kind, device.memory_bytes) == (3, "NVIDIA L4", 24 * 10**9)
     assert with_memory(Cluster((device,)), 0).devices[0].memory_bytes == 24 * 10**9
     assert with_memory(Cluster((device,)), 0.5).devices[0].memory_bytes == 5 * 10**8
+
+
+def test_fewer_classes_than_the_data_has_are_refused() -> None:
+    options = {"depth": 8, "num_branches": 1, "num_classes": 9}
+    config = Config.from_dict(
+        {"model": {"name": "multi_resnet", "options": options}, "data": {"name": "digits"}}
+    )
+    data = make_data(config)
+    with pytest.raises(ConfigError, match=r"num_classes is 9, data\.name = digits has 10 classes"):
+        make_network(config, data)
+    for given in ({"train": {"loss": "mine:loss"}}, {"model": {"options": {**options, "num_classes": 12}}}):
+        make_network(Config.from_dict(config.to_dict(), given), data)
 
 
 def test_a_users_network_has_the_input_shape_of_the_data() -> None:

@@ -516,7 +516,7 @@ def test_named_blocks() -> None:
             {"depth": 8, "num_branches": 2, "blocks_per_stage": [1, 2]},
             r"\[1, 2\] must be 3 numbers",
         ),
-        ("multi_resnet", {"depth": 8, "num_branches": 0}, "num_branches 0, .*at least 1"),
+        ("multi_resnet", {"depth": 8, "num_branches": 0}, "num_branches is at least 1, got 0"),
         ("multi_resnet", {"depth": 8, "num_branches": 1, "block": "wide"}, "block is one of .*, got 'wide'"),
         ("multi_resnet_110_k4", {"widht": 2}, "did you mean width?"),
     ],
@@ -524,6 +524,18 @@ def test_named_blocks() -> None:
 def test_build_says_what_is_wrong(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         build(name, **options)
+
+
+@pytest.mark.parametrize("option", ["num_classes", "in_channels"])
+@pytest.mark.parametrize("family", families())
+def test_every_family_needs_classes_and_channels(family: str, option: str) -> None:
+    required: dict[str, dict[str, Any]] = {
+        "multi_resnet": {"depth": 8, "num_branches": 1}, "pre_resnet": {"depth": 8}, "shared_basis": {"shared": 1}
+    }  # fmt: skip
+    for number in (0, -1):
+        options = {**required.get(family, {}), option: number}
+        with pytest.raises(ModelError, match=f"{option} is at least 1, got {number}"):
+            build(family, **options)
 
 
 def test_ready_names_and_their_options() -> None:

@@ -258,7 +258,7 @@ def test_a_users_network() -> None:
     ("make", "message"),
     [
         (lambda: gross_net(channels=(8,)), "two or more layers' channels"),
-        (lambda: gross_net(width=0), "at least 1 of each"),
+        (lambda: gross_net(width=0), "width is at least 1, got 0"),
         (lambda: gross_net(image_size=8), "4 max pools leave nothing of 8 × 8 pixels: give images of at least 16"),
         (
             lambda: series_network(gross_net(**SMALL), {LAYERS[0]: [2], "blocks.stage9.conv": [1]}),
