@@ -45,7 +45,7 @@ def share_bases(
 
     shared, own: s and u. double: one basis for first and one for second convolutions of basic blocks, else one for
     both. own_in_basis: the regularizer sees the own elements as rows of the stage's basis too.
-    Raises ModelError for a block that is not Shareable, and where no stage has a block to share.
+    Raises ModelError for a block that is not Shareable or cannot use two bases, and where no stage has one to share.
     """
     if shared < 1 or own < 0:
         raise ModelError(f"shared {shared}, own {own}: give at least 1 shared and 0 own elements")
@@ -66,6 +66,11 @@ def share_bases(
         bases = [template.new_basis(shared * factor) for _ in range(2 if double else 1)]
         for name, block in takers:
             made = cast(Shareable, block).with_basis(bases, own * factor)
+            if not {id(basis) for basis in bases} <= {id(parameter) for parameter in made.parameters()}:
+                raise ModelError(
+                    f"{stage}.{name} is a {type(block).__name__}, which has one convolution to share, and double gives "
+                    "it two bases: leave double out, it is for basic blocks"
+                )
             for module in made.modules():
                 if isinstance(module, FilterSum):
                     module.own_in_basis = own_in_basis

@@ -284,6 +284,11 @@ def test_tied_blocks_are_placed_alike() -> None:
         (lambda: share_bases(mobilenet_v2(0.25), 4, 1), "InvertedResidual, which cannot share"),
         (lambda: share_bases(cifar_resnet(8), 4, 1), "nothing to share"),
         (lambda: share_bases(cifar_resnet(14), 0, 1), "at least 1 shared"),
+        (
+            lambda: shared_basis("densenet", shared=4, double=True, blocks_per_stage=(1,)),
+            r"stage1\.block1 is a DenseLayer, .* leave double out",
+        ),
+        (lambda: share_bases(resnet(50, width=8), 4, 1, double=True), r"stage1\.block2 is a Bottleneck"),
         (lambda: tie_convolutions(cifar_resnet(14), ("basis",)), "nothing to tie"),
         (lambda: tie_convolutions(cifar_resnet(20), ("first",)), "no convolution 'first'"),
         (lambda: shared_basis("c10_resnet32"), "give a number of shared elements or convolutions"),
