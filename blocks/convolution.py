@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -120,6 +121,7 @@ class _Conv(torch.autograd.Function):
         return sums.whole()
 
     @staticmethod
+    @once_differentiable  # the weight's gradient is not autograd's
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel = ctx.saved_tensors
         stride, padding, groups = ctx.how

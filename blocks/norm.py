@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from anabranch.blocks.batch import BatchLayout, GroupSync, current_layout, is_running_again, layout_for
@@ -274,6 +275,7 @@ class _SyncedGroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # mean and invstd are constants to autograd here
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, count = ctx.saved_tensors
         sync, grad_y = ctx.sync, grads[0].to(mean.dtype)

@@ -601,3 +601,12 @@ def test_a_weight_gradient_is_reported_after_its_last_use() -> None:
     plain(plain(x)).sum().backward()
     assert [id(one) for one in reported] == [id(conv.weight)]
     torch.testing.assert_close(conv.weight.grad, plain.weight.grad)
+
+
+def test_a_weight_gradient_put_off_has_no_second_derivative() -> None:
+    conv, x = StackedConv2d("spread", 1, 2, 2, 3), torch.randn(2, 2, 4, 4, requires_grad=True)
+    with exchanging(WeightGradients(lambda parameter: None), None):
+        y = conv(x).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

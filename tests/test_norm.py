@@ -305,6 +305,16 @@ def test_synced_groups_equal_one_process(shares: list[tuple[int, tuple[int, ...]
     close(torch.stack([s.buffer for s in staged]).sum(0), reference.buffer)
 
 
+def test_synced_groups_have_no_second_derivative() -> None:
+    """Said, where autograd would leave terms out."""
+    x, sync = _x(3), GroupSync(0, (3,), 0, 1, lambda values: values)
+    with batch_layout(BatchLayout((3,), 3, sync=sync)):
+        y = _pair()[0](x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_a_group_of_one_value_a_channel_is_refused() -> None:
     """As torch's BatchNorm refuses it, whoever computes the statistics: its variance is 0 ÷ 0."""
     sync = GroupSync(1, (2, 1), 0, 1, lambda x: x)
