@@ -11,15 +11,19 @@ from torch import Tensor
 from anabranch.blocks.batch import is_running_again
 from anabranch.blocks.branch_sum import BranchSum, Hidden
 from anabranch.blocks.convolution import WeightGradients, exchanging
+from anabranch.blocks.errors import ModelError
 from anabranch.runtime.collectives import copy_to_branches, reduce_from_branches, reduce_to_samples
 from anabranch.runtime.wire import SumInParts, Wire
 
 
 class BranchExchange:
-    """Runs a BranchSum whose other branches are on the other ranks of the branch group."""
+    """Runs a BranchSum whose other branches are on the other ranks of the branch group.
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    row: the block's name where this is one of its several sums.
+    """
+
+    def __init__(self, wire: Wire, row: str = "") -> None:
+        self.wire, self.row = wire, row
 
     def __call__(self, partial_sum: Callable[[Hidden], Tensor], h: Hidden) -> Tensor:
         s, copied, sums = self._partial(partial_sum, h)
@@ -49,4 +53,10 @@ class BranchExchange:
         # Run again for what backward needs, a rank stops once it has all that: some before anything is to be sent.
         sums = SumInParts(self.wire, sizes) if self.wire.chunks > 1 and not is_running_again() else None
         with exchanging(queue, sums):
-            return partial_sum(copied), copied, sums
+            s = partial_sum(copied)
+        if self.row and is_running_again() and not self.wire.is_repeating:
+            raise ModelError(
+                f"a checkpoint of your own runs sums of {self.row} again, of which a rank without branches needs none: "
+                "checkpoint each sum alone, or leave it out and set mesh.recompute"
+            )
+        return s, copied, sums

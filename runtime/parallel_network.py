@@ -221,12 +221,13 @@ def parallelize(
     memo: dict[int, object] = {}
     for name, block, rows in result.elements():
         placement = plan.blocks.get(name)
-        for path, block_sum in branch_sums(block):
+        sums = branch_sums(block)
+        for path, block_sum in sums:
             block_sum.execution = execution
             if rows == "group" and placement is not None and placement.branches is not None:
                 held = placement.branches[mesh.branch_rank]
                 mine = block_sum.shard(held, memo)
-                mine.exchange = BranchExchange(result.wire)
+                mine.exchange = BranchExchange(result.wire, name if len(sums) > 1 else "")
                 _replace(result.blocks, f"{name}.{path}".rstrip("."), mine)
     result.roles = _roles(result)
     return result

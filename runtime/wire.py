@@ -81,6 +81,11 @@ class Wire:
         finally:
             self._repeated = None
 
+    @property
+    def is_repeating(self) -> bool:
+        """Whether inside `repeating`."""
+        return self._repeated is not None
+
     def once(self, sum_up: Callable[[], Tensor]) -> Tensor:
         """What branches add up to, however often their block runs for one backward."""
         if self._repeated is not None:

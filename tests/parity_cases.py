@@ -189,6 +189,13 @@ def checkpointed_net() -> nn.Module:
     )
 
 
+def checkpointed_row_net() -> nn.Module:
+    """A user's own checkpoint around several sums."""
+    row = nn.Sequential(*(MultiResidual([thin(), thin()]) for _ in range(2)))
+    stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6))
+    return Chain(stem, [Checkpointed(row, use_reentrant=False)], classifier())
+
+
 def tied_net() -> nn.Module:
     """Two blocks with one parameter in their last convolutions, which may leave weight gradients for later."""
     return build(
@@ -228,6 +235,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "plain row": plain_row_net,
     "tied": tied_net,
     "checkpointed": checkpointed_net,
+    "checkpointed row": checkpointed_row_net,
     "choice": lambda: Chain(nn.Identity(), [Choice()], classifier(2)),
 }
 

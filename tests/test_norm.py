@@ -541,3 +541,9 @@ def test_a_users_checkpoint_under_a_plan() -> None:
     ]
     for report in run_ranks(2, parity, cases)[0]:
         assert report.max_relative_difference <= 1e-9, report
+
+
+def test_a_users_checkpoint_around_several_sums_is_refused() -> None:
+    """A rank without branches would stop running it again before the others' sums."""
+    with pytest.raises(AssertionError, match="checkpoint of your own runs sums of 0 again"):
+        run_ranks(2, parity, [Case("checkpointed row", (1, 2), ((2, 0),), "rr")], timeout_s=60)
