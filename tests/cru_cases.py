@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from parity_cases import small_trial, verify_all
 from torch import nn
 
 from anabranch.blocks import branch_sum
 from anabranch.blocks.cru_net import cru_net, preact_resnext
-from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.parallel_network import parallelize
-from anabranch.runtime.verify import Report, Trial, verify_plan
+from anabranch.runtime.verify import Report
 from anabranch.schedulers import Plan
 
 SMALL: dict[str, Any] = {
@@ -39,22 +39,9 @@ def seeded(network: str) -> nn.Module:
     return made
 
 
-def trial(**options: Any) -> Trial:
-    """Three steps of Nesterov SGD in float64 on random samples; the last batch is short."""
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(20, 2, 8, 8, generator=generator, dtype=torch.float64)
-    target = torch.randint(5, (20,), generator=generator)
-    defaults: dict[str, Any] = {"batch_size": 8, "bn_batch_size": 4, "precision": "fp64"}
-    return Trial(x, target, optimizer=OptimizerConfig(lr=0.1), **{**defaults, **options})
-
-
 def parity(rank: int, world_size: int, cases: list[tuple[str, Plan, dict[str, Any]]]) -> list[Report]:
     """Each case verified on these ranks."""
-    reports = []
-    for network, plan, options in cases:
-        mesh = make_mesh(plan.data, plan.branch)
-        reports.append(verify_plan(seeded(network), plan, mesh, trial(**options)))
-    return reports
+    return verify_all((seeded(network), plan, small_trial(**options)) for network, plan, options in cases)
 
 
 def untied(rank: int, world_size: int, plan: Plan) -> Report:
@@ -65,9 +52,8 @@ def untied(rank: int, world_size: int, plan: Plan) -> Report:
         return shard(self, held)
 
     branch_sum.BranchSum.shard = without_memo  # type: ignore[method-assign]
-    mesh = make_mesh(plan.data, plan.branch)
     try:
-        return verify_plan(seeded("cru"), plan, mesh, trial())
+        return verify_all([(seeded("cru"), plan, small_trial())])[0]
     finally:
         branch_sum.BranchSum.shard = shard  # type: ignore[method-assign]
 

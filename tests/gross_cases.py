@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from parity_cases import small_trial, verify_all
 from torch import Tensor, nn
 
 from anabranch.blocks import group_series
@@ -20,12 +21,11 @@ from anabranch.blocks.group_series import GroupSeriesConv, GroupSize, check_grou
 from anabranch.blocks.random import fold
 from anabranch.cluster import WorkerContext
 from anabranch.runtime.assemble import local_cluster, make_data, make_plan
-from anabranch.runtime.config import Config, OptimizerConfig
+from anabranch.runtime.config import Config
 from anabranch.runtime.gross import run_gross
 from anabranch.runtime.gross_config import GrossConfig
-from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
-from anabranch.runtime.verify import Report, Trial, verify_plan
+from anabranch.runtime.verify import Report, Trial
 from anabranch.schedulers import BranchPlacement, Plan
 
 Counts = tuple[int, ...] | None  # branches by branch rank; None: split by sample
@@ -81,26 +81,12 @@ class Case:
         return Plan(self.data, ranks, blocks, self.edges, self.edges)  # type: ignore[arg-type]
 
     def trial(self) -> Trial:
-        """Three steps of Nesterov SGD in float64 on random samples; the last batch is short."""
-        generator = torch.Generator().manual_seed(7)
-        x = torch.randn(20, 2, 8, 8, generator=generator, dtype=torch.float64)
-        target = torch.randint(5, (20,), generator=generator)
-        options: dict[str, Any] = {
-            "batch_size": 8,
-            "bn_batch_size": 4,
-            "precision": "fp64",
-            "seed": 5,
-            **self.options,
-        }
-        return Trial(x, target, optimizer=OptimizerConfig(lr=0.1), **options)
+        return small_trial(**{"seed": 5, **self.options})
 
 
 def parity(rank: int, world_size: int, cases: Sequence[Case]) -> list[Report]:
     """Each case verified on these ranks."""
-    return [
-        verify_plan(case.network(), case.plan(), make_mesh(case.data, world_size // case.data), case.trial())
-        for case in cases
-    ]
+    return verify_all((case.network(), case.plan(), case.trial()) for case in cases)
 
 
 def sabotaged(rank: int, world_size: int, case: Case, defects: Sequence[str]) -> list[Report]:

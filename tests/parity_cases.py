@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -300,6 +300,22 @@ class Case:
         return Trial(
             x, torch.randint(5, (num,), generator=generator), optimizer=optimizer, loss=loss, **options
         )
+
+
+def small_trial(**options: Any) -> Trial:
+    """Three steps of Nesterov SGD in float64 on 20 random samples of 8 x 8; the last batch is short."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(20, 2, 8, 8, generator=generator, dtype=torch.float64)
+    target = torch.randint(5, (20,), generator=generator)
+    defaults: dict[str, Any] = {"batch_size": 8, "bn_batch_size": 4, "precision": "fp64"}
+    return Trial(x, target, optimizer=OptimizerConfig(lr=0.1), **{**defaults, **options})
+
+
+def verify_all(cases: Iterable[tuple[nn.Module, Plan, Trial]]) -> list[Report]:
+    """Each network under its plan, verified on these ranks."""
+    return [
+        verify_plan(network, plan, make_mesh(plan.data, plan.branch), trial) for network, plan, trial in cases
+    ]
 
 
 def parity(rank: int, world_size: int, cases: Sequence[Case], device: str = "cpu") -> list[Report]:

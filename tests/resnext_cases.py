@@ -7,14 +7,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from parity_cases import small_trial, verify_all
 from torch import nn
 
 from anabranch.blocks.norm import BatchNorm
 from anabranch.blocks.resnext import resnext
 from anabranch.blocks.resnext_block import Form, GroupedBlock
-from anabranch.runtime.config import OptimizerConfig
-from anabranch.runtime.mesh import make_mesh
-from anabranch.runtime.verify import Report, Trial, verify_plan
+from anabranch.runtime.verify import Report
 from anabranch.schedulers import Plan
 
 SMALL: dict[str, Any] = {
@@ -43,23 +42,15 @@ def shaken(module: nn.Module) -> nn.Module:
     return module
 
 
-def trial(**options: Any) -> Trial:
-    """Three steps of Nesterov SGD in float64 on random samples; the last batch is short."""
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(20, 2, 8, 8, generator=generator, dtype=torch.float64)
-    target = torch.randint(5, (20,), generator=generator)
-    defaults: dict[str, Any] = {"batch_size": 8, "bn_batch_size": 4, "precision": "fp64"}
-    return Trial(x, target, optimizer=OptimizerConfig(lr=0.1), **{**defaults, **options})
+def seeded(network: str) -> nn.Module:
+    """The network from a fixed seed, shaken."""
+    torch.manual_seed(3)
+    return shaken(NETWORKS[network]())
 
 
 def parity(rank: int, world_size: int, cases: list[tuple[str, Plan, dict[str, Any]]]) -> list[Report]:
     """Each case verified on these ranks."""
-    reports = []
-    for network, plan, options in cases:
-        torch.manual_seed(3)
-        made = shaken(NETWORKS[network]())
-        reports.append(verify_plan(made, plan, make_mesh(plan.data, plan.branch), trial(**options)))
-    return reports
+    return verify_all((seeded(network), plan, small_trial(**options)) for network, plan, options in cases)
 
 
 def normed_too_early(rank: int, world_size: int, case: tuple[str, Plan, dict[str, Any]]) -> Report:
