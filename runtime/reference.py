@@ -42,7 +42,7 @@ class ReferenceStep:
     def gradients(
         self, x: Tensor, target: Tensor, ids: Tensor, deals: Sequence[Deal], random_key: int
     ) -> float:
-        """The step's mean loss; every p.grad is set.
+        """The step's mean loss; every trained p.grad is set.
 
         x, target, ids: the step's samples in order; deals: the groups they form.
         """
@@ -59,7 +59,9 @@ class ReferenceStep:
             share.backward()
             total += float(share.detach())
         if self.penalty is not None:
-            one_device_penalty(self.network, self.penalty).backward()
+            penalty = one_device_penalty(self.network, self.penalty)
+            if penalty.requires_grad:  # else every basis is frozen
+                penalty.backward()
         return total
 
     def apply(self, lr: float) -> None:

@@ -107,12 +107,16 @@ class OrthogonalityRegularizer:
         self.warnings = self.penalty.warnings(self.groups, self.bases.shapes)
 
     def add_gradients(self) -> Tensor:
-        """Adds to every held p.grad, which must be whole; returns the penalty, a scalar equal on every rank."""
-        whole = {name: tensor.detach().requires_grad_() for name, tensor in self.bases.gather().items()}
+        """Adds to every held p.grad, which must be whole, of what is trained; returns the penalty, a scalar equal on
+        every rank."""
+        whole = {name: tensor.detach() for name, tensor in self.bases.gather().items()}
+        # nobody would clear a frozen one's gradient: it would pile up, and count in the norm that is clipped
+        trained = [name for name in whole if self.bases.parameters[name].requires_grad]
         with torch.enable_grad():
+            leaves = [whole[name].requires_grad_() for name in trained]
             value = self.penalty.value(self.groups, whole)
-        grads = torch.autograd.grad(value, list(whole.values()))
-        for name, grad in zip(whole, grads, strict=True):
+        grads = torch.autograd.grad(value, leaves) if leaves else ()
+        for name, grad in zip(trained, grads, strict=True):
             parameter, mine = self.bases.parameters[name], self.bases.own_part(name, grad)
             parameter.grad = mine if parameter.grad is None else parameter.grad.add_(mine)
         return value.detach()

@@ -50,7 +50,7 @@ Layout = Literal["even", "strided", "none", "mixed"]
 class Case:
     """layout: "even"; "strided": branch b on rank b mod M; "none": all on the last rank; "mixed": stages 1, 3 … by
     sample, the others strided. edges: stem and head, s(ample) or r(eplicated). penalty: the regularizer's options, None
-    for none."""
+    for none. frozen: parameters whose names hold this are not trained."""
 
     network: str
     mesh: tuple[int, int]
@@ -58,6 +58,14 @@ class Case:
     edges: str = "ss"
     trial: dict[str, Any] = field(default_factory=dict)
     penalty: dict[str, Any] | None = field(default_factory=dict)
+    frozen: str = ""
+
+    def made(self) -> nn.Module:
+        """Its network, seeded."""
+        network = seeded(self.network)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(not self.frozen or self.frozen not in name)
+        return network
 
 
 def seeded(name: str) -> nn.Module:
@@ -93,7 +101,7 @@ def parity(rank: int, world_size: int, cases: Sequence[Case], defect: str = "") 
     """Each case verified on these ranks, the penalty added to gradients on both sides."""
     reports = []
     for case in cases:
-        network = seeded(case.network)
+        network = case.made()
         plan = plan_for(spec_of(network), case)
         # five halvings leave 2x2; its three steps, the last one short, are of half the samples then
         size, scale = (64, 2) if case.network == "mobilenet" else (16, 1)

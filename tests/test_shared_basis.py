@@ -32,6 +32,7 @@ from anabranch.blocks.shared_resnet import (
     resnet,
 )
 from anabranch.blocks.shared_transform import share_bases, shared_basis, tie_convolutions
+from anabranch.runtime.config import OptimizerConfig
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.verify import Report
 from anabranch.schedulers import BranchPlacement, Plan, PlanError
@@ -316,6 +317,7 @@ def test_errors_name_the_rule(make: Any, message: str) -> None:
 
 # --- parity, the regularizer on ---
 
+CLIPPED = OptimizerConfig(lr=0.02, clip_norm=0.1)
 PAIRS = [
     Case("plain", (1, 2), "strided", "sr", penalty=None),
     Case("single", (1, 2), "even", "ss"),
@@ -335,6 +337,8 @@ PAIRS = [
     Case("plain_densenet", (1, 2), "mixed", "sr", penalty=None),
     Case("densenet", (1, 2), "even", "ss"),
     Case("mobilenet", (1, 2), "strided", "sr"),
+    Case("single", (1, 2), "strided", "ss", {"optimizer": CLIPPED}, frozen="shared"),
+    Case("double", (1, 2), "even", "ss", frozen="basis"),
 ]
 FOURS = [
     Case("single", (2, 2), "even", "rr"),
