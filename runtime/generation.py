@@ -60,7 +60,8 @@ class Generation:
             raise ConnectionError("process group: given up before it was formed")
         try:
             later = self.context.generation > 0
-            with process_group(self.context, _JOIN_S if later else self.timeout_s, self.precision):
+            join_s = _JOIN_S if later else None
+            with process_group(self.context, self.timeout_s, self.precision, join_s):
                 try:
                     yield
                 except BaseException:
@@ -76,8 +77,7 @@ class Generation:
         told = gather_json(sorted(self._listeners()), self.context.device)
         connections = self._connections({(address, port) for ports in told for address, port in ports})
         self.context.on_abort(lambda: _abort(connections))
-        for group in {mesh.world_group, mesh.data_group, mesh.branch_group}:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), mesh.world_group)
 
     def _listeners(self) -> set[tuple[str, int]]:
         """Addresses at which the groups' connections are accepted: everything else that listens was there before."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.process_group import share_memory
+from anabranch.runtime.process_group import group_timeout_s, share_memory
 
 
 @dataclass(frozen=True)
@@ -37,30 +39,44 @@ class Mesh:
         return self.data * self.branch
 
 
-def make_mesh(data: int, branch: int, device_type: str = "cpu", timeout_s: float = 600.0) -> Mesh:
-    """The mesh over the default process group, which must have data·branch ranks (else ConfigError).
+_made: list[Mesh] = []  # over the default process group that stands
 
-    Groups of CPU ranks on one host exchange through shared memory, and wait for a rank no longer than `timeout_s`.
+
+def make_mesh(data: int, branch: int, device_type: str = "cpu") -> Mesh:
+    """The mesh over the default process group, which must have data·branch ranks (else ConfigError); collective.
+
+    The same again for the same axes while that group stands: whoever plans, trains or trains the next stage uses one.
+    Groups of CPU ranks on one host exchange through shared memory. All wait for a rank as long as `process_group` says.
     """
-    if dist.get_world_size() != data * branch:
+    world, num_ranks = dist.group.WORLD, dist.get_world_size()
+    assert world is not None, "in a process group"
+    if num_ranks != data * branch:
         raise ConfigError(
-            f"a mesh of {data}x{branch} needs {data * branch} ranks, there are {dist.get_world_size()}: "
+            f"a mesh of {data}x{branch} needs {data * branch} ranks, there are {num_ranks}: "
             "change the mesh or the number of workers"
         )
-    device_mesh = init_device_mesh(device_type, (data, branch), mesh_dim_names=("data", "branch"))
-    world = dist.group.WORLD
-    assert world is not None, "init_device_mesh needs the default process group"
-    mesh = Mesh(
-        device_mesh,
-        data,
-        branch,
-        device_mesh.get_local_rank("data"),
-        device_mesh.get_local_rank("branch"),
-        device_mesh.get_group("data"),
-        device_mesh.get_group("branch"),
-        world,
+    _made[:] = [mesh for mesh in _made if mesh.world_group is world]
+    for mesh in _made:
+        if (mesh.data, mesh.branch, mesh.device_mesh.device_type) == (data, branch, device_type):
+            return mesh
+    rows = torch.arange(num_ranks).view(data, branch)
+    data_group, branch_group = _own_group(world, rows.T.tolist()), _own_group(world, rows.tolist())
+    device_mesh = DeviceMesh.from_group(
+        [data_group, branch_group], device_type, rows, mesh_dim_names=("data", "branch")
     )
+    data_rank, branch_rank = divmod(dist.get_rank(), branch)
+    mesh = Mesh(device_mesh, data, branch, data_rank, branch_rank, data_group, branch_group, world)
     if device_type == "cpu":
-        for group in (mesh.world_group, mesh.data_group, mesh.branch_group):
-            share_memory(group, timeout_s)
+        for group in (world, data_group, branch_group):
+            share_memory(group)
+    _made.append(mesh)
     return mesh
+
+
+def _own_group(world: dist.ProcessGroup, ranks: list[list[int]]) -> dist.ProcessGroup:
+    """This rank's among groups along an axis; `init_device_mesh` would give them a timeout of torch's own."""
+    if len(ranks) == 1:
+        return world
+    group: dist.ProcessGroup
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=group_timeout_s()))
+    return group

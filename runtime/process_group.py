@@ -21,16 +21,28 @@ from anabranch.runtime.numerics import use_numerics
 
 _HEAD = 512  # bytes of a message that travel in the first exchange, mostly all; the first _DIGITS: how many it has
 _DIGITS = 12
+_TIMEOUT_S = 600.0
+_timeout_s = _TIMEOUT_S  # of the default process group
+
+
+def group_timeout_s() -> float:
+    """How long exchanges wait for a rank, in all groups: what `process_group` was told."""
+    return _timeout_s
 
 
 @contextmanager
 def process_group(
-    context: WorkerContext, timeout_s: float = 600.0, precision: str = "fp32"
+    context: WorkerContext,
+    timeout_s: float = _TIMEOUT_S,
+    precision: str = "fp32",
+    join_s: float | None = None,
 ) -> Iterator[None]:
     """The default process group over all ranks, left at the end; one rank alone gets one of its own.
 
-    Inside a group that stands already it is that one. precision: `train.precision`, from here on this process's.
+    Inside a group that stands already it is that one, with that one's timeout. precision: `train.precision`, from here
+    on this process's. join_s: in place of timeout_s, for the ranks to come and for this group's own exchanges.
     """
+    global _timeout_s
     use_numerics(precision)
     if dist.is_initialized():
         yield
@@ -44,7 +56,8 @@ def process_group(
         context.recovers
     ):  # else torch ends this process where a peer is gone, and nothing of it is left to go on with
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s if join_s is None else join_s)
+    _timeout_s = timeout_s
     _forget_groups()
     if context.init_method.startswith("tcp://"):
         # The port may be the one of the generation before: who is late for that one must not be taken for one of us.
@@ -76,6 +89,7 @@ def process_group(
                 with suppress(RuntimeError):  # of groups that were given up
                     dist.destroy_process_group()
             _forget_groups()
+            _timeout_s = _TIMEOUT_S
 
 
 def _forget_groups() -> None:
@@ -96,13 +110,11 @@ def _forget_groups() -> None:
     world.group_count = 0
 
 
-def share_memory(group: dist.ProcessGroup, timeout_s: float = 600.0) -> None:
+def share_memory(group: dist.ProcessGroup) -> None:
     """Let exchanges of CPU tensors over the group go through shared memory, where all its ranks are on one host.
-
-    timeout_s: for a rank to give its part. Collective.
-    """
+    Collective."""
     if group.size() > 1 and dist.get_backend(group) == "gloo" and not exchange.shares_memory(group):
-        exchange.share_memory(group, partial(gather_json, device="cpu", group=group), timeout_s)
+        exchange.share_memory(group, partial(gather_json, device="cpu", group=group), _timeout_s)
 
 
 def broadcast_json(value: Any, device: torch.device | str, source: int = 0) -> Any:

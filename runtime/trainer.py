@@ -156,9 +156,7 @@ class Trainer:
 
         told: how the ranks that go on run it.
         """
-        self.mesh = make_mesh(
-            self.plan.data, self.plan.branch, self.device.type, self.config.launch.timeout_s
-        )
+        self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
         if not self._is_set_up:
             network = in_precision(self.config, self._network)
             ours = is_ours(network)

@@ -36,7 +36,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 def share_memory() -> None:
     """What these checks exchange goes through shared memory from here on."""
     group = _world().group
-    process_group.share_memory(group, 30.0)
+    process_group.share_memory(group)
     assert exchange.shares_memory(group)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from agreement_ranks import LENGTHS, agree, talk
+from pathlib import Path
+
+from agreement_ranks import LENGTHS, agree, talk, timeouts
 from ranks import run_ranks
 
 
@@ -21,3 +23,9 @@ def test_who_fails_is_named_to_all() -> None:
     assert first[2].startswith("RuntimeError: cannot count files: rank 1 on ")
     assert first[2].endswith("ValueError: no such file " + "x" * 600)
     assert second[2] == "ValueError: no such file " + "x" * 600
+
+
+def test_all_groups_wait_as_long_as_the_first_was_told(tmp_path: Path) -> None:
+    both = [33.0, 33.0]
+    expected = [both, both, both, both, both, [33.0]]  # the last is of one rank
+    assert run_ranks(4, timeouts, str(tmp_path / "store")) == [expected] * 4

@@ -29,7 +29,8 @@ def world() -> dist.ProcessGroup:
 
 
 def joined(timeout_s: float = 30.0) -> SharedMemory:
-    process_group.share_memory(world(), timeout_s)
+    process_group.share_memory(world())
+    exchange._shared[world()].timeout_s = timeout_s
     return exchange._shared[world()]
 
 

@@ -126,7 +126,7 @@ def stands(rank: int, world_size: int, how: str) -> list[bool]:
     group = dist.group.WORLD
     assert group is not None
     if how == "shared":
-        process_group.share_memory(group, 30.0)
+        process_group.share_memory(group)
         assert exchange.shares_memory(group)
     seen: list[bool] = []
     main = threading.get_ident()
