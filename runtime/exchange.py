@@ -47,10 +47,16 @@ def shut_down() -> None:
         group.shut_down()
 
 
+def leave(group: dist.ProcessGroup) -> None:
+    """Leaves the shared memory of a group that is left, if it has any."""
+    if shared := _shared.pop(group, None):
+        shared.close()
+
+
 def close() -> None:
-    """Leaves shared memory, as the groups are left."""
-    while _shared:
-        _shared.popitem()[1].close()
+    """Leaves shared memory, as all groups are left."""
+    for group in list(_shared):
+        leave(group)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Work:

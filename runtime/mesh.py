@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from anabranch.runtime import exchange
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.process_group import group_timeout_s, share_memory
 
@@ -71,6 +73,19 @@ def make_mesh(data: int, branch: int, device_type: str = "cpu") -> Mesh:
             share_memory(group)
     _made.append(mesh)
     return mesh
+
+
+def leave_meshes(but: Mesh) -> None:
+    """Leaves the groups of all other meshes, which on GPUs hold buffers; collective, when nobody needs them."""
+    gc.collect()  # what ran over them: a step is a cycle of objects, and keeps its network and groups
+    exchange.wait_for(torch.device(but.device_mesh.device_type))
+    dist.barrier()  # a rank that is still at its last exchange would take this one for lost
+    stay = {but.world_group, but.data_group, but.branch_group}
+    for group in [group for mesh in _made for group in (mesh.data_group, mesh.branch_group)]:
+        if group not in stay:
+            exchange.leave(group)
+            dist.destroy_process_group(group)
+    _made[:] = [but]
 
 
 def _own_group(world: dist.ProcessGroup, ranks: list[list[int]]) -> dist.ProcessGroup:

@@ -34,7 +34,7 @@ from anabranch.runtime.data.augment import normalise
 from anabranch.runtime.data.batches import epoch_order
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.job import Job
-from anabranch.runtime.mesh import make_mesh
+from anabranch.runtime.mesh import leave_meshes, make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.plan_step import StepSetting
 from anabranch.runtime.process_group import broadcast_json, gather_json, process_group
@@ -54,6 +54,7 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
             outcome = _automatic(job, config, data, plan, context)
             plan = parse_plan(outcome["plan"]).resolve(spec_of(prepare(make_network(config, data))))
             config = settle(config, plan)
+            leave_meshes(but=make_mesh(plan.data, plan.branch, torch.device(context.device).type))
         run_dir = _run_dir(job, config, plan, context)
         start, network = job.checkpoint, make_network(config, data)
         if context.generation < 0:  # a newcomer: everything is loaded that needs no place

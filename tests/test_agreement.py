@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agreement_ranks import LENGTHS, agree, talk, timeouts
+from agreement_ranks import LENGTHS, agree, leaves, talk, timeouts, trains
 from ranks import run_ranks
 
 
@@ -29,3 +29,11 @@ def test_all_groups_wait_as_long_as_the_first_was_told(tmp_path: Path) -> None:
     both = [33.0, 33.0]
     expected = [both, both, both, both, both, [33.0]]  # the last is of one rank
     assert run_ranks(4, timeouts, str(tmp_path / "store")) == [expected] * 4
+
+
+def test_groups_that_nobody_needs_any_more_are_left(tmp_path: Path) -> None:
+    """Of three meshes of four ranks: all, two along the mesh that is kept, and two groups of one rank."""
+    of_all, of_two = [4, 4, 1], [4, 2, 2]
+    expected = [of_all, of_two, [4, 1, 4], [5, 3], True, [3, 3], of_two, of_all]
+    assert run_ranks(4, leaves) == [expected] * 4
+    assert run_ranks(2, trains, str(tmp_path)) == [2, 2]
