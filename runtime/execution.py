@@ -1,7 +1,7 @@
 """How each block runs here, chosen by measurement: branches fused, mixed or looped, and where channels lie in memory.
 
-Each *distinct* block (modules, shapes, branches held, input) is run forward and backward in all ways, once per machine:
-the figures are kept in the cache, so that a run that is repeated or resumed runs in the same way to the last bit.
+Each *distinct* block (modules, shapes, branches held, input) is run forward and backward in all ways, once a kind of
+device: the figures are kept on every host, so that a run that is repeated or resumed runs alike to the last bit.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import copy
 import hashlib
 import json
 import os
+import socket
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -24,9 +25,8 @@ from anabranch.blocks.branch_sum import Execution, branch_sums
 from anabranch.blocks.network import Network
 from anabranch.runtime.chunks import fastest_chunks
 from anabranch.runtime.countdown import OnProgress, silent
-from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.element_run import alone, input_shapes, key_of, run
-from anabranch.runtime.machine import cache_folder, processor
+from anabranch.runtime.machine import cache_folder, code_digest, keep, processor
 from anabranch.runtime.parallel_network import ParallelNetwork, set_memory_format
 from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.rank_batch import RankBatch
@@ -164,19 +164,16 @@ def _ways_to_run(
     cache = _Cache(network, precision, ways)
     num_rows = {"own": len(rows.own_range), "group": len(rows.group_range)}
     keys = _measured(network, image_shape, num_rows, precision, cache, on_progress)
-    told = gather_json({"keys": keys, "seconds": cache.used}, next(network.parameters()).device)
-    merged: dict[str, list[float]] = {}
-    for key in {key for one in told for key in one["seconds"]}:
-        seen = [one["seconds"][key] for one in told if key in one["seconds"]]
-        merged[key] = [statistics.mean(column) for column in zip(*seen, strict=True)]
-    cache.used = merged
-    if network.mesh.rank == 0:
-        cache.keep()
+    mine = {"host": socket.gethostname(), "keys": keys, "kept": cache.kept, "measured": cache.measured}
+    told = gather_json(mine, next(network.parameters()).device)
+    agreed = _agreed(told)
+    if [one["host"] for one in told].index(mine["host"]) == network.mesh.rank:  # the first of its host
+        cache.keep(agreed)
 
     def seconds(name: str, way: _Way) -> float:
         """Over all ranks, which may hold different numbers of branches."""
         index = ways.index(way)
-        return sum(merged[key][index] for one in told if (key := one["keys"].get(name)))
+        return sum(agreed[key][index] for one in told if (key := one["keys"].get(name)))
 
     def best(name: str, layout: MemoryFormat) -> Execution:
         if execution != "auto":
@@ -200,10 +197,24 @@ def is_ours(network: nn.Module) -> bool:
     return isinstance(network, Network)
 
 
-class _Cache:
-    """Seconds by block, for each of `ways`: a file a block, in a folder a machine, version and ways.
+def _agreed(told: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Of every block the mean over the ranks: of what was kept, and only where nothing was of what was measured now.
 
-    The first figures stay, so that all later runs choose alike. used: those that this network asked for.
+    For a run that is repeated finds what was agreed on, on all hosts.
+    """
+    found: dict[str, list[float]] = {}
+    for source in ("kept", "measured"):
+        for key in {key for one in told for key in one[source]} - found.keys():
+            seen = [one[source][key] for one in told if key in one[source]]
+            found[key] = [statistics.mean(column) for column in zip(*seen, strict=True)]
+    return found
+
+
+class _Cache:
+    """Seconds by block, for each of `ways`: a file a block, in a folder a kind of device, version and ways.
+
+    The first figures stay, so that all later runs choose alike. kept, measured: those that this network asked for, by
+    folder and block: ranks on devices of another kind have others.
     """
 
     def __init__(self, network: ParallelNetwork, precision: str, ways: Sequence[_Way]) -> None:
@@ -212,6 +223,7 @@ class _Cache:
         parts = [
             kind,
             torch.__version__,
+            code_digest(),
             torch.get_num_threads(),
             precision,
             os.environ.get("LD_PRELOAD", ""),
@@ -219,25 +231,32 @@ class _Cache:
             (ways, _FEW_REPEATS, _HOPELESS, _REPEATS, _MOST_REPEATS, _ENOUGH_S, _LONG_S),
         ]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        self._folder = cache_folder() / f"execution-{digest}"
+        self._folder = f"execution-{digest}"
         self.ways = ways
-        self.used: dict[str, list[float]] = {}
+        self.kept: dict[str, list[float]] = {}
+        self.measured: dict[str, list[float]] = {}
+
+    def key(self, element: nn.Module, x_shape: tuple[int, ...]) -> str:
+        """Of an element's figures on this kind of device, for an input of this shape."""
+        return f"{self._folder}/{key_of(element, x_shape)}"
 
     def read(self, key: str) -> list[float] | None:
         """What is kept, if anything whole is."""
         try:
-            seconds = [float(s) for s in json.loads((self._folder / f"{key}.json").read_text())]
+            seconds = [float(s) for s in json.loads(self._path(key).read_text())]
         except (OSError, ValueError, TypeError):
             return None
         return seconds if len(seconds) == len(self.ways) else None
 
-    def keep(self) -> None:
+    def keep(self, agreed: Mapping[str, list[float]]) -> None:
         """Writes what was not there."""
-        with suppress(OSError):  # a home that cannot be written: measured again next time
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for key, seconds in self.used.items():
-                if self.read(key) is None:
-                    write_bytes(self._folder / f"{key}.json", json.dumps(seconds).encode())
+        for key, seconds in agreed.items():
+            if self.read(key) is None:
+                keep(self._path(key), json.dumps(seconds).encode())
+
+    @staticmethod
+    def _path(key: str) -> Path:
+        return cache_folder() / f"{key}.json"
 
 
 def _measured(
@@ -248,7 +267,7 @@ def _measured(
     cache: _Cache,
     on_progress: OnProgress,
 ) -> dict[str, str]:
-    """The key of every element that runs samples here; figures of them all are in `cache.used` afterwards."""
+    """The key of every element that runs samples here; figures of them all are in `cache` afterwards."""
     keys: dict[str, str] = {}
     unknown: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
     parameter = next(network.parameters())
@@ -256,11 +275,11 @@ def _measured(
         if not (num_rows[rows] and shape):
             continue
         with alone(module) as element:
-            keys[name] = key = key_of(element, (num_rows[rows], *shape))
-        if key in cache.used or key in unknown:
+            keys[name] = key = cache.key(element, (num_rows[rows], *shape))
+        if key in cache.kept or key in unknown:
             continue
         if kept := cache.read(key):
-            cache.used[key] = kept
+            cache.kept[key] = kept
         else:
             # at least two samples: BatchNorm refuses one number a channel
             unknown[key] = module, (max(num_rows[rows], 2), *shape)
@@ -268,7 +287,7 @@ def _measured(
         on_progress(done, len(unknown))
         x = torch.randn(size, dtype=parameter.dtype, device=parameter.device)
         with alone(module) as element:
-            cache.used[key] = _timed(element, x, precision, cache.ways)
+            cache.measured[key] = _timed(element, x, precision, cache.ways)
     return keys
 
 

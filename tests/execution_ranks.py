@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -152,3 +154,25 @@ def chosen_chunks(rank: int, size: int, cache: str) -> dict[str, int]:
         assert HowToRun.from_dict(how.to_dict()).chunks == parallel.wire.chunks == how.chunks
         found[name] = how.chunks
     return found
+
+
+def on_hosts(
+    rank: int, size: int, homes: str, kinds: list[str], code: str, seconds: list[float]
+) -> list[Any]:
+    """Ranks on hosts of their own, each with a home and a kind of device: what is chosen for a block whose fused form
+    takes this rank `seconds`, its looped one 1 s; whether anything was timed; and the figures that this host keeps."""
+    os.environ["XDG_CACHE_HOME"] = f"{homes}/{rank}"
+    block = dict(named_blocks(build("multi_resnet", depth=8, num_branches=2)))["stage1.block1"]
+    network = Chain(nn.Conv2d(3, 16, 1), [block], classifier(16))
+    settings = MeshConfig(memory_format="contiguous")
+    taken = [{"fused": seconds[rank], "looped": 1.0}.get(form, 100.0) for form in execution._FORMS]
+    with (
+        mock.patch.object(execution, "_timed", return_value=taken) as timed,
+        mock.patch.object(execution, "processor", return_value=kinds[rank]),
+        mock.patch.object(execution, "code_digest", return_value=code),
+        mock.patch("socket.gethostname", return_value=f"host-{rank}"),
+    ):
+        parallel, rows = placed(network, {"0": ((0,), (1,))})
+        how = how_to_run(parallel, (3, 8, 8), rows, settings, precision="fp32", ours=True)
+    kept = sorted(json.loads(path.read_text())[0] for path in Path(homes, str(rank)).rglob("*.json"))
+    return [how.execution["0"], timed.called, sorted({*kept})]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
-from execution_ranks import chosen, chosen_chunks
+from execution_ranks import chosen, chosen_chunks, on_hosts
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -44,6 +46,31 @@ def test_the_faster_way_is_chosen_and_kept(tmp_path: Path) -> None:
     damaged.write_text("[1.0, ")
     assert run_ranks(2, chosen, str(tmp_path))[0]["first"] == one["first"], "a torn file is measured again"
     assert damaged.read_text().endswith("]")
+
+
+def test_a_repeated_run_runs_alike_on_hosts_without_a_common_home(tmp_path: Path) -> None:
+    kinds = ["one", "one"]
+
+    def run(code: str, seconds: list[float]) -> list[list[object]]:
+        return run_ranks(2, on_hosts, str(tmp_path), kinds, code, seconds)
+
+    assert run("new", [0.5, 0.7]) == [["fused", True, [0.6]]] * 2, "the mean, on both hosts"
+    assert run("new", [3.0, 3.0]) == [["fused", False, [0.6]]] * 2
+    rmtree(tmp_path / "1")
+    again = run("new", [3.0, 3.0])
+    assert again == [["fused", False, [0.6]], ["fused", True, [0.6]]], (
+        "a host that lost them takes the other's"
+    )
+    assert run("newer", [3.0, 3.0]) == [["looped", True, [0.6, 3.0]]] * 2, (
+        "figures of other code decide nothing"
+    )
+
+
+def test_figures_of_two_kinds_of_devices_are_kept_apart(tmp_path: Path) -> None:
+    """Both count where both run the block, and each alone decides for a run on its own kind."""
+    run = partial(run_ranks, 2, on_hosts, str(tmp_path))
+    assert run(["slow", "fast"], "", [5.0, 0.5]) == [["looped", True, [0.5, 5.0]]] * 2
+    assert run(["fast", "fast"], "", [9.0, 9.0]) == [["fused", False, [0.5, 5.0]]] * 2
 
 
 def test_chunks_that_are_clearly_faster_are_chosen(tmp_path: Path) -> None:
