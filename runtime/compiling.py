@@ -31,7 +31,7 @@ from anabranch.runtime.process_group import gather_json
 from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.step import autocast
 
-COMPILED, FAILED = "compiled", "torch.compile failed: "
+COMPILED, FAILED, NOT_FASTER = "compiled", "torch.compile failed: ", "not faster: "
 BACKEND = "ANABRANCH_COMPILE_BACKEND"  # another one of torch.compile's, for tests: whatever compiles is used, not timed
 _REPEATS = 5
 
@@ -123,6 +123,12 @@ class CompiledBlock:
         return y
 
 
+def where_it_goes_on(how: HowToRun) -> HowToRun:
+    """Of a run that is resumed: what was timed stays. Why others could not be compiled was its plan's or machine's."""
+    timed = {name: told for name, told in how.compiled.items() if told.startswith((COMPILED, NOT_FASTER))}
+    return replace(how, compiled=timed)
+
+
 def compile_blocks(
     network: ParallelNetwork,
     how: HowToRun,
@@ -135,7 +141,7 @@ def compile_blocks(
     """Compiles the blocks of a network that `how` was applied to; what became of each is in the result. Collective.
 
     image_shape: (C, H, W). rows: a micro-batch, whose sizes are the only ones compiled for. on_eager: told of what
-    cannot be compiled, and why. Blocks that `how` knows already (a resumed run's) are not timed.
+    cannot be compiled, and why. Blocks that `how` knows already (see `where_it_goes_on`) are not timed.
     """
     blocks = CompiledBlocks(on_eager)
     mine: dict[str, Any] = {}  # by block: [seconds as it is, compiled], or the reason for neither
@@ -175,7 +181,7 @@ def verdict(told: list[Any]) -> str:
     eager, compiled = (sum(column) for column in zip(*told, strict=True))
     if not eager or compiled < CLEARLY * eager:
         return COMPILED
-    return f"not faster: {compiled / eager:.2f} of the time"
+    return f"{NOT_FASTER}{compiled / eager:.2f} of the time"
 
 
 def _unfit(block: nn.Module, layout: BatchLayout) -> str:

@@ -28,7 +28,7 @@ from anabranch.runtime.basis_record import BasisRecord
 from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
-from anabranch.runtime.compiling import compile_blocks
+from anabranch.runtime.compiling import compile_blocks, where_it_goes_on
 from anabranch.runtime.config import Config
 from anabranch.runtime.countdown import countdown
 from anabranch.runtime.data.load import bundle_of
@@ -185,7 +185,7 @@ class Trainer:
         told = self.resume.position.get("how_to_run") if self.resume else None
         names = {name for name, _, _ in self.network.elements()}
         if told and names == set(told["execution"]):
-            kept = HowToRun.from_dict(told)
+            kept = where_it_goes_on(HowToRun.from_dict(told))
             if (others := kept.differs_from(self.config.mesh)) and self.context.rank == 0:
                 text = f"the run goes on as it ran, whatever is asked of mesh.{', mesh.'.join(others)} now"
                 self.context.publish(warning=text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from anabranch.blocks.network import named_blocks
 from anabranch.blocks.norm import BatchNorm, StagedStatistics
 from anabranch.runtime import compiling
 from anabranch.runtime.compiling import COMPILED, CompiledBlock, compile_blocks
+from anabranch.runtime.config import Config
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.execution import HowToRun
 from anabranch.runtime.launch import alone
@@ -23,6 +25,7 @@ from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.parallel_network import parallelize
 from anabranch.runtime.process_group import process_group
+from anabranch.runtime.trainer import Trainer
 from anabranch.schedulers import Plan
 from anabranch.schedulers.plan import SAMPLE
 
@@ -157,6 +160,31 @@ def test_what_a_run_knows_is_kept_when_it_is_resumed(monkeypatch: pytest.MonkeyP
     how, told, num = outcome("aot_eager", monkeypatch, compiled=known)
     assert how.compiled == known
     assert num == 1
+    assert not told
+
+
+def test_why_blocks_could_not_be_compiled_is_no_reason_where_a_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under another plan, or on another machine, they may be."""
+    reasons = [
+        "not faster: 1.20 of the time",
+        "split by branch: it exchanges while it runs",
+        compiling.FAILED + "no",
+    ]
+    before = HowToRun(
+        dict.fromkeys(NAMES, "fused"), "contiguous", compiled=dict(zip(NAMES, reasons, strict=False))
+    )
+    trainer: Any = SimpleNamespace(
+        resume=SimpleNamespace(position={"how_to_run": before.to_dict()}),
+        network=SimpleNamespace(elements=lambda: [(name, None, "own") for name in NAMES]),
+        config=Config(),
+    )
+    kept = Trainer._how_to_run(trainer, ours=True)
+    assert kept.compiled == {NAMES[0]: reasons[0]}
+    how, told, num = outcome("aot_eager", monkeypatch, compiled=kept.compiled)
+    assert how.compiled == {NAMES[0]: reasons[0], **dict.fromkeys(NAMES[1:], COMPILED)}
+    assert num == len(NAMES) - 1
     assert not told
 
 
