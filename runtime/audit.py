@@ -13,22 +13,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from anabranch.runtime.durable import write_bytes
 from anabranch.runtime.intervals import median_interval
-from anabranch.runtime.machine import cache_folder
+from anabranch.runtime.machine import cache_folder, keep
 from anabranch.runtime.measure import cost_key, measure_costs, with_speeds, workers_key
 from anabranch.runtime.mesh import make_mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.plan_step import PlanStep, StepSetting
-from anabranch.runtime.process_group import gather_json
+from anabranch.runtime.process_group import broadcast_json, gather_json
 from anabranch.schedulers import Cluster, Plan, PlanError, PlanFile, format_plan
-from anabranch.schedulers.cost_file import read_costs, write_costs
+from anabranch.schedulers.cost_file import format_costs, parse_costs, read_costs
 from anabranch.schedulers.costs import Batch, Costs
 from anabranch.schedulers.optimal import Candidate, candidates
 from anabranch.schedulers.registry import make_request
@@ -56,9 +56,9 @@ def automatic_plan(
     """The best plan for a one-device network (prepared, kept as it is) on the ranks that stand. Collective.
 
     devices: by rank. mesh, partial: what the user settled. costs_file: to read; "" looks in the cache, then measures.
-    Returns plain data, the same on all ranks: plan (TOML), chosen, search_s, gap, notes, costs (path), and plans: of
-    each candidate name, plan, predicted_step_s, memory_bytes by rank, measured_step_s, samples_s, ratio and interval_95
-    against data parallelism, error (predicted ÷ measured - 1).
+    Returns plain data, the same on all ranks: plan (TOML), chosen, search_s, gap, notes, costs (path, "" where what was
+    measured could not be kept), and plans: of each candidate name, plan, predicted_step_s, memory_bytes by rank,
+    measured_step_s, samples_s, ratio and interval_95 against data parallelism, error (predicted ÷ measured - 1).
 
     Raises PlanError where no plan is possible, or the cost file is another network's or hardware's.
     """
@@ -201,7 +201,10 @@ def _costs(
     budget_s: float,
     on_stage: OnStage,
 ) -> tuple[Costs, str]:
-    """The costs and the file that holds them: the user's, the cache's, or newly measured. Agreed on by all ranks."""
+    """The costs and the file that holds them: the user's, the cache's, or newly measured. Agreed on by all ranks.
+
+    "" where what was measured could not be kept.
+    """
     device = next(network.parameters()).device
     if costs_file and not remeasure:
         costs = read_costs(costs_file)
@@ -209,26 +212,24 @@ def _costs(
         return costs, costs_file
     digest = sha256(repr(sorted(key.items())).encode()).hexdigest()[:16]
     path = cache_folder() / f"costs-{digest}.json"
-    kept = None
-    if not remeasure and dist.get_rank() == 0 and path.exists():
-        try:
-            read_costs(path)
-            kept = path.read_text(encoding="utf-8")
-        except PlanError:
-            kept = None
-    kept = gather_json(kept, device)[0]
-    if kept is None:
-        costs = measure_costs(
-            network, setting, cluster, devices, budget_s=budget_s,
-            on_trial=lambda done, total: on_stage("measuring", done, total),
-        )  # fmt: skip
-        if dist.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_costs(costs, path)
-        return costs, str(path)
-    mine = path.with_name(f"{path.stem}-rank{dist.get_rank()}.json")
-    mine.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(mine, kept.encode())
-    costs = read_costs(mine)
-    mine.unlink()
-    return costs, str(path)
+    leads = dist.get_rank() == 0
+    if not remeasure:
+        kept = broadcast_json(_kept(path) if leads else None, device)
+        if kept is not None:
+            return parse_costs(kept, path), str(path)
+    costs = measure_costs(
+        network, setting, cluster, devices, budget_s=budget_s,
+        on_trial=lambda done, total: on_stage("measuring", done, total),
+    )  # fmt: skip
+    is_kept = broadcast_json(leads and keep(path, format_costs(costs).encode()), device)
+    return costs, str(path) if is_kept else ""
+
+
+def _kept(path: Path) -> str | None:
+    """The text of a cost file, if there is one that can be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        parse_costs(text, path)
+    except (OSError, ValueError):
+        return None
+    return text

@@ -28,10 +28,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anabranch"
 
 
-def keep(path: Path, content: bytes) -> None:
+def keep(path: Path, content: bytes) -> bool:
     """Writes a file there, whole or not at all: other jobs and hosts may write the same one at the same time.
 
-    Nothing where the folder cannot be written, or is full: what is not kept is measured again next time.
+    False where the folder cannot be written, or is full: what is not kept is measured again next time.
     """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with suppress(OSError):
@@ -39,8 +39,10 @@ def keep(path: Path, content: bytes) -> None:
         try:
             aside.write_bytes(content)
             replace_file(path, aside)
+            return True
         finally:
             aside.unlink(missing_ok=True)
+    return False
 
 
 @cache

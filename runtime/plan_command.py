@@ -41,6 +41,11 @@ def plan_here(config: Config, explained: bool, output: Path, console: Console) -
             return {"plan": format_plan(driver.plan), "predicted_step_s": None, "measured_step_s": None,
                     "data_parallel_step_s": None, "search_s": 0.0, "memory_bytes": None}  # fmt: skip
         assert driver.cluster is not None, "with a plan"
+        if not outcome["costs"]:
+            raise ConfigError(
+                "what was measured cannot be kept in ~/.cache/anabranch: set XDG_CACHE_HOME to a folder that can be "
+                "written"
+            )
         costs = read_costs(outcome["costs"])
         by_rank = [name for row in driver.plan.devices or () for name in row]
         cluster = with_speeds(driver.cluster, by_rank, costs)

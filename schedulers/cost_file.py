@@ -16,7 +16,12 @@ _SCHEMA = 4  # since reduce-scatters are measured
 
 
 def write_costs(costs: Costs, path: str | Path) -> None:
-    """Write the costs; alike elements are written once."""
+    """Write the costs."""
+    Path(path).write_text(format_costs(costs), encoding="utf-8", newline="\n")
+
+
+def format_costs(costs: Costs) -> str:
+    """What is in a cost file; alike elements are there once."""
     models = []
     for model in costs.models:
         kinds = {element: index for index, element in enumerate(dict.fromkeys(model.elements.values()))}
@@ -27,15 +32,22 @@ def write_costs(costs: Costs, path: str | Path) -> None:
         content["elements"] = {name: kinds[element] for name, element in model.elements.items()}
         models.append(content)
     whole = {"schema": _SCHEMA, "models": models, "groups": [asdict(group) for group in costs.groups]}
-    Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8", newline="\n")
+    return json.dumps(whole, indent=1) + "\n"
 
 
 def read_costs(path: str | Path) -> Costs:
     """Read a cost file. Raises PlanError when it is missing, torn or not one."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except OSError as error:
         raise PlanError(f"{path}: cannot read the cost file: {error.strerror}") from None
+    return parse_costs(text, path)
+
+
+def parse_costs(text: str | bytes, path: str | Path) -> Costs:
+    """The costs in a file's text (UTF-8); path: for errors. Raises PlanError where it is torn or not one's."""
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a cost file (no valid JSON: {error}): measure again") from None
     schema = content.get("schema") if isinstance(content, dict) else None

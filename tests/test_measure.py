@@ -22,11 +22,13 @@ from anabranch.blocks.convert import prepare
 from anabranch.blocks.multi_resnet import PreactResidual
 from anabranch.runtime import audit, measure, measure_links
 from anabranch.runtime.config import Config
+from anabranch.runtime.launch import alone
 from anabranch.runtime.measure import cost_key, with_speeds, workers_key
 from anabranch.runtime.measure_elements import Seen, _unequal_work, without_waiting
 from anabranch.runtime.measure_trial import Trial, trial_plans
 from anabranch.runtime.model_shape import model_shape, traffic
 from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.process_group import process_group
 from anabranch.runtime.recorder import Span
 from anabranch.schedulers import (
     BlockSpec,
@@ -355,6 +357,38 @@ def test_an_automatic_plan_is_timed_and_costs_are_kept(tmp_path: Path) -> None:
         assert chosen["error"] == chosen["predicted_step_s"] / chosen["measured_step_s"] - 1
         if outcome["chosen"] != "data":
             assert chosen["interval_95"][1] < 1
+
+
+def test_costs_are_taken_from_the_cache_without_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other jobs of the same network may take them at the same time; and a home that cannot be written is no error."""
+    network, cluster = SHORT.network(), cluster_of(1)
+    setting: Any = None  # for measuring
+    costs = analytic_costs(model_shape(network, spec_of(network)), ("cpu",))
+    measured = mock.Mock(return_value=costs)
+    monkeypatch.setattr(audit, "measure_costs", measured)
+
+    def take(home: Path) -> str:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        found, path = audit._costs(
+            network, setting, cluster, cluster.names, {}, "", False, 1.0, lambda stage, done, total: None
+        )
+        assert found == costs
+        return path
+
+    with process_group(alone(environ={"OMP_NUM_THREADS": "1"})):
+        path = Path(take(tmp_path / "home"))
+        with mock.patch.multiple(Path, write_bytes=None, unlink=None):
+            assert take(tmp_path / "home") == str(path)
+        assert measured.call_count == 1
+        path.write_text("torn")
+        assert take(tmp_path / "home") == str(path)
+        assert read_costs(path) == costs
+        assert list(path.parent.iterdir()) == [path]
+        (tmp_path / "file").write_text("in the way of a folder")
+        assert take(tmp_path / "file") == ""
+        assert measured.call_count == 3
 
 
 @pytest.mark.optin  # test_peak_memory.py has a smaller one
