@@ -59,7 +59,8 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
         start, network = job.checkpoint, make_network(config, data)
         if context.generation < 0:  # a newcomer: everything is loaded that needs no place
             order = context.await_order(committed=None)
-            start = order.get("checkpoint", start)
+            # filled from a peer it needs none, and the one that the run began from may be long gone
+            start = order["checkpoint"] if order["action"] == "rewind" else ""
         while True:
             checkpoint = Checkpoint.open(start) if start else None
             trainer = Trainer(

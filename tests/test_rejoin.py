@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,15 @@ import torch.distributed as dist
 
 from anabranch.blocks import build
 from anabranch.cluster import WorkerContext
-from anabranch.runtime import Config, Trainer
+from anabranch.runtime import Config, Trainer, worker
+from anabranch.runtime.assemble import local_cluster, make_network, make_plan
 from anabranch.runtime.callbacks import Callback
+from anabranch.runtime.data.load import load_data
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.job import Job
 from anabranch.runtime.launch import alone
 from anabranch.runtime.mesh import Mesh
+from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.process_group import process_group
 from anabranch.runtime.step import StepResult, TrainStep
 
@@ -132,6 +138,27 @@ def test_a_newcomer_that_cannot_join_is_to_be_replaced() -> None:
     made.context.generation = 1
     with pytest.raises(RuntimeError, match="no memory"):
         made.fit()
+
+
+@pytest.mark.parametrize("action", ["apply", "discard", "rewind"])
+def test_a_newcomer_opens_no_checkpoint_but_one_to_go_back_to(
+    action: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """That which the run began from may be retired by now."""
+    opened: list[str] = []
+    order = {"action": action, "place": {"generation": 1, "rank": 0}}
+    context = replace(alone(environ={"OMP_NUM_THREADS": "1"}), recovers=True, generation=-1, rank=-1)
+    monkeypatch.setattr(
+        context,
+        "await_order",
+        lambda **state: {**order, "checkpoint": "newest"} if action == "rewind" else order,
+    )
+    monkeypatch.setattr(worker.Checkpoint, "open", opened.append)
+    monkeypatch.setattr(worker, "Trainer", lambda *_, **__: SimpleNamespace(fit=dict))
+    config = Config.from_dict(CONFIG)
+    plan = make_plan(config, spec_of(make_network(config, load_data("digits"))), local_cluster(1, "here"))
+    worker.train_worker(Job("train", config, plan, str(tmp_path), "retired", str(tmp_path)), context)
+    assert opened == (["newest"] if action == "rewind" else [])
 
 
 def test_a_group_that_could_not_be_formed_leaves_no_trace() -> None:
