@@ -21,7 +21,7 @@ class Recovery:
     replaced, at (time.time() when it was noticed), seconds (None where the run ended before another step), text (one
     line, empty where another event's says it); action is "ended" where the run ended before it was made good. Of fewer
     or more replicas: mesh and before ("1x2", "2x2"), hosts (lost or found), step, action, at, seconds, text. Of workers
-    that were to be taken in and did not come: host, cause, at, text.
+    that were to be taken in and did not come: host, cause, at, text. Of other warnings: cause, at, text.
     max_failures: that are recovered from in a run; what is lost with a host counts once. spares: processes that wait.
     hang_s: the least time without a step, or ten of them, that counts as a hang. min_replicas: fewest branch groups
     that the run goes on with while no host has room for more; None: all of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from anabranch.runtime.durable import sha256
-from anabranch.runtime.errors import CheckpointError
+from anabranch.runtime.errors import CheckpointError, UnreadableError
 from anabranch.runtime.keyed_state import StateError, load_network, load_optimizer
-from anabranch.runtime.manifest import MANIFEST, Manifest, damaged
+from anabranch.runtime.manifest import MANIFEST, Manifest, damaged, unreadable
 from anabranch.runtime.storage import Folder, open_folder
 
 
 class Checkpoint:
-    """One finished checkpoint. Its files are hashed once, the first time each is read.
+    """One finished checkpoint. Its files are hashed before they are read: each once, each new copy of one at a URL.
 
     folder: where it is. manifest: what it holds.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._verified: set[str] = set()
+        self._verified: set[Path] = set()
 
     @classmethod
     def open(cls, place: str | Path | Folder) -> Checkpoint:
-        """Raises CheckpointError, naming the file and the remedy, unless manifest and file sizes are right."""
+        """Raises CheckpointError, naming the file and the remedy, unless manifest and file sizes are right, and
+        UnreadableError where that cannot be told now."""
         folder = place if isinstance(place, Folder) else open_folder(place)
         manifest = Manifest.read(folder)
         for name, record in manifest.files.items():
             try:
                 size = folder.size(name)
             except OSError as error:
-                raise CheckpointError(f"{folder}/{name} cannot be read: {error}") from error
+                raise unreadable(f"{folder}/{name}", error) from error
             if size is None:
                 raise damaged(folder, name, f"is missing, the manifest names it with {record.bytes} bytes")
             if size != record.bytes:
@@ -65,24 +67,36 @@ class Checkpoint:
         return self.manifest.plan_toml
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Hashes the files named, or all. Raises CheckpointError if one is not what was written."""
+        """Hashes the files named, or all. Raises CheckpointError if one is not what was written, UnreadableError where
+        that cannot be told now."""
         for name in self.manifest.files if names is None else names:
-            if name in self._verified:
-                continue
-            try:
-                found = sha256(self.folder.local(name))
-            except OSError as error:
-                raise damaged(self.folder, name, f"cannot be read ({error.strerror or error})") from error
-            if found != (wanted := self.manifest.files[name].sha256):
-                problem = f"was altered: its sha256 is {found}, the manifest says {wanted}"
-                raise damaged(self.folder, name, problem)
-            self._verified.add(name)
+            with self.opened(name):
+                pass
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        """Where one of its files, whole, can be opened on this machine within the context. Raises as `verify`."""
+        try:
+            with self.folder.local(name) as path:
+                wanted = self.manifest.files[name].sha256
+                if path not in self._verified and (found := sha256(path)) != wanted:
+                    problem = f"was altered: its sha256 is {found}, the manifest says {wanted}"
+                    raise damaged(self.folder, name, problem)
+                self._verified.add(path)
+                yield path
+        except FileNotFoundError as error:
+            raise damaged(self.folder, name, "is missing, the manifest names it") from error
+        except UnreadableError:
+            raise
+        except OSError as error:
+            raise unreadable(f"{self.folder}/{name}", error) from error
 
     def copy_to(self, path: Path) -> None:
         """Copies it, wherever it is, into a new folder of this machine. Raises OSError."""
         path.mkdir(parents=True)
         for name in (*self.manifest.files, MANIFEST):
-            shutil.copyfile(self.folder.local(name), path / name)
+            with self.folder.local(name) as file:
+                shutil.copyfile(file, path / name)
 
     def check(self, network: nn.Module) -> None:
         """Raises what `load_into` would for this network, without filling it: it may lie on the meta device."""
@@ -123,8 +137,8 @@ class _Stored(Mapping[str, Tensor]):
         folder = self.checkpoint.folder
         try:
             if name not in self._files:
-                self.checkpoint.verify([name])
-                self._files[name] = safe_open(folder.local(name), "pt")
+                with self.checkpoint.opened(name) as path:
+                    self._files[name] = safe_open(path, "pt")  # mapped: read on where the copy's name is gone
             tensor: Tensor = self._files[name].get_tensor(key)
         except SafetensorError as error:
             raise damaged(folder, name, f"cannot be read as safetensors ({error})") from error

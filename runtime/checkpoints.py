@@ -14,6 +14,7 @@ the save on all. A kill at any moment leaves the previous checkpoint or this one
 from __future__ import annotations
 
 import secrets
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,7 +27,7 @@ from torch import Tensor
 from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checksum import ReplicaError, check_replicas
-from anabranch.runtime.errors import CheckpointError
+from anabranch.runtime.errors import CheckpointError, UnreadableError
 from anabranch.runtime.keyed_state import StateError, held_elsewhere_too, written_by_this_rank
 from anabranch.runtime.manifest import (
     MANIFEST,
@@ -40,6 +41,8 @@ from anabranch.runtime.manifest import (
 from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.pending_save import PendingSave, Record, host_copies
 from anabranch.runtime.storage import Folder, open_folder
+
+_PAUSES_S = (1.0, 4.0)  # before the newest one is looked for again in a store that did not answer
 
 
 class Checkpoints:
@@ -69,21 +72,35 @@ class Checkpoints:
     def newest(self, on_bad: Callable[[str], object] = warnings.warn) -> Checkpoint | None:
         """The newest one whose every file is what was written; None if there is none. Not collective.
 
-        on_bad: is told of each newer one that is torn, altered or of a newer schema.
+        on_bad: is told of each newer one that is torn, altered or of a newer schema. Raises UnreadableError where the
+        store does not answer, again and again: an older one would then be gone on from for no reason.
         """
-        try:
-            candidates = finished(self.folder)
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
-        for folder in candidates:
+        for pause_s in (*_PAUSES_S, None):
+            try:
+                found, bad = self._newest()
+                break
+            except UnreadableError:
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+        for problem in bad:
+            on_bad(problem)
+        return found
+
+    def _newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """And what is wrong with each newer one."""
+        bad: list[str] = []
+        for folder in finished(self.folder):
             try:
                 checkpoint = Checkpoint.open(folder)
                 checkpoint.verify()
+            except UnreadableError:
+                raise
             except CheckpointError as error:
-                on_bad(str(error))
+                bad.append(str(error))
             else:
-                return checkpoint
-        return None
+                return checkpoint, bad
+        return None, bad
 
     def save(
         self,
@@ -214,6 +231,8 @@ class Checkpoints:
             if folder.size(MANIFEST) is not None:
                 try:
                     Checkpoint.open(folder).verify()
+                except UnreadableError:  # it may be whole
+                    raise
                 except CheckpointError:
                     folder.remove(MANIFEST)
                 else:
@@ -235,10 +254,7 @@ class Checkpoints:
         try:
             old = self._old(newest)
         except OSError as error:
-            why = error.strerror or error
-            self._on_failure(
-                f"old checkpoints in {self.folder} stay until the next save: it cannot be read ({why})"
-            )
+            self._on_failure(f"old checkpoints stay until the next save: {error}")
             return
         for each in old:
             self._remove(each)

@@ -11,3 +11,7 @@ class DataError(ConfigError):
 
 class CheckpointError(ConfigError):
     """A checkpoint is missing, torn or belongs to another model."""
+
+
+class UnreadableError(OSError, CheckpointError):
+    """A checkpoint whose store does not answer, or refuses: nothing is known to be wrong with it."""

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from anabranch.runtime.errors import CheckpointError
+from anabranch.runtime.errors import CheckpointError, UnreadableError
 from anabranch.runtime.storage import Folder
 
 SCHEMA = 1
@@ -60,16 +60,17 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Folder) -> Manifest:
-        """A checkpoint's manifest. Raises CheckpointError if there is none, or not a whole one of a known schema."""
+        """A checkpoint's manifest. Raises CheckpointError if there is none, or not a whole one of a known schema;
+        UnreadableError where that cannot be told now."""
         try:
             body = json.loads(folder.read(MANIFEST))
-        except OSError as error:
+        except FileNotFoundError as error:
             why = error.strerror or error
-            if not isinstance(error, FileNotFoundError):  # a service that does not answer has lost nothing
-                raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {why}") from error
             raise damaged(
                 folder, MANIFEST, f"cannot be read ({why}), so the checkpoint was never finished"
             ) from error
+        except OSError as error:
+            raise unreadable(f"{folder}/{MANIFEST}", error) from error
         except (ValueError, RecursionError) as error:
             raise damaged(folder, MANIFEST, f"is not JSON ({error})") from error
         schema = body.get("schema") if isinstance(body, dict) else None
@@ -108,16 +109,33 @@ def file_name(rank: int, attempt: str) -> str:
 
 
 def finished(checkpoints: Folder) -> list[Folder]:
-    """The folders that have a manifest, newest (highest step) first; whether it is valid is another question."""
-    steps = {name: step for name in checkpoints.names() if (step := step_of(name)) is not None}
-    newest_first = [checkpoints.child(name) for name in sorted(steps, key=lambda name: -steps[name])]
-    return [folder for folder in newest_first if folder.size(MANIFEST) is not None]
+    """The folders that have a manifest, newest (highest step) first; whether it is valid is another question.
+
+    Raises UnreadableError.
+    """
+    try:
+        steps = {name: step for name in checkpoints.names() if (step := step_of(name)) is not None}
+        newest_first = [checkpoints.child(name) for name in sorted(steps, key=lambda name: -steps[name])]
+        return [folder for folder in newest_first if folder.size(MANIFEST) is not None]
+    except OSError as error:
+        raise unreadable(str(checkpoints), error) from error
+
+
+def unreadable(place: str, error: OSError) -> UnreadableError:
+    """The error for a place whose store has lost nothing, as far as can be told."""
+    return UnreadableError(
+        f"{place} cannot be read now ({error.strerror or error}), which says nothing against the checkpoint: see that "
+        "its store answers and lets you read, then try again"
+    )
 
 
 def damaged(folder: Folder, name: str, problem: str) -> CheckpointError:
     """The error for a file of a checkpoint, with what to do about it."""
     step = step_of(folder.name)
-    older = [o for o in finished(folder.parent()) if step is not None and (step_of(o.name) or 0) < step]
+    try:
+        older = [o for o in finished(folder.parent()) if step is not None and (step_of(o.name) or 0) < step]
+    except UnreadableError as error:
+        return error
     remedy = f"the previous one is {older[0]}" if older else "there is no older one, so the run starts anew"
     return CheckpointError(f"{folder}/{name} {problem}; delete {folder}, {remedy}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from anabranch.cluster import ClusterError, Recovery
 from anabranch.cluster.failures import Failure
 from anabranch.runtime.commit import RankState, decide
 from anabranch.runtime.config import Config
-from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.errors import ConfigError, UnreadableError
 from anabranch.schedulers import Plan, PlanError
 
 
@@ -20,7 +21,8 @@ def recovery_of(
 ) -> Recovery | None:
     """The recovery of a training run under `[launch]`; None where its first failure ends it.
 
-    checkpoint: that it began from, "" for none. told: gets every failure that was recovered from.
+    checkpoint: that it began from, "" for none. told: gets every failure that was recovered from, and what is wrong
+    with checkpoints that are passed over.
     """
     launch = config.launch
     if not launch.max_failures:
@@ -44,7 +46,10 @@ def recovery_of(
             "was": was,
         }
         if decision.action == "rewind":
-            path, step = _newest(Path(launch.run_dir), config.checkpoint.url, checkpoint)
+            path, step = _newest(
+                Path(launch.run_dir), config.checkpoint.url, checkpoint,
+                lambda text: told({"cause": text, "at": time.time(), "text": text}),
+            )  # fmt: skip
             found |= {"checkpoint": path, "step": step}
         return found
 
@@ -69,19 +74,19 @@ def _rank_state(state: dict[str, Any] | None) -> RankState | None:
     return RankState(state["committed"], state["prepared"], state["tended"])
 
 
-def _newest(run_dir: Path, url: str, first: str) -> tuple[str, int]:
+def _newest(run_dir: Path, url: str, first: str, on_bad: Callable[[str], object]) -> tuple[str, int]:
     """The newest whole checkpoint of the run, else the one that it began from: its folder and step."""
     from anabranch.runtime.checkpoint import Checkpoint
     from anabranch.runtime.checkpoints import Checkpoints
 
-    found = Checkpoints(run_dir, url=url).newest(on_bad=lambda text: None)
+    found = Checkpoints(run_dir, url=url).newest(on_bad)
     if found is None:
         return (first, int(Checkpoint.open(first).position["step"])) if first else ("", 0)
     return str(found.folder), int(found.position["step"])
 
 
 def _retries(failure: Failure) -> bool:
-    """Wrong input stays wrong."""
+    """Wrong input stays wrong; a store may answer again."""
     from anabranch.blocks.errors import ModelError  # not at the top: torch comes with it, while Ray starts
 
     if failure.exception is None:
@@ -90,4 +95,5 @@ def _retries(failure: Failure) -> bool:
         error = pickle.loads(failure.exception)
     except Exception:  # its module exists on the worker only
         return True
-    return not isinstance(error, ConfigError | PlanError | ModelError | ClusterError)
+    wrong = isinstance(error, ConfigError | PlanError | ModelError | ClusterError)
+    return isinstance(error, UnreadableError) or not wrong

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -49,8 +49,8 @@ class Folder(ABC):
         """A small file."""
 
     @abstractmethod
-    def local(self, name: str) -> Path:
-        """Where a file can be opened on this machine."""
+    def local(self, name: str) -> AbstractContextManager[Path]:
+        """Where a file can be opened on this machine, within the context."""
 
     @abstractmethod
     def make(self) -> None:
@@ -101,17 +101,23 @@ class LocalFolder(Folder):
         return self.path.is_dir()
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        try:
+            return sorted(path.name for path in self.path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def size(self, name: str) -> int | None:
-        file = self.path / name
-        return file.stat().st_size if file.is_file() else None
+        try:
+            found = (self.path / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def local(self, name: str) -> Path:
-        return self.path / name
+    def local(self, name: str) -> AbstractContextManager[Path]:
+        return nullcontext(self.path / name)
 
     def make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -154,7 +160,6 @@ class UrlFolder(Folder):
         self.url, self.name = url.rstrip("/"), url.rstrip("/").rpartition("/")[2]
         with _os_errors():
             self._fs, self._path = url_to_fs(self.url)
-        self._copies: Path | None = None
 
     def __str__(self) -> str:
         return self.url
@@ -191,17 +196,14 @@ class UrlFolder(Folder):
         with _os_errors():
             return bytes(self._fs.cat_file(self._at(name)))
 
-    def local(self, name: str) -> Path:
-        if self._copies is None:
-            self._copies = Path(tempfile.mkdtemp(prefix="anabranch-"))
-            weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
-        path = self._copies / name
-        if not path.exists():
-            aside = path.with_name(f"{name}.part")
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        # Gone as soon as it is read: processes that Ray ends clear nothing up.
+        with tempfile.TemporaryDirectory(prefix="anabranch-") as copies:
+            path = Path(copies, name)
             with _os_errors():
-                self._fs.get_file(self._at(name), str(aside))
-            aside.rename(path)
-        return path
+                self._fs.get_file(self._at(name), str(path))
+            yield path
 
     def make(self) -> None:
         with _os_errors():

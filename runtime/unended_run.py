@@ -10,13 +10,12 @@ torch is imported only where there is such a run: else Ray starts meanwhile.
 from __future__ import annotations
 
 import tomllib
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import read_toml
-from anabranch.runtime.errors import CheckpointError, ConfigError
+from anabranch.runtime.errors import CheckpointError, ConfigError, UnreadableError
 from anabranch.runtime.launch import choose_launcher
 from anabranch.runtime.redact import redacted
 from anabranch.runtime.run_record import RECORD, run_status
@@ -39,7 +38,7 @@ def go_on(config: Config) -> Config:
     So does one that began from another folder's checkpoint (`resume`) and has its own by now. A `train.bn_batch_size`
     that the command leaves open is that of the run that goes on, whatever its workers. Under torchrun and srun, whose
     ranks each look for themselves, and where no checkpoint is: the configuration as it is. Raises ConfigError where it
-    is another training, CheckpointError where none can be read.
+    is another training, CheckpointError where none can be read (UnreadableError: now).
     """
     return _with_its_groups(_with_unended(config))
 
@@ -85,11 +84,16 @@ def _with_its_groups(config: Config) -> Config:
         place = Path(resume)
         url = RunFolder.open(place).config().checkpoint.url
     checkpoints = open_folder(url or place / "checkpoints")
-    try:
-        for folder in finished(checkpoints):
-            with suppress(CheckpointError):  # told when it is to be gone on from: then an older one is
-                before = Config.from_dict(tomllib.loads(Manifest.read(folder).config_toml))
-                return replace(config, train=replace(config.train, bn_batch_size=before.train.bn_batch_size))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoints} cannot be read: {error}") from error
+    for folder in finished(checkpoints):
+        try:
+            text = Manifest.read(folder).config_toml
+        except UnreadableError:
+            raise
+        except CheckpointError:  # told when it is to be gone on from: then an older one is
+            continue
+        try:
+            before = Config.from_dict(tomllib.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"the configuration in {folder} cannot be read: {error}") from error
+        return replace(config, train=replace(config.train, bn_batch_size=before.train.bn_batch_size))
     return config

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoint_ranks import save_at_url, save_without_renaming
+from parity_cases import seeded
 from ranks import run_ranks
 from rich.console import Console
 
 from anabranch.cluster import WorkerError
 from anabranch.cluster.checks import Check
 from anabranch.runtime import doctor_command
+from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.cli import main
 from anabranch.runtime.config import Config
@@ -24,7 +27,7 @@ from anabranch.runtime.run_record import run_status
 from anabranch.runtime.schema import FieldError
 
 
-def test_saved_and_read(tmp_path: Path) -> None:
+def test_saved_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks; the newest two stay; another process reads them."""
     url = f"file://{tmp_path}/bucket/run"
     run_ranks(2, save_at_url, tmp_path / "nothing", url)
@@ -34,6 +37,12 @@ def test_saved_and_read(tmp_path: Path) -> None:
     assert newest is not None
     assert str(newest.folder) == f"{url}/step-000003"
     newest.verify()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    newest = Checkpoint.open(str(newest.folder))
+    newest.verify()
+    newest.load_into(seeded("tuple"), None)
+    assert not list((tmp_path / "temporary").iterdir()), "a process that Ray ends clears nothing up"
     (file,) = (tmp_path / "bucket/run/step-000003").glob("rank-0001-*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     told: list[str] = []

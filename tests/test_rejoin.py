@@ -19,6 +19,7 @@ from anabranch.cluster import WorkerContext
 from anabranch.runtime import Config, Trainer, worker
 from anabranch.runtime.assemble import local_cluster, make_network, make_plan
 from anabranch.runtime.callbacks import Callback
+from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.data.load import load_data
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.job import Job
@@ -153,7 +154,7 @@ def test_a_newcomer_opens_no_checkpoint_but_one_to_go_back_to(
         "await_order",
         lambda **state: {**order, "checkpoint": "newest"} if action == "rewind" else order,
     )
-    monkeypatch.setattr(worker.Checkpoint, "open", opened.append)
+    monkeypatch.setattr(Checkpoint, "open", opened.append)
     monkeypatch.setattr(worker, "Trainer", lambda *_, **__: SimpleNamespace(fit=dict))
     config = Config.from_dict(CONFIG)
     plan = make_plan(config, spec_of(make_network(config, load_data("digits"))), local_cluster(1, "here"))
