@@ -381,12 +381,17 @@ def _resumed(config: Config, console: Console) -> tuple[Config, Checkpoint | Non
         raise ConfigError(
             f"launch.run_dir {given} holds a run already: go on with it (--resume {given}), or choose another folder"
         )
+    # also where this one begins from that run's: each would retire the other's
+    if (
+        url
+        and begins_here(config)
+        and Checkpoints(Path(given), url=url).newest(on_bad=partial(_warn, console))
+    ):
+        raise ConfigError(
+            f"checkpoint.url {url} holds a run's checkpoints already: go on with it (--resume auto --run-dir DIR), "
+            "or choose another URL"
+        )
     if not wanted:
-        if url and Checkpoints(Path(given), url=url).newest(on_bad=partial(_warn, console)):
-            raise ConfigError(
-                f"checkpoint.url {url} holds a run's checkpoints already: go on with it (--resume auto --run-dir DIR), "
-                "or choose another URL"
-            )
         return config, None
     checkpoint: Checkpoint | None
     if wanted == "auto":

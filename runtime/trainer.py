@@ -34,6 +34,7 @@ from anabranch.runtime.countdown import countdown
 from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.drift import DriftWatch
+from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.evaluation import evaluate
 from anabranch.runtime.exchange import wait_for
 from anabranch.runtime.execution import HowToRun, how_to_run, is_ours
@@ -83,7 +84,8 @@ class Trainer:
     environment (torchrun, srun), else one process. run_dir: for metrics and checkpoints; None writes none. callbacks:
     told on rank 0. leading: makes more of them, for the rank that is 0 and when it comes to be.
 
-    Raises ConfigError where the configuration is wrong, or `resume` was trained by other steps.
+    Raises ConfigError where the configuration is wrong, or `resume` was trained by other steps; from `fit` where
+    `run_dir` holds checkpoints and no `resume` is given.
     """
 
     step: TrainStep  # once it is set up
@@ -138,11 +140,22 @@ class Trainer:
 
         Raises Rewound where the controller lets all ranks begin anew from a checkpoint.
         """
+        self._check_folder()
         try:
             return self._fit()
         finally:
             for callback in self._callbacks:
                 callback.close()
+
+    def _check_folder(self) -> None:
+        """A run that begins keeps none of another's checkpoints, and retires none."""
+        begins = self.resume is None and self.context.generation == 0
+        saved = self._checkpoints() if begins else None
+        if saved is not None and (found := saved.newest()):
+            raise ConfigError(
+                f"{found.folder} is a checkpoint of a run that was in this folder: go on with it (resume=), or choose "
+                "another run_dir or checkpoint.url"
+            )
 
     def evaluate(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Accuracy and loss of a checkpoint on the test samples, each counted once."""

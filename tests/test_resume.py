@@ -98,6 +98,17 @@ def test_goes_on_with_the_same_steps_only(run: Path, tmp_path: Path, monkeypatch
     assert train(resumed(folder, max_steps=5))["steps"] == 5
 
 
+def test_a_trainer_begins_in_no_folder_that_holds_a_run(run: Path) -> None:
+    """It would keep that run's later checkpoints as its own, and retire the others."""
+    before = (run / "metrics.jsonl").read_text()
+    chosen, data = config(run), load_data("digits")
+    with pytest.raises(
+        ConfigError, match=r"step-000004 is a checkpoint of a run .* go on with it \(resume=\)"
+    ):
+        Trainer(make_network(chosen, data), data, chosen, context=alone(), run_dir=run).fit()
+    assert (run / "metrics.jsonl").read_text() == before
+
+
 def test_a_resumed_runs_configuration_begins_anew(run: Path, tmp_path: Path) -> None:
     """`train RUN/config.toml --run-dir ANOTHER` is a run of its own, whatever the first one went on from."""
     folder = Path(shutil.copytree(run, tmp_path / "run"))

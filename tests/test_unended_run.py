@@ -18,6 +18,7 @@ from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.cli import main
 from anabranch.runtime.commands import _resumed
 from anabranch.runtime.config import Config
+from anabranch.runtime.config_file import load_resumed
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.manifest import Manifest
 from anabranch.runtime.run_record import RunRecord
@@ -216,3 +217,25 @@ def test_a_run_that_began_from_another_goes_on_with_its_own(tmp_path: Path) -> N
         str(second),
         str(first / "checkpoints/step-000002"),
     )
+
+
+def test_a_run_that_begins_from_another_has_a_url_of_its_own(tmp_path: Path) -> None:
+    """Each would retire the other's checkpoints there."""
+    first, url = tmp_path / "first", f"file://{tmp_path}/bucket"
+    kept(first, 32)
+    (first / "checkpoints").rename(tmp_path / "bucket")
+    (first / "config.toml").write_text(Config.from_dict({"checkpoint": {"url": url}}).to_toml())
+    given: dict[str, dict[str, Any]] = {
+        "checkpoint": {"resume": str(first)},
+        "launch": {"run_dir": str(tmp_path / "second")},
+    }
+    config = load_resumed(first, given)
+    assert config.checkpoint.url == url
+    with pytest.raises(
+        ConfigError, match=f"checkpoint.url {url} holds a run's checkpoints already: .* another URL"
+    ):
+        _resumed(config, Console(quiet=True))
+    given["checkpoint"]["url"] = f"{url}-of-its-own"
+    assert _resumed(load_resumed(first, given), Console(quiet=True))[1] is not None
+    in_place = replace(config, launch=replace(config.launch, run_dir=""))
+    assert _resumed(in_place, Console(quiet=True))[0].launch.run_dir == str(first)
