@@ -135,6 +135,12 @@ class Worker:
         waits = waits_for_others(frames) or gpu_works(self._context.device)
         return {"where": self._context.where(), "stack": stack, "waits": waits}
 
+    def settle(self, wait_s: float) -> None:
+        """Waits for what the target has left behind it to do, as a save that was begun; the process is ended then."""
+        self._asked_at = time.monotonic()
+        if self._context:
+            self._context.settle(wait_s)
+
     def request_stop(self, reason: str) -> None:
         """Ask the target to save and return."""
         if self._context:

@@ -16,16 +16,16 @@ class Stall:
 
     def __init__(self, hang_s: float) -> None:
         self.hang_s = hang_s
-        self._seen: tuple[int, list[str], float] = (-1, [], time.monotonic())
+        self._seen: tuple[int, list[str], list[float], float] = (-1, [], [], time.monotonic())
         self._step_times: deque[float] = deque(maxlen=25)
 
     def begin(self) -> None:
         """The ranks have just been ordered on."""
-        self._seen = (-1, [], time.monotonic())
+        self._seen = (-1, [], [], time.monotonic())
 
     def excuse(self, seconds: float) -> None:
         """So long nobody looked: that does not count."""
-        self._seen = (*self._seen[:2], self._seen[2] + seconds)
+        self._seen = (*self._seen[:3], self._seen[3] + seconds)
 
     @property
     def step_s(self) -> float:
@@ -33,17 +33,19 @@ class Stall:
         return median(self._step_times) if self._step_times else 0.0
 
     def hangs_for(self, statuses: Sequence[dict[str, Any]]) -> float:
-        """Seconds without a step where that is too long, else 0."""
+        """Seconds without a step where that is too long, else 0. A rank that waits for what it writes itself tells so
+        all the time: it lives, however long its store takes."""
         step, now = step_of(statuses), time.monotonic()
         phases = [str(status.get("phase")) for status in statuses]
-        if (step, phases) != self._seen[:2] or not set(phases) <= {"training", "evaluating", "saving"}:
-            self._seen = (step, phases, now)
+        waits = [float(status.get("store_wait_s", 0.0)) for status in statuses]
+        if (step, phases, waits) != self._seen[:3] or not set(phases) <= {"training", "evaluating", "saving"}:
+            self._seen = (step, phases, waits, now)
             self._step_times.extend(s["step_time_s"] for s in statuses[:1] if "step_time_s" in s)
             return 0.0
         limit = max(self.hang_s, _HANG_STEPS * self.step_s)
         if set(phases) != {"training"}:  # tests and checkpoints may take many steps' time
             limit *= _HANG_STEPS
-        stood = now - self._seen[2]
+        stood = now - self._seen[3]
         return stood if stood >= limit else 0.0
 
 

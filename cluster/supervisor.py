@@ -39,6 +39,8 @@ STOP_S = 6.5
 # After a failure, for the others' to arrive: a dead process is noticed later than its peers' lost connections.
 MORE_FAILURES_S = 1.0
 CAUSE_S = 5.0
+# Then for saves that were begun before: what is on its way to a disk or a store is not lost with the run.
+SETTLE_S = 30.0
 # A rank that trains and does not answer for so long is lost: stopped, or its host or network is gone.
 LOST_S = 8.0
 # The same before the first step: imports hold the interpreter's lock for seconds, on a busy machine for many.
@@ -121,6 +123,7 @@ class Supervisor:
         if self.failures or self.running:
             self._tell_open()
         if self.failures:
+            self.group.settle(SETTLE_S)
             raise worker_error(self.failures)
         if self.running:
             ranks = ", ".join(map(str, sorted(self.running.values())))

@@ -17,7 +17,8 @@ class WorkerContext:
     init_method: "tcp://address:port", "env://", or "" where there is one rank and no process group is needed.
     recovers: whether whoever started it replaces lost ranks: then a rank that lost another quiesces (it waits in
     `await_order`). generation: which forming of the process groups, from 0; a newcomer has -1 and rank -1 until it is
-    ordered to a place. order: the last one. where: tells from another thread what the target is at.
+    ordered to a place. order: the last one. where: tells from another thread what the target is at. settle: called
+    from another thread before the process is ended, waits up to so many seconds for what it does beside the target.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class WorkerContext:
     generation: int = 0
     order: dict[str, Any] | None = field(default=None, init=False)
     where: Callable[[], str] = field(default=lambda: "", init=False, repr=False)
+    settle: Callable[[float], object] = field(default=lambda wait_s: None, init=False, repr=False)
     thread: int = field(default_factory=threading.get_ident, init=False, repr=False)
     _status: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)

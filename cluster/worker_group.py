@@ -386,6 +386,13 @@ class WorkerGroup:
         for member in self.members:
             counted("request_stop", member.actor.request_stop.remote, reason)
 
+    def settle(self, wait_s: float) -> None:
+        """Lets every worker that lives end what it does beside its target."""
+        import ray
+
+        refs = [counted("settle", member.actor.settle.remote, wait_s) for member in self.members]
+        counted("watch_wait", ray.wait, refs, num_returns=len(refs), timeout=wait_s)
+
     def result(self, rank: int, ref: Any) -> dict[str, Any] | Failure:
         """What is behind a ready ref of a rank's run; a Failure too where the process or its answer is lost."""
         import ray

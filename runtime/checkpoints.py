@@ -17,7 +17,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class Checkpoints:
     num_to_keep: how many of the newest stay, at least 1. keep_best: besides, the newest of those with the highest
     position["test_accuracy"]. url: where they are, if not in RUN. on_failure: is told, from another thread, of a save
     that failed while the training went on (`finish` raises it), and of an old checkpoint that cannot be removed.
+    on_wait: as for `PendingSave.join`, where the training waits for a save.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class Checkpoints:
         keep_best: bool = False,
         url: str = "",
         on_failure: Callable[[str], object] = lambda text: None,
+        on_wait: Callable[[float], object] = lambda waited_s: None,
     ) -> None:
         assert num_to_keep >= 1, "the configuration allows no less"
         self.folder, self.num_to_keep = open_folder(url or run_dir / "checkpoints"), num_to_keep
-        self._keep_best, self._on_failure = keep_best, on_failure
+        self._keep_best, self._on_failure, self._on_wait = keep_best, on_failure, on_wait
         self._pending: PendingSave | None = None
         self._saved_step = -1  # of the last save that went well: then there is nothing to clear up
         self._failed: OSError | None = None  # on rank 0: why the save was not even begun
@@ -163,12 +165,12 @@ class Checkpoints:
             kind = type(optimizer).__name__
             Manifest(dict(position), config_toml, plan_toml, kind, files, keys, versions()).write(folder)
             self._saved_step = step
-            self._retire(folder)
 
         others = [rank for rank, does in enumerate(tells) if does and rank]
         self._pending = PendingSave(
-            folder, mesh.rank, attempt, *part, others, commit if is_first else None, self._on_failure
-        )
+            folder, mesh.rank, attempt, *part, others, commit if is_first else None, self._on_failure,
+            lambda: self._retire(folder),
+        )  # fmt: skip
         return before
 
     def finish(self, network: ParallelNetwork) -> str:
@@ -180,6 +182,14 @@ class Checkpoints:
         failed, self._failed = self._failed, None
         if pending is not None:
             pending.hurry()
+        try:
+            return self._finish(network, pending, failed)
+        except (OSError, RuntimeError) as error:
+            if pending is not None:
+                pending.give_up(str(error))
+            raise
+
+    def _finish(self, network: ParallelNetwork, pending: PendingSave | None, failed: OSError | None) -> str:
         mesh, device = network.mesh, next(network.parameters()).device
         what = f"write {pending.folder if pending else self.folder}"
 
@@ -187,26 +197,19 @@ class Checkpoints:
             if failed is not None:
                 raise failed
             if pending is not None and mesh.rank:  # waits for no other rank
-                pending.join()
+                pending.join(self._on_wait)
             return pending.attempt if pending else ""
 
-        try:
-            attempts = set(on_all_ranks(mesh, device, own_part, what))
-            if len(attempts) > 1:
-                raise RuntimeError(f"cannot {what}: a rank was replaced meanwhile")
-        except (OSError, RuntimeError) as error:
-            if pending is not None and mesh.rank == 0:
-                pending.give_up(str(error))
-                with suppress(OSError):
-                    pending.join()
-            raise
+        attempts = set(on_all_ranks(mesh, device, own_part, what))
+        if len(attempts) > 1:
+            raise RuntimeError(f"cannot {what}: a rank was replaced meanwhile")
         if pending is None:
             return ""
         pending.others_are_done()
 
         def commit() -> dict[str, str]:
             try:
-                pending.join()
+                pending.join(self._on_wait)
             except ReplicaError as error:  # for all ranks to raise
                 return {"differ": str(error)}
             return {"saved": str(pending.folder)}
@@ -221,8 +224,15 @@ class Checkpoints:
         pending, self._pending, self._failed = self._pending, None, None
         if pending is not None:
             pending.give_up(reason)
-            with suppress(OSError):
-                pending.join()
+
+    def held(self) -> AbstractContextManager[None]:
+        """Within the context the save that was begun is not ended: the newest checkpoint stays that. Of this rank."""
+        return self._pending.held() if self._pending else nullcontext()
+
+    def settle(self, wait_s: float) -> None:
+        """Lets the save that was begun end, for the process is about to. From any thread; of this rank."""
+        if pending := self._pending:
+            pending.settle(wait_s)
 
     def _prepare(self, folder: Folder, step: int) -> str:
         """Makes room for a new checkpoint and names the attempt; "" if there is a whole one."""

@@ -15,8 +15,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from anabranch.runtime.storage import Folder
 _POLL_S = 0.05
 _VISIBLE_S = 60.0  # for what another host has written to be seen here (NFS keeps names for up to a minute)
 _EXIT_S = 5.0  # for the other ranks, once the program is ending
+_LOOK_S = 0.1  # between a waiting rank's looks at its groups
 
 Record = dict[str, Any]
 Commit = Callable[[dict[int, Record]], object]  # by rank
@@ -40,8 +41,8 @@ class PendingSave:
 
     attempt: the save's name, the same on all ranks; it is in the files' names. tensors: on the CPU, this save's own.
     written, summed: keys of those that this rank writes, and of those that other ranks hold too. others: the other
-    ranks that have any. commit: on rank 0, ends the save, given every rank's record. on_failure: is told, in the
-    thread, what went wrong.
+    ranks that have any. commit: on rank 0, ends the save, given every rank's record; after: then clears up. on_failure:
+    is told, in the thread, what went wrong.
 
     A record is JSON: sums {key: checksum}, and file {name, bytes, sha256, keys} or null.
     """
@@ -57,22 +58,33 @@ class PendingSave:
         others: list[int],
         commit: Commit | None,
         on_failure: Callable[[str], object],
+        after: Callable[[], object] = lambda: None,
     ) -> None:
         self.folder, self.attempt = folder, attempt
         self._rank, self._others, self._commit = rank, others, commit
         self._tensors, self._written, self._summed = tensors, written, summed
-        self._on_failure, self._pace = on_failure, Pace()
+        self._on_failure, self._after, self._pace = on_failure, after, Pace()
         self._error: BaseException | None = None
         self._given_up = ""
+        self._decides = (
+            threading.Condition()
+        )  # held while the manifest is written: given up is a save before, or not
+        self._is_held = self._ending = False
         self._deadline = float("inf")
         # Not a daemon: a program that ends (of an error, too) first finishes what it has begun to save.
         self._thread = threading.Thread(target=self._run, name=f"save {folder.name} on rank {rank}")
         self._thread.start()
 
-    def join(self) -> None:
-        """Waits for the end; raises what this rank's part raised."""
+    def join(self, on_wait: Callable[[float], object] = lambda waited_s: None) -> None:
+        """Waits for the end; raises what this rank's part raised.
+
+        on_wait: called again and again with the seconds so far; what it raises ends the waiting.
+        """
         self.hurry()
-        self._thread.join()
+        begun = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(_LOOK_S)
+            on_wait(time.monotonic() - begun)
         if self._error is not None:
             raise self._error
 
@@ -85,8 +97,34 @@ class PendingSave:
         self._deadline = time.monotonic() + _VISIBLE_S
 
     def give_up(self, reason: str) -> None:
-        """Rank 0 waits for nobody any more."""
-        self._given_up = reason
+        """Ends it, whole or not at all: whole where rank 0 is at the manifest, whose end is waited for.
+
+        What is being written or sent may end later: it is this attempt's alone.
+        """
+        with self._decides:
+            self._given_up = reason
+            self._decides.notify_all()
+        self.hurry()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the context there is no manifest more than at its beginning, unless the process is to end."""
+        with self._decides:
+            self._is_held = True
+        try:
+            yield
+        finally:
+            with self._decides:
+                self._is_held = False
+                self._decides.notify_all()
+
+    def settle(self, wait_s: float) -> None:
+        """Lets it end, as the process is about to: waits for its own part, and a little for the others'."""
+        self.hurry()
+        self._ending = True
+        with self._decides:
+            self._decides.notify_all()
+        self._thread.join(wait_s)
 
     def _run(self) -> None:
         self._pace.start()
@@ -95,13 +133,19 @@ class PendingSave:
             self._tensors = {}
             if self._commit is not None:
                 records = {self._rank: record, **{rank: self._record_of(rank) for rank in self._others}}
-                for rank in self._others:
-                    self.folder.delete(self._record_name(rank))
-                self._commit(records)
+                with self._decides:
+                    self._decides.wait_for(lambda: not self._is_held or self._given_up or self._ending)
+                    self._check()
+                    for rank in self._others:
+                        self.folder.delete(self._record_name(rank))
+                    self._commit(records)
+                self._after()
             elif record["sums"] or record["file"]:
                 self._tell(record)
         except Exception as error:
             self._error = error
+            if self._given_up and self._commit is None:  # rank 0 tells it
+                return
             text = f"rank {self._rank} on {socket.gethostname()}: {type(error).__name__}: {error}"
             with suppress(OSError):  # the disk may be full; the ranks tell each other besides
                 if self._commit is None:
@@ -115,16 +159,24 @@ class PendingSave:
         sums = {}
         for key in self._summed:
             sums[key] = checksum(self._tensors[key])
-            self._pace.rest()
+            self._rest()
         if not self._written:
             return {"sums": sums, "file": None}
         name = file_name(self._rank, self.attempt)
         mine = {key: self._tensors[key] for key in self._written}
-        size, sha256 = self.folder.write_tensors(name, mine, self._pace.rest)
+        size, sha256 = self.folder.write_tensors(name, mine, self._rest)
         return {
             "sums": sums,
             "file": {"name": name, "bytes": size, "sha256": sha256, "keys": list(self._written)},
         }
+
+    def _rest(self) -> None:
+        self._check()
+        self._pace.rest()
+
+    def _check(self) -> None:
+        if self._given_up:
+            raise OSError(self._given_up)
 
     def _tell(self, record: Record) -> None:
         self.folder.write(self._record_name(self._rank), json.dumps(record).encode())
@@ -137,13 +189,14 @@ class PendingSave:
                 record = json.loads(self.folder.read(self._record_name(rank)))
             if record:
                 break
-            if self._given_up:
-                raise OSError(self._given_up)
+            self._check()
             if time.monotonic() > self._deadline:
                 raise OSError(
-                    f"rank {rank} has written its part, it is not to be seen here: all ranks must share the folder"
+                    f"rank {rank} did not write its part before the run ended"
+                    if self._ending
+                    else f"rank {rank} has written its part, it is not to be seen here: all ranks must share the folder"
                 )
-            if not threading.main_thread().is_alive():
+            if self._ending or not threading.main_thread().is_alive():
                 self._deadline = min(self._deadline, time.monotonic() + _EXIT_S)
             time.sleep(_POLL_S)
         if "error" in record:

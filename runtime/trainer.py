@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,7 +263,9 @@ class Trainer:
                     text = f"rank {context.rank} could not join again: {type(error).__name__}: {error}"
                     context.publish(warning=text, not_joined=text)
             context.publish(phase="waiting for a lost rank")
-            self._obey(context.await_order(**self._state()))
+            # meanwhile the newest checkpoint stays that: the order may be to go back to it
+            with self.checkpoints.held() if self.checkpoints else nullcontext():
+                self._obey(context.await_order(**self._state()))
 
     def _state(self) -> dict[str, Any]:
         """What this rank holds, for the controller."""
@@ -322,6 +325,7 @@ class Trainer:
         self._plateau.load(self.position.plateau)
         if self.checkpoints is None and self.run_dir:
             self.checkpoints = self._checkpoints()
+            self.context.settle = self.checkpoints.settle if self.checkpoints else self.context.settle
             self._record(self.run_dir, self.position)
         elif (
             self.context.rank == 0 and not self._leads and self.run_dir
@@ -539,7 +543,14 @@ class Trainer:
         if self.run_dir is None:
             return None
         best = self.config.checkpoint.keep_best
-        return Checkpoints(self.run_dir, keep, keep_best=best, url=url, on_failure=on_failure)
+        return Checkpoints(
+            self.run_dir, keep, keep_best=best, url=url, on_failure=on_failure, on_wait=self._wait_for_store
+        )
+
+    def _wait_for_store(self, waited_s: float) -> None:
+        """Tells that this rank lives while it waits for what it writes; leaves that where another rank is lost."""
+        self._check_groups()
+        self.context.publish(store_wait_s=waited_s)
 
     def _told_saved(self, where: str) -> None:
         if where:

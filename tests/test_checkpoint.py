@@ -9,7 +9,8 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -46,12 +47,15 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from anabranch.blocks import build
+from anabranch.cluster.actors import Worker
 from anabranch.cluster.failures import Failure
-from anabranch.runtime import checkpoints
+from anabranch.runtime import checkpoints, pending_save
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.errors import CheckpointError, ConfigError, UnreadableError
 from anabranch.runtime.export import export_state
+from anabranch.runtime.launch import alone
+from anabranch.runtime.pending_save import PendingSave
 from anabranch.runtime.recovery_policy import _retries
 from anabranch.runtime.storage import LocalFolder
 
@@ -502,6 +506,96 @@ def test_a_cancelled_save_and_its_late_writer(tmp_path: Path) -> None:
     assert len(told) == 1
     assert "step-000001 is not saved, the checkpoint before it stays" in told[0]
     assert told[0].endswith("all go back")
+
+
+class SlowFolder(LocalFolder):
+    """A store that takes what is written when it is told to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        path.mkdir(parents=True)
+        self.takes = threading.Event()
+
+    def write_tensors(self, *arguments: Any) -> tuple[int, str]:
+        assert self.takes.wait(60)
+        return super().write_tensors(*arguments)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> tuple[SlowFolder, list[str], list[str], Callable[..., PendingSave]]:
+    """A slow folder; what was done there and told; rank 0's save into it."""
+    folder, done, told = SlowFolder(tmp_path / "step-000001"), list[str](), list[str]()
+
+    def save(others: Sequence[int] = ()) -> PendingSave:
+        return PendingSave(
+            folder, 0, "0123456789abcdef", {"x": torch.ones(1)}, ["x"], [], list(others),
+            lambda records: done.append("committed"), told.append, lambda: done.append("retired"),
+        )  # fmt: skip
+
+    return folder, done, told, save
+
+
+def test_who_waits_for_a_slow_store_looks_at_the_groups(slow: Any) -> None:
+    """Where they were given up it leaves at once, and the save comes to nothing."""
+    folder, done, told, save = slow
+    pending, waited = save(), list[float]()
+
+    def on_wait(waited_s: float) -> None:
+        waited.append(waited_s)
+        if len(waited) == 3:
+            raise ConnectionError("process group: given up")
+
+    with pytest.raises(ConnectionError):
+        pending.join(on_wait)
+    assert waited == sorted(waited)
+    pending.give_up("all go back")
+    assert not folder.takes.is_set(), "nobody waits for it"
+    folder.takes.set()
+    with pytest.raises(OSError, match="all go back"):
+        pending.join()
+    assert done == []
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("then", ["goes on", "given up", "settled"])
+def test_no_checkpoint_comes_while_all_are_told_where_to_go_back_to(slow: Any, then: str) -> None:
+    """Else the one that the controller chose might be retired by it."""
+    folder, done, _, save = slow
+    pending = save()
+    with pending.held():
+        folder.takes.set()
+        with pytest.raises(TimeoutError):
+            pending.join(lambda waited_s: (_ for _ in ()).throw(TimeoutError) if waited_s > 0.3 else None)
+        assert done == []
+        if then == "given up":
+            pending.give_up("all go back")
+        if then == "settled":  # the run ends: nobody goes back
+            pending.settle(10.0)
+            assert done == ["committed", "retired"]
+    if then == "given up":
+        with pytest.raises(OSError, match="all go back"):
+            pending.join()
+        assert done == []
+    else:
+        pending.join()
+        assert done == ["committed", "retired"]
+
+
+def test_before_the_process_ends_a_save_does(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own part whole, others' waited for a little: their processes may be gone."""
+    monkeypatch.setattr(pending_save, "_EXIT_S", 0.2)
+    folder, done, told, save = slow
+    pending = save(others=[1])
+    threading.Timer(0.2, folder.takes.set).start()
+    pending.settle(30.0)
+    assert len(told) == 1
+    assert "rank 1 did not write its part before the run ended" in told[0]
+    assert done == []
+    worker = Worker({})
+    worker._context = alone(environ={"OMP_NUM_THREADS": "1"})
+    worker._context.settle = told.append
+    worker.settle(7.0)
+    assert told[1:] == [7.0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -89,6 +89,18 @@ def test_a_step_or_a_phase_begins_anew(clock: Clock) -> None:
     assert watched.hangs_for(told(8, "training", "training")) == HANG_S
 
 
+def test_a_rank_that_waits_for_what_it_writes_lives(clock: Clock) -> None:
+    """However long its store takes; a second rank waits for it in a collective."""
+    watched = Stall(HANG_S)
+    for waited_s in range(0, 2000, 100):
+        statuses = told(8, "saving", "saving")
+        statuses[0]["store_wait_s"] = float(waited_s)
+        assert watched.hangs_for(statuses) == 0
+        clock.now += 100.0
+    clock.now += 9 * HANG_S
+    assert watched.hangs_for(statuses) > 9 * HANG_S
+
+
 def test_orders_begin_anew_and_keep_the_step_times(clock: Clock) -> None:
     """After a recovery the same step and phases count from the order; ten of the steps before still do."""
     watched = Stall(HANG_S)

@@ -12,7 +12,7 @@ from anabranch.cluster.failures import Failure
 from anabranch.cluster.member import Member
 from anabranch.cluster.placement import Host, Seat
 from anabranch.cluster.round import Round
-from anabranch.cluster.supervisor import LOST_LOADING_S, LOST_S, Stop, Supervisor
+from anabranch.cluster.supervisor import LOST_LOADING_S, LOST_S, SETTLE_S, Stop, Supervisor
 
 
 def raised(rank: int, text: str = "RuntimeError: odd") -> Failure:
@@ -86,6 +86,7 @@ def test_what_a_rank_tells_no_more_is_no_longer_so() -> None:
 def test_why_a_rank_was_killed_is_the_error_where_that_ends_the_run() -> None:
     """And what was under way is told, though nobody sees its outcome."""
     told: list[dict[str, Any]] = []
+    settled: list[float] = []
     recovery = SimpleNamespace(hang_s=30.0, min_replicas=None, max_failures=0, told=told.append)
     died = Failure(
         1, "b", "the worker's process died: killed by ray.kill\nIts last words:\nhm", False, died=True
@@ -94,6 +95,7 @@ def test_why_a_rank_was_killed_is_the_error_where_that_ends_the_run() -> None:
     group = SimpleNamespace(
         kill=lambda rank: None,
         result=lambda rank, ref: died,
+        settle=settled.append,
         seats=[Seat(rank, host, 0, 1) for rank in (0, 1)],
     )
     supervisor = Supervisor(cast(Any, group), [], lambda _: None, Stop(), cast(Any, recovery), (2, 1))
@@ -113,5 +115,6 @@ def test_why_a_rank_was_killed_is_the_error_where_that_ends_the_run() -> None:
         "Its last words:",
         "hm",
     ]
+    assert settled == [SETTLE_S], "saves that were begun end before the processes do"
     text = "rank 0 on b failed in step 4 (no answer for 9 s); the run ended before it was made good"
     assert [(each["action"], each["at"], each["text"]) for each in told] == [("ended", begun.began, text)]
