@@ -35,7 +35,7 @@ from anabranch.runtime.countdown import countdown
 from anabranch.runtime.data.load import bundle_of
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.drift import DriftWatch
-from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.errors import ConfigError, UnreadableError
 from anabranch.runtime.evaluation import evaluate
 from anabranch.runtime.exchange import wait_for
 from anabranch.runtime.execution import HowToRun, how_to_run, is_ours
@@ -165,12 +165,14 @@ class Trainer:
             checkpoint.load_into(self.network, None)
             return {**self._evaluate(), "unreadable": self._unreadable()}
 
-    def _set_up(self, told: dict[str, Any] | None = None) -> None:
+    def _set_up(self, told: dict[str, Any] | None = None, generation: Generation | None = None) -> None:
         """The network's part of this rank on the groups that stand; a second time, moved to new groups.
 
-        told: how the ranks that go on run it.
+        told: how the ranks that go on run it. generation: whose groups they are.
         """
         self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
+        if generation is not None:  # from here on ranks wait for one another as in training: loading takes time
+            generation.formed(self.mesh)
         if not self._is_set_up:
             network = in_precision(self.config, self._network)
             ours = is_ours(network)
@@ -248,8 +250,7 @@ class Trainer:
             formed = False
             try:
                 with generation.groups():
-                    self._join()
-                    generation.formed(self.mesh)
+                    self._join(generation)
                     formed = True
                     self._compile()
                     return self._train()
@@ -257,9 +258,11 @@ class Trainer:
                 if not context.recovers or self._applying:
                     raise
                 if not (context.aborted or failed_in_collective(error)):
-                    if formed or self.position is None or not isinstance(error, RuntimeError | OSError):
+                    # A rank that holds something stays: others may have left the groups that are formed again. So does
+                    # one whose store does not answer: it may, before the next order.
+                    passing = UnreadableError if self.position is None else (RuntimeError, OSError)
+                    if formed or not isinstance(error, passing):
                         raise
-                    # A rank that holds something stays: others may have left the groups that are formed again.
                     text = f"rank {context.rank} could not join again: {type(error).__name__}: {error}"
                     context.publish(warning=text, not_joined=text)
             context.publish(phase="waiting for a lost rank")
@@ -292,7 +295,7 @@ class Trainer:
             self._kept = None
             self.step.discard()
 
-    def _join(self) -> None:
+    def _join(self, generation: Generation) -> None:
         """On new groups: this rank's part, filled from a checkpoint or a peer, and where the run stands."""
         order, before, told = self.context.order, self.position, dict[str, Any]()
         if order is not None:
@@ -300,7 +303,7 @@ class Trainer:
         if order is not None and order["action"] != "rewind":
             mine = {"position": before.to_json(), "how_to_run": self.how_to_run.to_dict()} if before else {}
             told = broadcast_json(mine, self.device, order["leader"])
-        self._set_up(told.get("how_to_run"))
+        self._set_up(told.get("how_to_run"), generation)
         if order is None or order["action"] == "rewind":
             position = Position(replicas=order["was"] if order else self.plan.data)
             if self.resume is not None:

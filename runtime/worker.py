@@ -33,6 +33,7 @@ from anabranch.runtime.config_rules import mesh_axes
 from anabranch.runtime.data.augment import normalise
 from anabranch.runtime.data.batches import epoch_order
 from anabranch.runtime.data.sources import DataBundle
+from anabranch.runtime.errors import CheckpointError
 from anabranch.runtime.job import Job
 from anabranch.runtime.mesh import leave_meshes, make_mesh
 from anabranch.runtime.model_spec import spec_of
@@ -59,10 +60,9 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
         start, network = job.checkpoint, make_network(config, data)
         if context.generation < 0:  # a newcomer: everything is loaded that needs no place
             order = context.await_order(committed=None)
-            # filled from a peer it needs none, and the one that the run began from may be long gone
-            start = order["checkpoint"] if order["action"] == "rewind" else ""
+            start = _start_of(order)
         while True:
-            checkpoint = Checkpoint.open(start) if start else None
+            checkpoint = _checkpoint(start, context)
             trainer = Trainer(
                 network, data, config, plan=plan, context=context, loss=make_loss(config), run_dir=run_dir,
                 resume=checkpoint, leading=lambda: [tracker(name, run_dir) for name in config.profile.trackers],
@@ -71,6 +71,26 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
                 return trainer.fit()
             except Rewound as rewound:
                 start, network = rewound.checkpoint, make_network(config, data)
+
+
+def _checkpoint(start: str, context: WorkerContext) -> Checkpoint | None:
+    """The one to begin from, None for "". Where an order named it, and it is not there or cannot be read now, this rank
+    waits for another order: all are to have the same one, the newest that there is by then."""
+    while start:
+        try:
+            return Checkpoint.open(start)
+        except CheckpointError as error:
+            if context.order is None:
+                raise
+            text = f"rank {context.rank} cannot go back: {error}"
+            context.publish(warning=text, not_joined=text)
+            start = _start_of(context.await_order(committed=None))
+    return None
+
+
+def _start_of(order: dict[str, Any]) -> str:
+    """Filled from a peer a rank needs no checkpoint, and the one that the run began from may be long gone."""
+    return str(order["checkpoint"]) if order["action"] == "rewind" else ""
 
 
 def gross_worker(job: Job, context: WorkerContext) -> dict[str, Any]:

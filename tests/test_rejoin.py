@@ -21,13 +21,17 @@ from anabranch.runtime.assemble import local_cluster, make_network, make_plan
 from anabranch.runtime.callbacks import Callback
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.data.load import load_data
-from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.errors import CheckpointError, ConfigError, UnreadableError
+from anabranch.runtime.generation import Generation
 from anabranch.runtime.job import Job
 from anabranch.runtime.launch import alone
+from anabranch.runtime.manifest import Manifest
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.process_group import process_group
 from anabranch.runtime.step import StepResult, TrainStep
+from anabranch.runtime.storage import open_folder
+from anabranch.runtime.trainer import Rewound
 
 CONFIG = {
     "train": {"batch_size": 8, "epochs": 1},
@@ -58,10 +62,10 @@ class FailsToJoin(Trainer):
 
     error: Exception | None
 
-    def _join(self) -> None:
+    def _join(self, generation: Generation) -> None:
         if self.context.generation == 1 and self.error is not None:
             raise self.error
-        super()._join()
+        super()._join(generation)
 
 
 def controller(context: WorkerContext, states: list[dict[str, Any]], times: int = 2) -> None:
@@ -139,6 +143,70 @@ def test_a_newcomer_that_cannot_join_is_to_be_replaced() -> None:
     made.context.generation = 1
     with pytest.raises(RuntimeError, match="no memory"):
         made.fit()
+
+
+def test_a_newcomer_whose_store_does_not_answer_waits_for_another_order(tmp_path: Path) -> None:
+    made, _ = trainer(None)
+    context, states = made.context, list[dict[str, Any]]()
+    context.generation = 1
+    made.error = UnreadableError("step-000002 cannot be read now")
+    context.order = {"action": "rewind", "of_plan": [0], "was": 1}
+
+    def order_again() -> None:
+        while context.status()["waits"] != 1:
+            time.sleep(0.01)
+        states.append(context.status())
+        context.quiesce(1, 30.0)
+        context.give_order({**(context.order or {}), "checkpoint": "", "place": {"generation": 2}})
+
+    threading.Thread(target=order_again, daemon=True).start()
+    with pytest.raises(Rewound):
+        made.fit()
+    assert states[0]["not_joined"].endswith("UnreadableError: step-000002 cannot be read now")
+
+
+def test_a_checkpoint_to_go_back_to_that_is_gone(tmp_path: Path) -> None:
+    """A rank that was cut off finished another meanwhile: all wait for the order to go back to that one."""
+    context = replace(alone(environ={"OMP_NUM_THREADS": "1"}), recovers=True, generation=1)
+    manifest = Manifest({"step": 4}, "", "", "SGD", {}, {}, {})
+    folder = open_folder(tmp_path / "step-000004")
+    folder.make()
+    manifest.write(folder)
+    gone, there = str(tmp_path / "step-000002"), str(tmp_path / "step-000004")
+    with pytest.raises(CheckpointError, match="never finished"):
+        worker._checkpoint(gone, context)  # the run's own beginning: nobody orders anything else
+    context.order = {"action": "rewind", "checkpoint": gone}
+
+    def order_again() -> None:
+        while context.status()["waits"] != 1:
+            time.sleep(0.01)
+        context.give_order({"action": "rewind", "checkpoint": there, "place": {"generation": 2}})
+
+    threading.Thread(target=order_again, daemon=True).start()
+    found = worker._checkpoint(gone, context)
+    assert found is not None
+    assert found.position["step"] == 4
+    assert "step-000002/manifest.json" in context.status()["not_joined"]
+
+
+def test_a_checkpoint_is_loaded_when_the_groups_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are formed in seconds, by ranks that are ready; how long each then loads is another matter."""
+    made, losing = trainer(None)
+    losing.has_lost = True
+    happened: list[str] = []
+    formed = Generation.formed
+
+    def noted(generation: Generation, mesh: Mesh) -> None:
+        happened.append("formed")
+        formed(generation, mesh)
+
+    monkeypatch.setattr(Generation, "formed", noted)
+    stored = {"step": 1, "how_to_run": None}
+    made.resume = SimpleNamespace(
+        position=stored, load_into=lambda network, optimizer: happened.append("loaded")
+    )  # type: ignore[assignment]
+    assert made.fit()["steps"] == NUM_STEPS
+    assert happened == ["formed", "loaded"]
 
 
 @pytest.mark.parametrize("action", ["apply", "discard", "rewind"])
