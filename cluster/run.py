@@ -61,7 +61,8 @@ def run_on_ray(
         group = _start(request, backend, stop, recovery.spares if recovery else 0)
         try:
             refs = group.run(target, backend, request.use_gpu, recovery is not None)
-            return Supervisor(group, refs, watch, stop, recovery, request.mesh).supervise()
+            with group.reassured():
+                return Supervisor(group, refs, watch, stop, recovery, request.mesh).supervise()
         finally:
             group.end()
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anabranch.cluster.actors import Probe, Target, Worker
+from anabranch.cluster.actors import ORPHANED_S, Probe, Target, Worker
 from anabranch.cluster.environment import thread_share, thread_variables
 from anabranch.cluster.errors import ClusterError
 from anabranch.cluster.failures import Failure
@@ -21,6 +22,7 @@ from anabranch.cluster.ray_session import hosts, living, look, note_given_back
 _NODE_LABEL = "ray.io/node-id"
 _STDERR_LINES = 20
 _MEET_S = 5.0
+_REASSURE_S = ORPHANED_S / 4
 # Threads of an actor: the target's, and some for what the controller asks meanwhile.
 _ACTOR_THREADS = 6
 
@@ -374,6 +376,28 @@ class WorkerGroup:
                 member.told(counted("watch_result", ray.get, ref))
         now = time.monotonic()
         return [member.status | {"seen_s": now - member.answered} for member in self.members]
+
+    @contextmanager
+    def reassured(self) -> Iterator[None]:
+        """Within the context every process is asked now and then by another thread, whatever this one is at: a file
+        system that stands still, a long look at a checkpoint. Else they would take themselves for orphans."""
+        from ray.exceptions import RayError
+
+        over = threading.Event()
+
+        def ask() -> None:
+            while not over.wait(_REASSURE_S):
+                for member in [*self.members, *self._spares, *self.joining]:
+                    with suppress(RayError):
+                        counted("watch_status", member.actor.status.remote)
+
+        thread = threading.Thread(target=ask, name="reassure workers", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def excuse(self, seconds: float) -> None:
         """So long nobody asked the ranks: they were not silent."""

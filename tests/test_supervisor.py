@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from anabranch.cluster import worker_group
 from anabranch.cluster.errors import WorkerError
 from anabranch.cluster.failures import Failure
 from anabranch.cluster.member import Member
@@ -73,6 +75,22 @@ def test_a_silent_rank_is_lost_soon_once_any_has_stepped(
     told = [{} if step is None else {"step": step} for step in steps]
     supervisor._find_lost([{**one, "seen_s": s} for one, s in zip(told, seen_s, strict=True)])
     assert killed == given_up
+
+
+def test_who_waits_for_a_file_system_has_forgotten_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor's own thread may read a checkpoint for minutes, or wait for a file server."""
+    monkeypatch.setattr(worker_group, "_REASSURE_S", 0.01)
+    asked, group = set[str](), worker_group.WorkerGroup.__new__(worker_group.WorkerGroup)
+
+    def member(name: str) -> Any:
+        return SimpleNamespace(actor=SimpleNamespace(status=SimpleNamespace(remote=lambda: asked.add(name))))
+
+    group.members, group._spares, group.joining = [member("rank 0")], [member("spare")], [member("newcomer")]
+    with group.reassured():
+        until = time.monotonic() + 30
+        while len(asked) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert asked == {"rank 0", "spare", "newcomer"}
 
 
 def test_what_a_rank_tells_no_more_is_no_longer_so() -> None:
