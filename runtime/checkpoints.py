@@ -225,6 +225,11 @@ class Checkpoints:
         if pending is not None:
             pending.give_up(reason)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether this rank's part of the save that was begun is under way; on rank 0, whether the save is."""
+        return self._pending is not None and self._pending.is_under_way
+
     def held(self) -> AbstractContextManager[None]:
         """Within the context the save that was begun is not ended: the newest checkpoint stays that. Of this rank."""
         return self._pending.held() if self._pending else nullcontext()

@@ -88,6 +88,11 @@ class PendingSave:
         if self._error is not None:
             raise self._error
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it may still come to something."""
+        return self._thread.is_alive() and not self._given_up
+
     def hurry(self) -> None:
         """Somebody will wait for it: it leaves no time to the training any more."""
         self._pace.hurry()

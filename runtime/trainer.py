@@ -51,7 +51,7 @@ from anabranch.runtime.numerics import slowness
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import parallelize
 from anabranch.runtime.position import Position, check_steps, falls_due
-from anabranch.runtime.process_group import broadcast_json, process_group
+from anabranch.runtime.process_group import gather_json, process_group
 from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.recorder import by_part
 from anabranch.runtime.step import StepResult, TrainStep
@@ -127,12 +127,14 @@ class Trainer:
         self.last_step = last_step(config.train, self.num_train)
         self._network, self._callbacks = network, list(callbacks)
         self._leading, self._leads = leading, False
+        self._recording: list[Callback] = []  # those of `callbacks` that were made here
         self._whole_plan = self.plan
         self._is_set_up = self._is_compiled = False
         self.checkpoints: Checkpoints | None = None
         self.position: Position | None = None  # None: this rank holds nothing yet
         self._kept: _Prepared | None = None
         self._applying = False  # half applied: no state to go on from
+        self._is_save_lost = False  # that was under way when a rank was replaced: its part is not there
         self._times: list[float] = []
         self._stepped_at: dict[int, float] = {}  # by generation
 
@@ -301,8 +303,15 @@ class Trainer:
         if order is not None:
             self.plan = self._whole_plan.on_ranks(order["of_plan"])
         if order is not None and order["action"] != "rewind":
-            mine = {"position": before.to_json(), "how_to_run": self.how_to_run.to_dict()} if before else {}
-            told = broadcast_json(mine, self.device, order["leader"])
+            mine: dict[str, Any] = {"saving": self.checkpoints is not None and self.checkpoints.is_saving}
+            if before:
+                mine |= {"position": before.to_json(), "how_to_run": self.how_to_run.to_dict()}
+            everyone = gather_json(mine, self.device)
+            told = everyone[order["leader"]]
+            # what a lost rank 0 had not finished nobody knows
+            in_doubt = "position" not in everyone[0] and told["position"]["saved_at"] >= 0
+            is_under_way = in_doubt or any(one["saving"] for one in everyone)
+            self._is_save_lost = bool(order["sources"]) and is_under_way
         self._set_up(told.get("how_to_run"), generation)
         if order is None or order["action"] == "rewind":
             position = Position(replicas=order["was"] if order else self.plan.data)
@@ -331,8 +340,8 @@ class Trainer:
             self.context.settle = self.checkpoints.settle if self.checkpoints else self.context.settle
             self._record(self.run_dir, self.position)
         elif (
-            self.context.rank == 0 and not self._leads and self.run_dir
-        ):  # it was another's to tell until now
+            self.run_dir and (self.context.rank == 0) != self._leads
+        ):  # it is, or was until now, another's to tell
             self._record(self.run_dir, self.position)
         self.context.publish(step=self.position.done, not_joined=None)
         if self.position.done == self.last_step:
@@ -343,22 +352,31 @@ class Trainer:
 
     def _record(self, run_dir: Path, p: Position) -> None:
         profile, done = self.config.profile, p.done
-        self._callbacks = [each for each in self._callbacks if not isinstance(each, BasisRecord)]
-        if self.context.rank == 0:
-            self._leads = True
+        # what another rank writes into since is not to be written into again
+        for callback in (own := self._recording):
+            callback.close()
+        self._callbacks = [each for each in self._callbacks if each not in own]
+        self._recording, self._leads = [], self.context.rank == 0
+        if self._leads:
             path = run_dir / "metrics.jsonl"
             file = MetricsFile(path, profile.metrics_every_steps, done)
-            self._callbacks = [file, *self._callbacks, *self._leading()]
+            self._recording = [file, *self._leading()]
+            self._callbacks = [file, *self._callbacks, *self._recording[1:]]
             # The one before was lost between a step and telling of it.
             if p.metrics and file.last_told < done:
                 self._tell("on_step", p.metrics)
         if every := profile.basis_every_steps:
-            self._callbacks.append(BasisRecord(self.network, run_dir / "basis", every, done))
+            basis = BasisRecord(self.network, run_dir / "basis", every, done)
+            self._recording.append(basis)
+            self._callbacks.append(basis)
 
     def _go_on_resized(self, p: Position) -> None:
         """With other replicas than before: with fewer of them a lost rank may have no peer left, so it is saved."""
         p.replicas = self.plan.data
         self._tell("on_mesh", {"step": p.done, "data": self.plan.data, "branch": self.plan.branch})
+        self._save_now(p)
+
+    def _save_now(self, p: Position) -> None:
         if self.checkpoints and p.done and p.saved_at != p.done:
             self._save(self.checkpoints, p.done, self._plateau, p.result if p.tested_at == p.done else {})
             p.saved_at = p.done
@@ -376,6 +394,9 @@ class Trainer:
                 self._tend(p)
             if p.replicas != self.plan.data:
                 self._go_on_resized(p)
+            if self._is_save_lost:  # else the next one may be long in coming
+                self._save_now(p)
+                self._is_save_lost = False
             while not (p.stopped or p.replan):
                 begun = time.perf_counter()  # the wait for its samples is a part of a step
                 with recorder.span("data"):

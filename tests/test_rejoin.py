@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +18,9 @@ from anabranch.blocks import build
 from anabranch.cluster import WorkerContext
 from anabranch.runtime import Config, Trainer, worker
 from anabranch.runtime.assemble import local_cluster, make_network, make_plan
-from anabranch.runtime.callbacks import Callback
+from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint
+from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.data.load import load_data
 from anabranch.runtime.errors import CheckpointError, ConfigError, UnreadableError
 from anabranch.runtime.generation import Generation
@@ -28,6 +29,7 @@ from anabranch.runtime.launch import alone
 from anabranch.runtime.manifest import Manifest
 from anabranch.runtime.mesh import Mesh
 from anabranch.runtime.model_spec import spec_of
+from anabranch.runtime.position import Position
 from anabranch.runtime.process_group import process_group
 from anabranch.runtime.step import StepResult, TrainStep
 from anabranch.runtime.storage import open_folder
@@ -68,8 +70,13 @@ class FailsToJoin(Trainer):
         super()._join(generation)
 
 
-def controller(context: WorkerContext, states: list[dict[str, Any]], times: int = 2) -> None:
-    """Lets the one rank go on where it stands, whenever it waits."""
+def controller(
+    context: WorkerContext,
+    states: list[dict[str, Any]],
+    times: int = 2,
+    sources: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Lets the one rank go on where it stands, whenever it waits. sources: who is filled from whom."""
     for generation in range(times):
         while context.status()["waits"] != generation:
             time.sleep(0.01)
@@ -79,7 +86,7 @@ def controller(context: WorkerContext, states: list[dict[str, Any]], times: int 
         order = {
             "action": "discard",
             "step": state["committed"],
-            "sources": {},
+            "sources": dict(sources),
             "leader": 0,
             "of_plan": [0],
             "was": 1,
@@ -87,14 +94,19 @@ def controller(context: WorkerContext, states: list[dict[str, Any]], times: int 
         context.give_order({**order, "place": {"generation": generation + 1}})
 
 
-def trainer(error: Exception | None) -> tuple[FailsToJoin, LosesAPeer]:
+def trainer(error: Exception | None, run_dir: Path | None = None) -> tuple[FailsToJoin, LosesAPeer]:
     torch.manual_seed(0)
     context = replace(alone(environ={"OMP_NUM_THREADS": "1"}), recovers=True)
     images = [(torch.zeros(1, 8, 8, dtype=torch.uint8), index % 2) for index in range(8 * NUM_STEPS)]
     network = build("multi_resnet", in_channels=1, num_classes=2, depth=8, num_branches=2)
     losing = LosesAPeer()
     made = FailsToJoin(
-        network, (images, images[:8]), Config.from_dict(CONFIG), context=context, callbacks=[losing]
+        network,
+        (images, images[:8]),
+        Config.from_dict(CONFIG),
+        context=context,
+        callbacks=[losing],
+        run_dir=run_dir,
     )
     made.error = error
     return made, losing
@@ -128,6 +140,35 @@ def test_a_step_whose_groups_were_given_up_is_not_prepared(monkeypatch: pytest.M
     assert made.fit()["steps"] == NUM_STEPS
     assert [(state["committed"], state["prepared"]) for state in states] == [(2, 2)]
     assert losing.steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("is_saving", [False, True])
+def test_a_save_that_lost_a_rank_is_made_again_at_once(
+    tmp_path: Path, is_saving: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one may be an epoch away, and its part of this one is not there."""
+    made, _ = trainer(None, tmp_path)
+    monkeypatch.setattr(Checkpoints, "is_saving", is_saving)
+    monkeypatch.setattr(Trainer, "_same_branches", lambda self, rank: False)  # nobody is there to be filled
+    threading.Thread(target=controller, args=(made.context, [], 1, {"1": 0}), daemon=True).start()
+    assert made.fit()["steps"] == NUM_STEPS
+    saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert saved == {"step-000004", *(["step-000002"] if is_saving else [])}
+
+
+def test_who_is_rank_0_no_more_writes_no_metrics(tmp_path: Path) -> None:
+    """Nor when it is rank 0 again: another one has written the file anew in between."""
+    made, _ = trainer(None, tmp_path)
+    files = []
+    for rank, done in ((0, 0), (1, 2), (0, 4)):
+        made.context.rank = rank
+        made._record(tmp_path, Position(done=done))
+        files.append([each for each in made._callbacks if isinstance(each, MetricsFile)])
+    assert list(map(len, files)) == [1, 0, 1]
+    first, last = files[0][0], files[2][0]
+    assert first._file.closed
+    assert not last._file.closed
+    last.close()
 
 
 def test_wrong_input_is_not_tried_again() -> None:
