@@ -7,6 +7,10 @@ class ClusterError(ValueError):
     """The cluster cannot run what was asked; raised before a worker starts. Exit code 2."""
 
 
+class NoPeerLost(Exception):
+    """Beside OSError or RuntimeError: no rank lost another, whatever its text says of a connection (to a store)."""
+
+
 class WorkerError(RuntimeError):
     """A worker failed. The message is the root cause's: rank, host and its traceback.
 

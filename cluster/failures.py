@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from anabranch.cluster.errors import WorkerError
+from anabranch.cluster.errors import NoPeerLost, WorkerError
 
 # What gloo, NCCL and torch's store say on the ranks whose peer went away.
 _PEER_LOST = (
@@ -77,6 +77,8 @@ _DEEP = 6  # what is further out runs something else by now
 
 def failed_in_collective(error: BaseException) -> bool:
     """Whether an exception, or one that it was raised from, is a collective's: its cause may be another rank's."""
+    if isinstance(error, NoPeerLost):
+        return False
     for link in _causes(error):
         if any(
             cls.__name__.startswith("Dist") and cls.__module__.startswith("torch")

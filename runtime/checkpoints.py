@@ -41,6 +41,7 @@ from anabranch.runtime.manifest import (
 from anabranch.runtime.parallel_network import ParallelNetwork
 from anabranch.runtime.pending_save import PendingSave, Record, host_copies
 from anabranch.runtime.storage import Folder, open_folder
+from anabranch.runtime.tensor_file import not_kept
 
 _PAUSES_S = (1.0, 4.0)  # before the newest one is looked for again in a store that did not answer
 
@@ -117,9 +118,9 @@ class Checkpoints:
 
         The save before is ended first (its failure was told): where its checkpoint is, "" if there is none. A
         checkpoint of this step that is there and whole stays as it is. Where rank 0 cannot make its folder, this save
-        has failed as one that breaks off later. Raises OSError if this rank does not see the folder, RuntimeError
-        naming another that does not, CheckpointError if the optimizer's state cannot be kept by branch, ReplicaError
-        (on all ranks) if at the save before ranks held different values of what they must hold alike.
+        has failed as one that breaks off later. Raises OSError if this rank does not see the folder, ElsewhereError
+        naming another that does not, CheckpointError if the state cannot be kept, or not by branch, ReplicaError (on
+        all ranks) if at the save before ranks held different values of what they must hold alike.
         """
         before = ""
         try:
@@ -318,6 +319,8 @@ def _copied(folder: Folder, network: ParallelNetwork, optimizer: torch.optim.Opt
         raise CheckpointError(f"a checkpoint cannot be written: {error}") from error
     summed = held_elsewhere_too(network)
     tensors = {**summed, **written}
+    if problem := not_kept(tensors):
+        raise CheckpointError(f"a checkpoint cannot be written: {problem}")
     if tensors and not folder.exists():
         raise OSError(
             f"{folder} is not there, though rank 0 made it: the run's folder must be one that all ranks share"

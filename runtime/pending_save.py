@@ -25,7 +25,7 @@ from torch import Tensor
 from anabranch.runtime.checksum import checksum
 from anabranch.runtime.manifest import file_name
 from anabranch.runtime.pace import Pace
-from anabranch.runtime.storage import Folder
+from anabranch.runtime.storage import Folder, StorageError
 
 _POLL_S = 0.05
 _VISIBLE_S = 60.0  # for what another host has written to be seen here (NFS keeps names for up to a minute)
@@ -205,7 +205,7 @@ class PendingSave:
                 self._deadline = min(self._deadline, time.monotonic() + _EXIT_S)
             time.sleep(_POLL_S)
         if "error" in record:
-            raise OSError(record["error"])
+            raise StorageError(record["error"])
         return record
 
     def _record_name(self, rank: int) -> str:

@@ -12,7 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from anabranch.cluster.errors import NoPeerLost
 from anabranch.runtime.durable import sync, write_bytes, write_copies
+
+
+class StorageError(NoPeerLost, OSError):
+    """A store does not answer, or refuses."""
 
 
 class Folder(ABC):
@@ -241,13 +246,13 @@ class UrlFolder(Folder):
 
 @contextmanager
 def _os_errors() -> Iterator[None]:
-    """Every service has errors of its own."""
+    """Every service has errors of its own; what is not there is told apart."""
     try:
         yield
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise StorageError(f"{type(error).__name__}: {error}") from error
 
 
 def open_folder(place: str | Path) -> Folder:

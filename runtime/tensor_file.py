@@ -31,8 +31,8 @@ def save_file(
 
     rest: called after every piece. Raises OSError, and ValueError for a tensor of a kind that is not kept.
     """
-    if other := next((key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES), None):
-        raise ValueError(f"{other} is of {tensors[other].dtype}: a safetensors file has no such numbers here")
+    if problem := not_kept(tensors):
+        raise ValueError(problem)
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # all aligned
     header, end = {}, 0
     for key, tensor in ordered:
@@ -52,6 +52,14 @@ def save_file(
                 file.write(piece)
                 rest()
         return file.tell(), digest.hexdigest()
+
+
+def not_kept(tensors: Mapping[str, Tensor]) -> str:
+    """Which of them a file cannot hold, and why; "" where it can hold all."""
+    other = next((key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES), None)
+    return (
+        f"{other} is of {tensors[other].dtype}: a safetensors file has no such numbers here" if other else ""
+    )
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

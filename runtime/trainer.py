@@ -29,6 +29,7 @@ from anabranch.runtime.basis_record import BasisRecord
 from anabranch.runtime.callbacks import Callback, MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
+from anabranch.runtime.checksum import ReplicaError
 from anabranch.runtime.compiling import compile_blocks, where_it_goes_on
 from anabranch.runtime.config import Config
 from anabranch.runtime.countdown import countdown
@@ -55,6 +56,7 @@ from anabranch.runtime.process_group import gather_json, process_group
 from anabranch.runtime.rank_batch import RankBatch
 from anabranch.runtime.recorder import by_part
 from anabranch.runtime.step import StepResult, TrainStep
+from anabranch.runtime.tensor_file import not_kept
 from anabranch.schedulers import Plan, format_plan
 
 
@@ -177,6 +179,10 @@ class Trainer:
             generation.formed(self.mesh)
         if not self._is_set_up:
             network = in_precision(self.config, self._network)
+            if self.run_dir and (problem := not_kept(network.state_dict())):
+                raise ConfigError(
+                    f"the network cannot be saved: {problem}; keep it as numbers of another kind"
+                )
             ours = is_ours(network)
             self.network = parallelize(network, self.plan, self.mesh).to(self.device)
             self.feed = self._feed()
@@ -510,10 +516,14 @@ class Trainer:
             p.result, p.tested_at = self._evaluate(done), done
         train_seconds = time.perf_counter() - self._started
         if self.checkpoints:
-            if p.saved_at != done:
-                self._save(self.checkpoints, done, self._plateau, p.result if p.tested_at == done else {})
-            self._told_saved(self.checkpoints.finish(self.network))
-            p.saved_at = done
+            try:
+                self._save_last(self.checkpoints, p)
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, ReplicaError) or self.context.aborted or failed_in_collective(error):
+                    raise
+                self.context.publish(warning=f"the last checkpoint is tried once more: {error}")
+                p.saved_at = -1
+                self._save_last(self.checkpoints, p)
         if not interrupted:
             for callback in self._callbacks:
                 callback.on_trained(self.network)
@@ -530,6 +540,12 @@ class Trainer:
         self.context.publish(phase="stopped" if p.stopped else "done")
         self._tell("on_end", result)
         return result
+
+    def _save_last(self, checkpoints: Checkpoints, p: Position) -> None:
+        if p.saved_at != p.done:
+            self._save(checkpoints, p.done, self._plateau, p.result if p.tested_at == p.done else {})
+        self._told_saved(checkpoints.finish(self.network))
+        p.saved_at = p.done
 
     def _feed(self) -> Feed:
         """On the groups that stand. With fewer replicas in more micro-batches: none computes more samples at a time."""

@@ -452,7 +452,7 @@ def test_one_rank_cannot_write(tmp_path: Path) -> None:
     assert second.startswith("OSError: ")
     assert "must be one that all ranks share" in second
     assert first.startswith(
-        f"RuntimeError: cannot write {tmp_path}/rank0/checkpoints/step-000001: rank 1 on "
+        f"ElsewhereError: cannot write {tmp_path}/rank0/checkpoints/step-000001: rank 1 on "
     )
     assert "must be one that all ranks share" in first
     assert Checkpoints(tmp_path / "rank0").newest() is None
@@ -468,7 +468,7 @@ def test_saved_behind_the_training(tmp_path: Path) -> None:
     )
     assert re.fullmatch(r".*step-000003 is not saved, .*: rank 0 on .*No space.*", rank_0_failed)
     assert third == "OSError: [Errno 28] No space left on device"
-    assert second[1].startswith("RuntimeError: cannot write")
+    assert second[1].startswith("ElsewhereError: cannot write")
     assert fourth == second[2] == ""
     assert names_in(tmp_path / "checkpoints") == ["step-000001", "step-000004"]
     for name in names_in(tmp_path / "checkpoints"):
@@ -487,7 +487,7 @@ def test_a_store_that_gives_no_answer_for_a_moment(tmp_path: Path) -> None:
         "",
         "",
     ]
-    assert second[1].startswith(f"RuntimeError: cannot write {folder}: rank 0 on ")
+    assert second[1].startswith(f"ElsewhereError: cannot write {folder}: rank 0 on ")
     assert [second[0], *second[2:]] == ["", "", ""]
     assert names_in(folder) == ["step-000004"]
 

@@ -32,7 +32,7 @@ from anabranch.runtime.model_spec import spec_of
 from anabranch.runtime.position import Position
 from anabranch.runtime.process_group import process_group
 from anabranch.runtime.step import StepResult, TrainStep
-from anabranch.runtime.storage import open_folder
+from anabranch.runtime.storage import LocalFolder, StorageError, open_folder
 from anabranch.runtime.trainer import Rewound
 
 CONFIG = {
@@ -154,6 +154,33 @@ def test_a_save_that_lost_a_rank_is_made_again_at_once(
     assert made.fit()["steps"] == NUM_STEPS
     saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert saved == {"step-000004", *(["step-000002"] if is_saving else [])}
+
+
+def test_the_last_checkpoint_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that refuses a connection then is no lost rank, and not the end of all that was learned."""
+    made, losing = trainer(None, tmp_path)
+    losing.has_lost = True
+    refused = iter([StorageError("Connection refused")])
+    write = LocalFolder.write_tensors
+
+    def refuses_once(*arguments: Any) -> tuple[int, str]:
+        for error in refused:
+            raise error
+        return write(*arguments)
+
+    monkeypatch.setattr(LocalFolder, "write_tensors", refuses_once)
+    assert made.fit()["steps"] == NUM_STEPS
+    assert made.context.generation == 0
+    assert made.context.status()["warning"] == "the last checkpoint is tried once more: Connection refused"
+    assert Checkpoint.open(tmp_path / "checkpoints/step-000004").position["step"] == 4
+
+
+def test_numbers_that_no_checkpoint_holds_are_told_before_the_first_step(tmp_path: Path) -> None:
+    made, losing = trainer(None, tmp_path)
+    made._network.register_buffer("wave", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ConfigError, match=r"cannot be saved: wave is of torch\.complex64"):
+        made.fit()
+    assert losing.steps == []
 
 
 def test_who_is_rank_0_no_more_writes_no_metrics(tmp_path: Path) -> None:
