@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +62,17 @@ class MetricsFile(Callback):
 
     A number that is not finite, as the loss of a run that diverged, is null.
 
-    from_step: where the run goes on; lines of later steps, which a killed run left, are dropped.
+    from_step: where the run goes on; lines of later steps, which a killed run left, are dropped. on_failure: is told,
+    once, where lines cannot be written any more (a full disk), which is no end of a training.
     """
 
-    def __init__(self, path: Path, every_steps: int = 1, from_step: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        every_steps: int = 1,
+        from_step: int = 0,
+        on_failure: Callable[[str], object] = warnings.warn,
+    ) -> None:
         kept = (
             [line for line in whole_lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
         )
@@ -71,7 +80,8 @@ class MetricsFile(Callback):
             write_bytes(path, "".join(kept).encode())
         # whole lines, though the process be killed
         self._file = path.open("a" if kept else "w", encoding="utf-8", buffering=1)
-        self._every = every_steps
+        self._path, self._every, self._on_failure = path, every_steps, on_failure
+        self._has_failed = False
         self._step = from_step
         told = [line["step"] for line in map(json.loads, kept) if line["kind"] == "step"]
         self.last_told = told[-1] if told else 0  # step of the last line that is there already
@@ -83,11 +93,9 @@ class MetricsFile(Callback):
 
     def on_evaluation(self, metrics: Mapping[str, Any]) -> None:
         self._write("evaluation", metrics)
-        self._file.flush()
 
     def on_checkpoint(self, path: Path | str) -> None:
         self._write("checkpoint", {"step": step_of(Path(path).name), "path": str(path)})
-        self._file.flush()
 
     def on_mesh(self, mesh: Mapping[str, Any]) -> None:
         self._write("mesh", mesh)
@@ -96,11 +104,24 @@ class MetricsFile(Callback):
         self._write("warning", {"step": self._step, "text": text})
 
     def close(self) -> None:
-        self._file.close()
+        with self._told_once():
+            self._file.close()
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         plain = values if kind == "step" else redacted(dict(values))  # a step's are numbers, and many
-        self._file.write(plain_json({"kind": kind, **plain}) + "\n")
+        with self._told_once():
+            self._file.write(plain_json({"kind": kind, **plain}) + "\n")
+
+    @contextmanager
+    def _told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed:
+                self._has_failed = True
+                self._on_failure(
+                    f"{self._path} lacks lines from step {self._step} on: {error.strerror or error}"
+                )
 
 
 def whole_lines(path: Path) -> list[str]:

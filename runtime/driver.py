@@ -295,7 +295,11 @@ class Driver:
                     self.mesh_changes.append(event)
                     if record:
                         record.note(mesh=event["mesh"], mesh_changes=self.mesh_changes)
-                with (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file:
+                # a full disk: it was printed, and the run goes on
+                with (
+                    suppress(OSError),
+                    (Path(launch.run_dir) / "failures.jsonl").open("a", encoding="utf-8") as file,
+                ):
                     file.write(json.dumps(redacted({**event, "text": text})) + "\n")
 
             recovery = recovery_of(self.config, self.plan, checkpoint, told)

@@ -365,7 +365,9 @@ class Trainer:
         self._recording, self._leads = [], self.context.rank == 0
         if self._leads:
             path = run_dir / "metrics.jsonl"
-            file = MetricsFile(path, profile.metrics_every_steps, done)
+            file = MetricsFile(
+                path, profile.metrics_every_steps, done, lambda text: self.context.publish(warning=text)
+            )
             self._recording = [file, *self._leading()]
             self._callbacks = [file, *self._callbacks, *self._recording[1:]]
             # The one before was lost between a step and telling of it.

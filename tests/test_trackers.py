@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from anabranch.runtime.callbacks import MetricsFile
 from anabranch.runtime.trackers import Tracker, tracker
 
 
@@ -113,3 +114,14 @@ def test_mlflow_is_told_as_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "metrics": NUMBERS,
         "status": "FINISHED" if whole else "FAILED",
     }
+
+
+def test_a_full_disk_is_told_once_and_the_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    told: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", on_failure=told.append)
+    for step in (1, 2):
+        file.on_step({"step": step})
+    file.on_evaluation({"step": 2, "test_loss": 1.0})
+    file.close()
+    assert told == [f"{tmp_path}/metrics.jsonl lacks lines from step 1 on: No space left on device"]
