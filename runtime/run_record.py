@@ -41,7 +41,10 @@ class RunRecord:
             "address": address,
             "started_at": time.time(),
         }
-        before = _read(Path(folder, RECORD)) if folder else None
+        before = None
+        if folder:
+            with suppress(ConfigError):  # torn: a power cut, perhaps
+                before = _read(Path(folder, RECORD))
         if before and _same_process(before):  # it planned anew: not another run
             self._fields["started_at"] = before["started_at"]
         elif folder:
@@ -84,16 +87,23 @@ class RunRecord:
         else:
             state = "running" if stopped == "replan" else "stopped" if stopped else "finished"
         self._fields |= {"state": state, "error": str(error) if error else ""}
-        self._write()
+        self._write(sync=True)
 
-    def _write(self) -> None:
-        """A folder that cannot be written to for a while stops nobody: the checkpoint's own error says more."""
+    def _write(self, sync: bool = False) -> None:
+        """A folder that cannot be written to for a while stops nobody: the checkpoint's own error says more.
+
+        sync: so that a power cut leaves it whole; where one was torn, the run counts as one that did not end.
+        """
         if not self._folder or not Path(self._folder).is_dir():
             return
         self._fields["heard_at"] = time.time()
         aside = Path(self._folder, f"{RECORD}.tmp")
         with suppress(OSError):
-            aside.write_text(plain_json(redacted(self._fields)), encoding="utf-8")
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(plain_json(redacted(self._fields)))
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
             aside.replace(aside.with_name(RECORD))
 
 
@@ -153,7 +163,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(
+            f"{path} cannot be read ({error}): where the run is over, the same command, or --resume "
+            f"{path.parent}, goes on with it and writes it anew"
+        ) from error
     needed = {"state": str, "pid": int, "start": str, "machine": str, "heard_at": float, "started_at": float}
     if not isinstance(record, dict) or not all(isinstance(record.get(k), kind) for k, kind in needed.items()):
         raise ConfigError(f"{path} is not what anabranch wrote: remove it")

@@ -10,6 +10,7 @@ torch is imported only where there is such a run: else Ray starts meanwhile.
 from __future__ import annotations
 
 import tomllib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def _with_unended(config: Config) -> Config:
     launcher = choose_launcher(launch.launcher or ("ray" if launch.address else ""))
     if not begins_here(config) or not launch.run_dir or launcher == "env" or not (place / RECORD).exists():
         return config
-    if run_status(place)["state"] == "finished":
-        return config
+    with suppress(ConfigError):  # a torn record: whoever wrote it died
+        if run_status(place)["state"] == "finished":
+            return config
     from anabranch.runtime.manifest import finished
     from anabranch.runtime.storage import open_folder
 

@@ -119,6 +119,16 @@ def test_what_goes_on(tmp_path: Path, state: str, checkpoint: bool, goes_on: boo
     )
 
 
+@pytest.mark.parametrize("torn", ["", "{", "[]"])
+def test_a_torn_record_is_a_run_that_died(tmp_path: Path, torn: str) -> None:
+    """A power cut may leave an empty file."""
+    config = plant(tmp_path, "running")
+    (tmp_path / "run.json").write_text(torn)
+    assert go_on(config).checkpoint.resume == "auto"
+    RunRecord(str(tmp_path), "training")
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == "running"
+
+
 @pytest.mark.parametrize(
     "launch",
     [{"launcher": "env"}, {"run_dir": ""}, {"run_dir": "/not/there"}],
