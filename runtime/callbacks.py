@@ -62,8 +62,9 @@ class MetricsFile(Callback):
 
     A number that is not finite, as the loss of a run that diverged, is null.
 
-    from_step: where the run goes on; lines of later steps, which a killed run left, are dropped. on_failure: is told,
-    once, where lines cannot be written any more (a full disk), which is no end of a training.
+    path: its folder is made, for with checkpoint.url rank 0's host need not see the driver's. from_step: where the run
+    goes on; lines of later steps, which a killed run left, are dropped. on_failure: is told, once, where lines cannot
+    be written any more (a full disk), which is no end of a training.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class MetricsFile(Callback):
         )
         if kept:
             write_bytes(path, "".join(kept).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
         # whole lines, though the process be killed
         self._file = path.open("a" if kept else "w", encoding="utf-8", buffering=1)
         self._path, self._every, self._on_failure = path, every_steps, on_failure

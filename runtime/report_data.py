@@ -60,7 +60,8 @@ def read_run(path: Path) -> RunData:
     if not metrics.is_file() and not profile_path.is_file():
         raise ConfigError(
             f"{path} has neither metrics.jsonl nor profile.json: give the folder of a run that trained "
-            "(`anabranch train`) or was profiled (`anabranch profile`)"
+            "(`anabranch train`; with checkpoint.url metrics.jsonl is in that folder on rank 0's host) or was profiled "
+            "(`anabranch profile`)"
         )
     notes: list[str] = []
     lines = _lines(metrics, notes) if metrics.is_file() else []

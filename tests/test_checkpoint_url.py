@@ -17,6 +17,7 @@ from rich.console import Console
 from anabranch.cluster import WorkerError
 from anabranch.cluster.checks import Check
 from anabranch.runtime import doctor_command
+from anabranch.runtime.callbacks import MetricsFile
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
 from anabranch.runtime.cli import main
@@ -108,6 +109,14 @@ def test_a_run_whose_folder_holds_none(tmp_path: Path, capsys: pytest.CaptureFix
     said = str(_with_remedy(WorkerError("boom", {}), failures, config)).splitlines()
     assert said[1].startswith("Before this 1 lost workers were replaced")
     assert said[2] == f"Go on from the last checkpoint with: anabranch train --resume {run}"
+
+
+def test_rank_0_makes_the_folder_that_the_driver_made_on_another_host(tmp_path: Path) -> None:
+    for from_step in (0, 3):  # of a run that began there or elsewhere
+        file = MetricsFile(tmp_path / f"run{from_step}/metrics.jsonl", from_step=from_step)
+        file.on_warning("written")
+        file.close()
+        assert "written" in (tmp_path / f"run{from_step}/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(("url", "shared"), [("", Path("/runs/a")), ("file:///bucket", None)])
