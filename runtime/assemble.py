@@ -13,7 +13,7 @@ from torch import nn
 from anabranch.blocks import build, families, models
 from anabranch.blocks.random import fold
 from anabranch.runtime.config import Config
-from anabranch.runtime.config_rules import IMAGE_FOLDERS, mesh_axes
+from anabranch.runtime.config_rules import IMAGE_FOLDERS, is_plan_file, mesh_axes
 from anabranch.runtime.data.load import load_data
 from anabranch.runtime.data.sources import DataBundle
 from anabranch.runtime.data.user import import_object, user_code
@@ -115,7 +115,7 @@ def make_plan(config: Config, spec: ModelSpec, cluster: Cluster) -> Plan:
     """
     mesh = mesh_axes(config.mesh.shape)
     named = config.mesh.plan
-    partial = read_plan(Path(named)) if _is_file(named) else None
+    partial = read_plan(Path(named)) if is_plan_file(named) else None
     if partial is not None:
         costs, batch = _costs(config, spec, cluster, partial.scheduler or "", partial.mesh)
         plan = partial.resolve(spec, cluster, mesh=mesh, costs=costs, batch=batch)
@@ -153,7 +153,7 @@ def auto_partial(config: Config) -> tuple[bool, PlanFile | None]:
     named = config.mesh.plan
     if named == AUTO:
         return True, None
-    if _is_file(named):
+    if is_plan_file(named):
         partial = read_plan(Path(named))
         return partial.scheduler == AUTO, partial
     return False, None
@@ -204,10 +204,6 @@ def settle(config: Config, plan: Plan) -> Config:
         )
     mesh = replace(config.mesh, num_workers=plan.world_size, shape=f"{plan.data}x{plan.branch}")
     return replace(config, train=replace(train, bn_batch_size=group), mesh=mesh)
-
-
-def _is_file(named: str) -> bool:
-    return named.endswith(".toml") or "/" in named
 
 
 def with_memory(cluster: Cluster, memory_gb: float) -> Cluster:

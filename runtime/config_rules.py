@@ -129,7 +129,7 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
         folders = ", ".join(IMAGE_FOLDERS)
         remedy = "take another, or let a dataset of your own crop its images"
         yield "data.augment", f"is {data.augment}, which is for {folders}, not {data.name}: {remedy}"
-    if mesh.replan and mesh.plan != "auto" and not mesh.plan.endswith(".toml"):
+    if mesh.replan and mesh.plan != "auto" and not is_plan_file(mesh.plan):
         yield "mesh.replan", f"is true, and mesh.plan is {mesh.plan}: only an automatic plan is made anew"
     for tracker in config.profile.trackers:
         if tracker not in TRACKERS:
@@ -187,6 +187,11 @@ def _url_problem(url: str) -> str:
     except (ImportError, ValueError) as error:
         return f": {error}"
     return ""
+
+
+def is_plan_file(plan: str) -> bool:
+    """Whether `mesh.plan` names a file: it ends in .toml or has a "/"; all else is a scheduler's name, or auto."""
+    return plan.endswith(".toml") or "/" in plan
 
 
 def mesh_axes(shape: str) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from anabranch.cluster import (
 )
 from anabranch.cluster.doctor import is_remote, preflight
 from anabranch.runtime.config import Config
-from anabranch.runtime.config_rules import mesh_axes
+from anabranch.runtime.config_rules import is_plan_file, mesh_axes
 from anabranch.runtime.doctor_command import run_folder
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import stopped_by
@@ -232,12 +232,7 @@ class Driver:
         """The cluster's devices; without GPUs and without a word from the user, two workers' places."""
         cluster, mesh = discover(self.config.launch.cpus_per_worker), self.config.mesh
         self._uses_gpus = cluster.devices[0].kind != "cpu"
-        if (
-            not self._uses_gpus
-            and not mesh.num_workers
-            and not mesh.shape
-            and not mesh.plan.endswith(".toml")
-        ):
+        if not (self._uses_gpus or mesh.num_workers or mesh.shape or is_plan_file(mesh.plan)):
             return replace(cluster, devices=cluster.devices[:2])
         return cluster
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from anabranch.runtime.config import Config
+from anabranch.runtime.config_rules import is_plan_file
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.plan_report import print_candidates, print_explanation, print_picture, print_traffic
@@ -26,7 +27,7 @@ def plan_here(config: Config, explained: bool, output: Path, console: Console) -
     """Measures on the workers of the cluster (or takes kept costs), searches, times the best plans."""
     from anabranch.runtime.measure import with_speeds
 
-    if not _is_file(config.mesh.plan):
+    if not is_plan_file(config.mesh.plan):
         config = replace(config, mesh=replace(config.mesh, plan="auto"))
     with Driver(config, console) as driver:
         if driver.plan is None:
@@ -219,7 +220,7 @@ def _partial(config: Config) -> PlanFile | None:
     """The plan file that the search began with."""
     from anabranch.runtime.assemble import auto_partial
 
-    return read_plan(Path(config.mesh.plan)) if _is_file(config.mesh.plan) else auto_partial(config)[1]
+    return read_plan(Path(config.mesh.plan)) if is_plan_file(config.mesh.plan) else auto_partial(config)[1]
 
 
 def _write(output: Path, plan: Plan, partial: PlanFile | None, console: Console) -> None:
@@ -232,10 +233,6 @@ def _write(output: Path, plan: Plan, partial: PlanFile | None, console: Console)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}; give another --output") from error
     console.print(f"written: {output}", highlight=False, soft_wrap=True)
-
-
-def _is_file(named: str) -> bool:
-    return named.endswith(".toml") or "/" in named
 
 
 def _ms(seconds: float) -> str:
