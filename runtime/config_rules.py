@@ -163,6 +163,11 @@ def _broken(config: Config) -> Iterator[tuple[str, str]]:
             "launch.min_replicas",
             f"is {config.launch.min_replicas}, and launch.max_failures is 0: with it the first loss ends the run",
         )
+    if "://" in config.launch.run_dir:
+        yield (
+            "launch.run_dir",
+            f"is {redacted(config.launch.run_dir)}: it must be a folder; give the URL as checkpoint.url",
+        )
     num_ranks = max(mesh.num_workers, math.prod(mesh_axes(mesh.shape) or (0,)))
     if config.launch.launcher == "none" and num_ranks > 1:
         yield (

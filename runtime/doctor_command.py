@@ -11,16 +11,15 @@ from rich.table import Table
 from anabranch.cluster.checks import Check
 from anabranch.cluster.doctor import examine
 from anabranch.runtime.config import Config
-from anabranch.runtime.config_rules import mesh_axes
+from anabranch.runtime.config_rules import is_plan_file, mesh_axes
 from anabranch.runtime.progress import RunProgress
 from anabranch.runtime.redact import redacted
+from anabranch.schedulers import read_plan
 
 
 def doctor(config: Config, console: Console) -> dict[str, Any]:
     """Checks the cluster for a configuration: ok, checks (a list of {name, host, ok, found, remedy})."""
-    launch, mesh = config.launch, config.mesh
-    axes = mesh_axes(mesh.shape)
-    num_workers = mesh.num_workers or (axes[0] * axes[1] if axes else 0)
+    launch, num_workers = config.launch, num_workers_of(config)
     with RunProgress(console, "doctor") as progress:
         progress.watch([{"phase": "asking every host"}])
         shared = None if config.checkpoint.url else run_folder(launch.run_dir)
@@ -29,9 +28,19 @@ def doctor(config: Config, console: Console) -> dict[str, Any]:
     return {"ok": all(check.ok for check in found), "checks": [vars(check) for check in found]}
 
 
-def run_folder(run_dir: str) -> Path | None:
-    """Where runs are written on every host; None where that is a URL."""
-    return None if "://" in run_dir else Path(run_dir or "runs").absolute()
+def num_workers_of(config: Config) -> int:
+    """Workers that the run is to have, with its spares: as told, or by the mesh that is told or the plan file's. 0: as
+    many as there is room for. Raises PlanError for a file that is no plan."""
+    mesh = config.mesh
+    file = read_plan(Path(mesh.plan)) if is_plan_file(mesh.plan) else None
+    axes = mesh_axes(mesh.shape) or (file.mesh if file else (0, 0))
+    num_workers = mesh.num_workers or axes[0] * axes[1]
+    return num_workers + config.launch.spares if num_workers else 0
+
+
+def run_folder(run_dir: str) -> Path:
+    """Where runs are written on every host."""
+    return Path(run_dir or "runs").absolute()
 
 
 def print_checks(console: Console, found: list[Check]) -> None:

@@ -134,3 +134,13 @@ def test_a_shared_folder_is_asked_for_where_checkpoints_go_there(
     config = Config.from_dict({"checkpoint": {"url": url}, "launch": {"run_dir": "/runs/a"}})
     doctor_command.doctor(config, Console(quiet=True))
     assert asked[1] == shared
+
+
+def test_the_doctor_looks_for_room_for_all_workers(tmp_path: Path) -> None:
+    """A plan file's too, and for the spares."""
+    (tmp_path / "plan.toml").write_text('[mesh]\ndata = 2\nbranch = 3\nscheduler = "data"\n')
+    for mesh, num in (
+        ({}, 0), ({"num_workers": 4}, 5), ({"shape": "2x2"}, 5), ({"plan": str(tmp_path / "plan.toml")}, 7)
+    ):  # fmt: skip
+        config = Config.from_dict({"mesh": mesh, "launch": {"spares": 1}})
+        assert doctor_command.num_workers_of(config) == num

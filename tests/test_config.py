@@ -206,6 +206,7 @@ def test_a_flag_can_mend_what_the_file_alone_has_wrong(write: Write) -> None:
         ("train", {"accumulation": 65}, "train.accumulation is 65, more than train.batch_size, 64"),
         ("train", {"loss": "mse"}, "your own"),
         ("data", {"name": "cifar"}, "did you mean cifar10?"),
+        ("launch", {"run_dir": "s3://bucket/run"}, "it must be a folder; give the URL as checkpoint.url"),
         ("data", {"name": "my.data:make", "augment": "area_crop"}, "data.augment is area_crop, which is for"),
         ("mesh", {"shape": "2x"}, 'mesh.shape is "2x": it must be data x branch'),
         ("mesh", {"shape": "0x2"}, 'mesh.shape is "0x2"'),
