@@ -155,6 +155,13 @@ def test_export_of_another_kind(undisturbed: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(undisturbed / "basic-sgd-fp64/checkpoints/step-000004")
     with pytest.raises(ConfigError, match=r"'\.bin': give it \.safetensors, or \.pt"):
         export_state(checkpoint, seeded("basic"), tmp_path / "model.bin")
+    (tmp_path / "taken.pt").mkdir()
+    (tmp_path / "file").touch()
+    for output in ("taken.pt", "file/model.pt", "file/model.safetensors"):
+        with pytest.raises(
+            ConfigError, match=f"{output} cannot be written: .*; choose another with --output"
+        ):
+            export_state(checkpoint, seeded("basic").double(), tmp_path / output)
 
 
 def test_what_a_checkpoint_holds(undisturbed: Path, resumed: Path) -> None:
