@@ -123,6 +123,8 @@ def verify(
         if driver.plan is not None:
             print_placement(console, driver.plan, driver.model)
         result = driver.run("verify", "verifying", steps=steps)
+        if driver.is_auto:
+            driver.find_plan()
     if result is None:
         return None
     passed = result["max_relative_difference"] <= tolerance

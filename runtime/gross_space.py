@@ -14,6 +14,7 @@ from anabranch.blocks import ModelError
 from anabranch.blocks.gross import convolutions, series_network
 from anabranch.blocks.group_search import Configuration, configurations
 from anabranch.blocks.group_series import check_group_sizes, powers_of_two
+from anabranch.runtime.assemble import auto_partial
 from anabranch.runtime.config import Config
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.gross_config import GrossConfig
@@ -60,9 +61,14 @@ def search_space(network: nn.Module, gross: GrossConfig) -> SearchSpace:
 
 
 def check_search(network: nn.Module, config: Config) -> None:
-    """Raises, before workers start, what `search_space` does, and ConfigError (CheckpointError) for epochs that don't
-    ascend, a `gross.full` that is no run of this network, or a folder with something else in it."""
+    """Raises, before workers start, what `search_space` does, and ConfigError (CheckpointError) for an automatic plan,
+    epochs that don't ascend, a `gross.full` that is no run of this network, or a folder with something else in it."""
     gross = config.gross
+    if auto_partial(config)[0]:
+        raise ConfigError(
+            f"mesh.plan is {config.mesh.plan}, an automatic one, and gross measures none of its networks: "
+            'give --plan data, --plan even, or a plan file without scheduler = "auto"'
+        )
     for field in fields(gross):
         epochs = getattr(gross, field.name)
         if field.name.endswith("milestones") and list(epochs) != sorted(set(epochs)):

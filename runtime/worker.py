@@ -51,11 +51,6 @@ def train_worker(job: Job, context: WorkerContext) -> dict[str, Any]:
     context.publish(phase="loading")
     with _started(job, context, joined=job.plan is None) as (data, plan):
         config = settle(job.config, plan)
-        if job.plan is None and auto_partial(config)[0]:
-            outcome = _automatic(job, config, data, plan, context)
-            plan = parse_plan(outcome["plan"]).resolve(spec_of(prepare(make_network(config, data))))
-            config = settle(config, plan)
-            leave_meshes(but=make_mesh(plan.data, plan.branch, torch.device(context.device).type))
         run_dir = _run_dir(job, config, plan, context)
         start, network = job.checkpoint, make_network(config, data)
         if context.generation < 0:  # a newcomer: everything is loaded that needs no place
@@ -252,17 +247,17 @@ def _started(job: Job, context: WorkerContext, joined: bool = True) -> Iterator[
     try:
         launch, precision = job.config.launch, job.config.train.precision
         with process_group(context, launch.timeout_s, precision) if joined else nullcontext():
-            yield data, job.plan or _agreed_plan(job.config, data, context)
+            yield data, job.plan or _agreed_plan(job, data, context)
     finally:
         data.close()
 
 
-def _agreed_plan(config: Config, data: DataBundle, context: WorkerContext) -> Plan:
-    """The plan over ranks that somebody else has placed: rank r is where it is."""
-    cluster = Cluster(_devices(context))
+def _agreed_plan(job: Job, data: DataBundle, context: WorkerContext) -> Plan:
+    """The plan over ranks that somebody else has placed: rank r is where it is. An automatic one is found here."""
+    config, cluster = job.config, Cluster(_devices(context))
     spec = spec_of(prepare(make_network(config, data)))
-    make = provisional_plan if auto_partial(config)[0] else make_plan
-    plan = make(config, spec, cluster)
+    is_auto = auto_partial(config)[0]
+    plan = (provisional_plan if is_auto else make_plan)(config, spec, cluster)
     if plan.world_size != context.world_size:
         raise PlanError(
             f"the plan is for {plan.world_size} ranks ({plan.data}x{plan.branch}), {context.world_size} were started: "
@@ -270,4 +265,10 @@ def _agreed_plan(config: Config, data: DataBundle, context: WorkerContext) -> Pl
         )
     names = cluster.names
     placed = tuple(tuple(names[d * plan.branch : (d + 1) * plan.branch]) for d in range(plan.data))
-    return replace(plan, devices=placed)
+    plan = replace(plan, devices=placed)
+    if not is_auto:
+        return plan
+    outcome = _automatic(job, settle(config, plan), data, plan, context)
+    plan = parse_plan(outcome["plan"]).resolve(spec)
+    leave_meshes(but=make_mesh(plan.data, plan.branch, torch.device(context.device).type))
+    return plan

@@ -23,6 +23,7 @@ from anabranch.runtime.assemble import (
 from anabranch.runtime.config import Config
 from anabranch.runtime.deal import deal_step
 from anabranch.runtime.errors import ConfigError
+from anabranch.runtime.job import Job
 from anabranch.runtime.model_shape import model_shape
 from anabranch.runtime.model_spec import spec_of
 from anabranch.schedulers import BlockSpec, Cluster, Device, Link, ModelSpec, PlanError, read_plan, schedule
@@ -108,6 +109,17 @@ def test_workers_of_an_automatic_plan_are_where_its_file_says(
     assert [name for row in plan.devices or () for name in row] == expected
     taken = replace(here, devices=tuple(here.by_name[name] for name in expected))
     make_request(SPEC, taken, partial=read_plan(file))
+
+
+def test_ranks_that_torchrun_started_find_an_automatic_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are to do under it: verify and profile as well as train."""
+    config = Config.from_dict({"model": {"options": {"depth": 8}}, "mesh": {"plan": "auto"}})
+    found = '[mesh]\ndata = 1\nbranch = 2\n[[blocks]]\nmatch = "*"\nsplit = "branch"\ncounts = [3, 1]\n'
+    monkeypatch.setattr(worker, "_devices", lambda context: cluster(a=2).devices)
+    monkeypatch.setattr(worker, "_automatic", lambda *_: {"plan": found})
+    context: Any = SimpleNamespace(world_size=2, device="cpu")
+    plan = worker._agreed_plan(Job("verify", config, None), make_data(config), context)
+    assert (plan.data, plan.branch) == (1, 2)
 
 
 def test_devices_that_are_not_there_are_told(tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def test_settings_that_are_refused(changes: dict[str, Any], message: str) -> Non
         check_search(searched(), replace(quick_config(), gross=replace(QUICK, **changes)))
 
 
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_an_automatic_plan_is_refused(in_a_file: bool, tmp_path: Path) -> None:
+    """Nothing is measured for it: it would be data parallelism, and nobody told."""
+    (tmp_path / "plan.toml").write_text('[mesh]\ndata = 1\nbranch = 2\nscheduler = "auto"\n')
+    plan = str(tmp_path / "plan.toml") if in_a_file else "auto"
+    config = Config.from_dict(quick_config().to_dict(), {"mesh": {"plan": plan}})
+    with pytest.raises(ConfigError, match=r"mesh\.plan is .*, an automatic one, .*: give --plan data"):
+        check_search(searched(), replace(config, gross=QUICK))
+
+
 def test_nothing_starts_with_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command refuses before a worker runs and before a folder is made."""
     monkeypatch.setattr("anabranch.runtime.driver.Driver.run", lambda *args, **kwargs: pytest.fail("started"))
