@@ -81,6 +81,10 @@ ConfigName = Annotated[
     ),
 ]
 RunFolder = Annotated[Path, Parameter(name="RUN", help="The run's folder.")]
+DataPath = Annotated[
+    str,
+    Parameter(name="--data.path", help="Folder of the dataset's files here; empty: where the run had it."),
+]
 Checkpoint = Annotated[str, Parameter(help="Name of a checkpoint in RUN/checkpoints; empty: the newest.")]
 ListConfigs = Annotated[bool, Parameter(help="Show the shipped configurations and end.", negative=())]
 Explain = Annotated[bool, Parameter(help="Say for each stage when which split pays.", negative=())]
@@ -265,6 +269,7 @@ def evaluate(
     *,
     checkpoint: Checkpoint = "",
     crops: int = 0,
+    data_path: DataPath = "",
     json: Json = False,
     quiet: Quiet = False,
 ) -> Call:
@@ -277,7 +282,7 @@ def evaluate(
     crops
         Crops of each sample whose predictions are averaged, 1 or 10; 0: as the run was configured.
     """
-    arguments = {"run": run, "checkpoint": checkpoint, "crops": crops}
+    arguments = {"run": run, "checkpoint": checkpoint, "crops": crops, "data_path": data_path}
     return Call("evaluate", arguments, json, quiet)
 
 
@@ -334,10 +339,12 @@ def export(
     *,
     output: Path | None = None,
     checkpoint: Checkpoint = "",
+    data_path: DataPath = "",
     json: Json = False,
     quiet: Quiet = False,
 ) -> Call:
-    """Write a checkpoint as a plain state_dict for one-device PyTorch (safetensors).
+    """Write a checkpoint as a plain state_dict for one-device PyTorch (safetensors). The dataset is asked for the
+    images' channels and classes.
 
     JSON: output.
 
@@ -347,7 +354,8 @@ def export(
         File to write; default RUN/model.safetensors.
     """
     output = output or run / "model.safetensors"
-    return Call("export", {"run": run, "output": output, "checkpoint": checkpoint}, json, quiet)
+    arguments = {"run": run, "output": output, "checkpoint": checkpoint, "data_path": data_path}
+    return Call("export", arguments, json, quiet)
 
 
 def parse(argv: Sequence[str]) -> Call | None:

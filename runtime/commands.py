@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from anabranch.runtime.config import Config
+from anabranch.runtime.config import Config, LaunchConfig, ProfileConfig
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import stopped_by
@@ -84,24 +84,27 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     return result
 
 
-def evaluate(run: Path, checkpoint: str, console: Console, *, crops: int = 0) -> dict[str, Any] | None:
+def evaluate(
+    run: Path, checkpoint: str, console: Console, *, crops: int = 0, data_path: str = ""
+) -> dict[str, Any] | None:
     """Accuracy of a run's checkpoint on the test samples: test_accuracy, test_loss, checkpoint, crops, unreadable.
 
-    crops: of each sample, 1 or 10; 0: as the run was configured.
+    crops: of each sample, 1 or 10; 0: as the run was configured. data_path: where the dataset is; "": where it was.
     """
     from anabranch.runtime.run_folder import RunFolder
 
     folder = RunFolder.open(run)
     found = folder.checkpoint(checkpoint, partial(_warn, console))
-    config = folder.config()
-    config = replace(config, data=replace(config.data, eval_crops=crops or config.data.eval_crops))
+    config = _with_data(folder.config(), data_path)
+    # Where and how the run ran says nothing here: one process is enough, or those that torchrun started.
+    config = replace(
+        config,
+        data=replace(config.data, eval_crops=crops or config.data.eval_crops),
+        mesh=replace(config.mesh, num_workers=0, shape="", plan="data", replan=False),
+        launch=LaunchConfig(launcher="env" if choose_launcher() == "env" else "none"),
+        profile=ProfileConfig(),
+    )
     config.check()
-    if choose_launcher() != "env":  # one process is enough, whatever the run had
-        config = replace(
-            config,
-            launch=replace(config.launch, launcher="none", min_replicas=0),
-            mesh=replace(config.mesh, num_workers=1, shape="1x1", plan="data", replan=False),
-        )
     with Driver(config, console) as driver:
         result = driver.run("eval", "evaluating", checkpoint=str(found.folder))
     if result is None:
@@ -120,11 +123,11 @@ def verify(
     if float64:
         config = replace(config, train=replace(config.train, precision="fp64"))
     with Driver(config, console) as driver:
+        if driver.is_auto:
+            driver.find_plan()
         if driver.plan is not None:
             print_placement(console, driver.plan, driver.model)
         result = driver.run("verify", "verifying", steps=steps)
-        if driver.is_auto:
-            driver.find_plan()
     if result is None:
         return None
     passed = result["max_relative_difference"] <= tolerance
@@ -330,8 +333,13 @@ def models(console: Console) -> dict[str, Any]:
     return {"models": rows}
 
 
-def export(run: Path, output: Path, checkpoint: str, console: Console) -> dict[str, Any]:
-    """Writes a checkpoint as the plain state dict of the one-device network: output, num_tensors, bytes."""
+def export(
+    run: Path, output: Path, checkpoint: str, console: Console, *, data_path: str = ""
+) -> dict[str, Any]:
+    """Writes a checkpoint as the plain state dict of the one-device network: output, num_tensors, bytes.
+
+    data_path: where the dataset is; "": where it was.
+    """
     from anabranch.blocks.convert import prepare
     from anabranch.runtime.assemble import make_data, make_network
     from anabranch.runtime.export import export_state
@@ -339,11 +347,17 @@ def export(run: Path, output: Path, checkpoint: str, console: Console) -> dict[s
 
     folder = RunFolder.open(run)
     found = folder.checkpoint(checkpoint, partial(_warn, console))
-    config = folder.config()
-    network = prepare(make_network(config, make_data(config)))
+    config = _with_data(folder.config(), data_path)
+    data = make_data(config)
+    network = prepare(make_network(config, data))
+    data.close()
     result = export_state(found, network, output)
     console.print(f"{found.folder.name} written to {output}", highlight=False, soft_wrap=True)
     return {**result, "checkpoint": str(found.folder)}
+
+
+def _with_data(config: Config, path: str) -> Config:
+    return replace(config, data=replace(config.data, path=path or config.data.path))
 
 
 @contextmanager

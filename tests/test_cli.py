@@ -227,10 +227,10 @@ def test_a_wrong_environment(
 
 def test_verbs() -> None:
     assert parse(["eval", "runs/a", "--json"]) == Call(
-        "evaluate", {"run": Path("runs/a"), "checkpoint": "", "crops": 0}, json=True
+        "evaluate", {"run": Path("runs/a"), "checkpoint": "", "crops": 0, "data_path": ""}, json=True
     )
     assert parse(["models", "--quiet"]) == Call("models", {}, quiet=True)
-    exported = {"run": Path("r"), "output": Path("r/model.safetensors"), "checkpoint": ""}
+    exported = {"run": Path("r"), "output": Path("r/model.safetensors"), "checkpoint": "", "data_path": ""}
     assert parse(["export", "r"]) == Call("export", exported)
     assert parse(["export", "r", "--output", "x"]) == Call("export", exported | {"output": Path("x")})
     verify = parse(["verify", "--float64", "--steps", "2", "--plan", "data"])

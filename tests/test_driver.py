@@ -5,19 +5,22 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from anabranch.cluster import RayRequest, Stop
-from anabranch.runtime import assemble
+from anabranch.runtime import assemble, commands
 from anabranch.runtime import driver as driver_module
+from anabranch.runtime.cli import main
 from anabranch.runtime.config import Config
 from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import Interrupted, Terminated
 from anabranch.runtime.job import Job, Kind
+from anabranch.runtime.run_folder import RunFolder
 from anabranch.runtime.run_record import run_status
 from anabranch.schedulers import Cluster, Device, PlanError, read_plan
 
@@ -102,6 +105,44 @@ def test_its_devices_are_in_the_order_of_the_ranks(monkeypatch: pytest.MonkeyPat
         assert driver.cluster is not None
         assert driver.cluster.names == [name for row in driver.plan.devices or () for name in row]
         assert driver.cluster.names == ["b:0", "b:1", "a:0"]
+
+
+def test_an_automatic_plan_is_found_before_it_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(Driver, "find_plan", lambda driver: done.append("plan"))
+    monkeypatch.setattr(Driver, "run", lambda driver, kind, *_, **__: done.append(kind))
+    for plan in ("auto", "data"):
+        commands.verify(configured(mesh={"plan": plan}), 1, False, 1e-3, Console(quiet=True))
+    assert done == ["plan", "verify", "verify"]
+
+
+def test_two_workers_on_a_cpu_unless_more_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a plan file too, whatever its ending."""
+    eight = Cluster(tuple(Device("a", index, "cpu") for index in range(8)))
+    monkeypatch.setattr(driver_module, "discover", lambda cpus_per_worker: eight)
+    for mesh, num in (({}, 2), ({"plan": "data"}, 2), ({"plan": "plans/mine"}, 8), ({"num_workers": 3}, 8)):
+        assert len(Driver(configured(mesh=mesh), Console())._cluster().devices) == num
+
+
+def test_a_checkpoint_is_evaluated_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the run's trackers, workers and backend; with the dataset where it is here."""
+    launch = {"launcher": "ray", "backend": "nccl", "min_replicas": 1}
+    mesh = {"plan": "auto", "shape": "2x2", "num_workers": 4, "replan": True, "wire": "bf16"}
+    own = configured(mesh=mesh, launch=launch, profile={"trackers": ["mlflow"]})
+    (tmp_path / "config.toml").write_text(own.to_toml())
+    monkeypatch.setattr("anabranch.runtime.config_rules.find_spec", lambda name: None)
+    monkeypatch.setattr(RunFolder, "checkpoint", lambda *_: SimpleNamespace(folder=tmp_path / "step-000001"))
+    seen: list[Config] = []
+    monkeypatch.setattr(Driver, "run", lambda driver, *_, **__: seen.append(driver.config))
+    assert commands.evaluate(tmp_path, "", Console(quiet=True)) is None
+    (config,) = seen
+    assert (config.launch.launcher, config.launch.backend, config.profile.trackers) == ("none", "", ())
+    assert (config.mesh.shape, config.mesh.plan, config.mesh.wire) == ("1x1", "data", "bf16")
+    for verb in ("eval", "export"):
+        assert main([verb, str(tmp_path), "--data.path", "elsewhere"]) == 2
+        assert 'data.path = "elsewhere"' in capsys.readouterr().err
 
 
 def planning(monkeypatch: pytest.MonkeyPatch, run_dir: Path, asked: str) -> Driver:
