@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from anabranch.schedulers.cluster import Link
@@ -42,10 +43,13 @@ KINDS = {
 
 
 def device_kind(name: str) -> DeviceKind:
-    """A kind by its name or one that contains it ("NVIDIA H200"). Raises PlanError for an unknown one."""
-    plain = name.lower().replace(" ", "")
-    for kind in sorted(KINDS.values(), key=lambda kind: -len(kind.name)):
-        if kind.name.lower().replace(" ", "") in plain:
+    """A kind by its name or one that has it as whole words ("NVIDIA A100-SXM4-80GB", "RTX4090"; an L40S is no L4).
+
+    Raises PlanError for an unknown one.
+    """
+    for kind in KINDS.values():
+        words = kind.name.replace(" ", "[ _-]?")
+        if re.search(rf"(?<![^\W_]){words}(?![^\W_])", name, re.IGNORECASE):
             return kind
     raise PlanError(
         f"no figures for a device {quote(name)}{did_you_mean(name, KINDS)}; there are {', '.join(KINDS)}: "

@@ -21,6 +21,7 @@ from anabranch.runtime.plan_report import print_candidates, print_explanation
 from anabranch.schedulers import PlanError, parse_plan, read_plan
 from anabranch.schedulers.cluster_file import read_cluster
 from anabranch.schedulers.costs import Batch
+from anabranch.schedulers.device_table import device_kind
 from anabranch.schedulers.explain import StageRow
 
 CONFIG: dict[str, Any] = {
@@ -106,6 +107,7 @@ def test_a_cluster_file_and_pins(tmp_path: Path) -> None:
         ({"devices": "H200"}, "names no devices: write hosts x devices x kind"),
         ({"devices": "2x8xH200"}, "give the link between them"),
         ({"devices": "8xZ9000"}, "no figures for a device"),
+        ({"devices": "8xL40S"}, 'no figures for a device "L40S"'),  # no L4
         ({"devices": "8xH200", "cluster": "c.toml"}, "both name machines: give one"),
         ({"interconnect": "10Gbit/s"}, "--interconnect is for --devices"),
         ({"cluster": "nowhere.toml"}, "cannot read the cluster file"),
@@ -116,6 +118,22 @@ def test_wrong_machines(given: dict[str, Any], message: str, tmp_path: Path) -> 
     with pytest.raises((PlanError, ConfigError), match=message):
         plan(tmp_path / "plan.toml", **given)
     assert not (tmp_path / "plan.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("A100_40G", "A100"), ("Tesla T4", "T4"), ("nvidia l4", "L4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("RTX4090", "RTX 4090"), ("NVIDIA RTX A1000", ""), ("NVIDIA T400", ""),
+        ("NVIDIA L40S", ""), ("NVIDIA GH200 480GB", ""),
+    ],
+)  # fmt: skip
+def test_a_device_is_known_by_whole_words(name: str, kind: str) -> None:
+    if kind:
+        assert device_kind(name).name == kind
+    else:
+        with pytest.raises(PlanError, match="no figures for a device"):
+            device_kind(name)
 
 
 def test_no_room_says_how_much_is_lacking(tmp_path: Path) -> None:
