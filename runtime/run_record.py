@@ -127,7 +127,8 @@ def run_status(folder: Path) -> dict[str, Any]:
     told = record.get("checkpoint", "")
     with suppress(OSError):
         manifests = (folder / "checkpoints").glob("*/manifest.json")
-        record["checkpoint"] = max((path.parent.name for path in manifests), default=told)
+        names = (path.parent.name for path in manifests)
+        record["checkpoint"] = max(names, key=lambda name: (len(name), name), default=told)  # by step
     return {
         **record,
         "checkpoint": record.get("checkpoint", told),

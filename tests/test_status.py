@@ -91,6 +91,16 @@ def test_who_is_alive(tmp_path: Path, change: dict[str, Any], state: str) -> Non
             request_stop(tmp_path, wait=True)
 
 
+def test_the_newest_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
+    """Not of the last name by letters."""
+    RunRecord(str(tmp_path), "training")
+    for name in ("step-000900", "step-999999", "step-1000000"):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    assert run_status(tmp_path)["checkpoint"] == "step-1000000"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"state": 1}', "\0"])
 def test_what_is_no_record_is_named(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
