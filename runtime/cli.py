@@ -24,6 +24,7 @@ from anabranch.runtime.config_file import require_section, shipped_configs
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.flags import ENV_PREFIX, config_from_flags, with_config_flags, with_gross_flags
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
+from anabranch.runtime.numerics import few_bits
 from anabranch.runtime.plain_json import plain_json
 from anabranch.runtime.redact import redacted, shielded
 
@@ -89,7 +90,9 @@ Checkpoint = Annotated[str, Parameter(help="Name of a checkpoint in RUN/checkpoi
 ListConfigs = Annotated[bool, Parameter(help="Show the shipped configurations and end.", negative=())]
 Explain = Annotated[bool, Parameter(help="Say for each stage when which split pays.", negative=())]
 Float64 = Annotated[bool, Parameter(help="Compute in float64.", negative=())]
-HALF_TOLERANCE = 0.8  # of one step in bf16: 0.04 to 0.52 was seen, a gradient that counts twice is 1 off
+HALF_TOLERANCE = (
+    0.8  # of one step of `few_bits`; bf16: 0.04 to 0.52 was seen, a gradient that counts twice is 1 off
+)
 Json = Annotated[
     bool,
     Parameter(help="Print the result as one JSON object on the last line of standard output.", negative=()),
@@ -138,17 +141,17 @@ def verify(
     Parameters
     ----------
     steps
-        Training steps to compare; default 3, and 1 in bf16, whose rounding grows from step to step.
+        Training steps to compare; default 3, and 1 in bf16 and tf32, whose rounding grows from step to step.
     tolerance
         Largest relative difference that passes; default 1e-9 with --float64, 0.8 in bf16 (--train.precision or
-        --mesh.wire; a gradient counted twice is 1 off), else 1e-3.
+        --mesh.wire) and tf32 (a gradient counted twice is 1 off), else 1e-3.
     """
     made = config_from_flags(config, given)
-    in_half = not float64 and "bf16" in (made.train.precision, made.mesh.wire)
+    rounds = not float64 and few_bits(made.train.precision, made.mesh.wire)
     if tolerance is None:
-        tolerance = 1e-9 if float64 else HALF_TOLERANCE if in_half else 1e-3
+        tolerance = 1e-9 if float64 else HALF_TOLERANCE if rounds else 1e-3
     if steps is None:
-        steps = 1 if in_half else 3
+        steps = 1 if rounds else 3
     arguments = {"config": made, "steps": steps, "float64": float64, "tolerance": tolerance}
     return Call("verify", arguments, json, quiet)
 

@@ -22,6 +22,14 @@ def use_numerics(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+def few_bits(precision: str, wire: str) -> bool:
+    """Whether `verify` compares loosely in a `train.precision` over a `mesh.wire`: 8 or 10 bits lose what cancels.
+
+    For tf32 nothing was measured: it is taken for bf16, which has fewer bits.
+    """
+    return precision in ("bf16", "tf32") or wire == "bf16"
+
+
 def slowness(precision: str, device_type: str) -> str:
     """Why a `train.precision` is slow on this machine, "" where nothing is known of it."""
     import torch

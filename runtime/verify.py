@@ -25,6 +25,7 @@ from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.execution import how_to_run, is_ours
 from anabranch.runtime.loss import LossFunction, cross_entropy
 from anabranch.runtime.mesh import Mesh
+from anabranch.runtime.numerics import few_bits
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors, parallelize
 from anabranch.runtime.reference import ReferenceStep
@@ -68,8 +69,8 @@ class Report:
     """max_relative_difference: of all tensors; worst: which one. by_kind: loss, gradient, change, statistic.
 
     A tensor's relative difference is max|a−b| ÷ max(max|b|, 1e-4 × the largest max|·| among tensors of its
-    kind). Where bf16 computes or travels, roots of mean squares take the place of these maxima and 1e-2 that
-    of 1e-4: an element's rounding may be as large as the element, and what cancels (the gradient of a bias
+    kind). Where bf16 or tf32 computes or travels, roots of mean squares take the place of these maxima and 1e-2
+    that of 1e-4: an element's rounding may be as large as the element, and what cancels (the gradient of a bias
     before BatchNorm) is rounding alone.
     """
 
@@ -121,9 +122,8 @@ def verify_plan(
         clip_norm=trial.optimizer.clip_norm,
         penalty=trial.penalty,
     )
-    compare = _Comparison(
-        like, parallel, mesh, device, _HALF if "bf16" in (trial.precision, trial.wire) else _EXACT
-    )
+    measure = _HALF if few_bits(trial.precision, trial.wire) else _EXACT
+    compare = _Comparison(like, parallel, mesh, device, measure)
     before = {n: p.detach().clone() for n, p in parallel.named_parameters()}
     ref_before = {n: p.detach().clone() for n, p in reference.network.named_parameters()} if reference else {}
     num_batches = -(-len(trial.x) // trial.batch_size)

@@ -242,7 +242,7 @@ def test_verbs() -> None:
     loose = parse(["verify", "--tolerance", "0.5"])
     assert loose is not None
     assert loose.arguments["tolerance"] == 0.5
-    for flags in (["--mesh.wire", "bf16"], ["--train.precision", "bf16"]):
+    for flags in (["--mesh.wire", "bf16"], ["--train.precision", "bf16"], ["--train.precision", "tf32"]):
         half = parse(["verify", *flags])
         assert half is not None
         assert (half.arguments["steps"], half.arguments["tolerance"]) == (1, HALF_TOLERANCE)
