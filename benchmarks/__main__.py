@@ -16,7 +16,7 @@ Json = Annotated[
     bool,
     Parameter(help="Print the record as one JSON object on the last line of standard output.", negative=()),
 ]
-Quiet = Annotated[bool, Parameter(help="Print nothing but the result and errors.", negative=())]
+Quiet = Annotated[bool, Parameter(help="Print nothing but errors, and the result of --json.", negative=())]
 Out = Annotated[
     Path | None,
     Parameter(help="Folder for the record; default: the checkout's benchmarks/results/, else results/."),

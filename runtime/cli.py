@@ -98,7 +98,7 @@ Json = Annotated[
     Parameter(help="Print the result as one JSON object on the last line of standard output.", negative=()),
 ]
 Png = Annotated[bool, Parameter(help="Also write the pictures as PNG (matplotlib).", negative=())]
-Quiet = Annotated[bool, Parameter(help="Print nothing but the result and errors.", negative=())]
+Quiet = Annotated[bool, Parameter(help="Print nothing but errors, and the result of --json.", negative=())]
 
 
 @app.command
