@@ -319,7 +319,8 @@ def stop(
     json: Json = False,
     quiet: Quiet = False,
 ) -> Call:
-    """Ask a run to write a checkpoint and end (its exit code is then 143), from any terminal that sees its folder.
+    """Ask a run to write a checkpoint and end (its exit code is then 143), from any terminal that sees its folder; exit
+    code 1 where, with --wait, it failed or died instead.
 
     JSON: as `anabranch status`.
     """
@@ -395,7 +396,7 @@ def run(call: Call) -> tuple[dict[str, Any] | None, int]:
         return result, 0 if result["max_relative_difference"] <= call.arguments["tolerance"] else 1
     if call.function == "doctor" and result is not None:
         return result, 0 if result["ok"] else 1
-    if call.function == "status" and result is not None:
+    if call.function in ("status", "stop") and result is not None:
         return result, 1 if result["state"] in ("failed", "dead") else 0
     return result, 0
 

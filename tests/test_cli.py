@@ -260,7 +260,8 @@ def commands_that(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:
             raise outcome
         return outcome
 
-    stub = SimpleNamespace(train=command, verify=command, evaluate=command, models=command, export=command)
+    verbs = ("train", "verify", "evaluate", "models", "export", "status", "stop")
+    stub = SimpleNamespace(**dict.fromkeys(verbs, command))
     monkeypatch.setattr(anabranch.runtime, "commands", stub, raising=False)
 
 
@@ -287,6 +288,13 @@ def test_verify_fails_above_its_tolerance(
     assert main(["verify", "--json"]) == exit_code
     told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # JSON has no NaN
     assert told["max_relative_difference"] == (difference if math.isfinite(difference) else None)
+
+
+@pytest.mark.parametrize("verb", [["status"], ["stop", "--wait"]])
+def test_a_run_that_failed_ends_in_1(verb: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for state, exit_code in {"failed": 1, "dead": 1, "stopped": 0, "finished": 0, "running": 0}.items():
+        commands_that(monkeypatch, {"state": state})
+        assert main([*verb, "runs/a"]) == exit_code
 
 
 @pytest.mark.parametrize(
