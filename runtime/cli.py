@@ -78,7 +78,7 @@ ConfigName = Annotated[
     Parameter(
         name="CONFIG",
         help="TOML file, or the name of a shipped configuration (`anabranch train --list`). Without it: digits, or "
-        "the configuration of the run that --resume names.",
+        "with another --data the defaults below, or the configuration of the run that --resume names.",
     ),
 ]
 RunFolder = Annotated[Path, Parameter(name="RUN", help="The run's folder.")]
@@ -90,9 +90,7 @@ Checkpoint = Annotated[str, Parameter(help="Name of a checkpoint in RUN/checkpoi
 ListConfigs = Annotated[bool, Parameter(help="Show the shipped configurations and end.", negative=())]
 Explain = Annotated[bool, Parameter(help="Say for each stage when which split pays.", negative=())]
 Float64 = Annotated[bool, Parameter(help="Compute in float64.", negative=())]
-HALF_TOLERANCE = (
-    0.8  # of one step of `few_bits`; bf16: 0.04 to 0.52 was seen, a gradient that counts twice is 1 off
-)
+HALF_TOLERANCE = 0.8  # of one step; in bf16 0.04 to 0.52 was seen, a gradient that counts twice is 1 off
 Json = Annotated[
     bool,
     Parameter(help="Print the result as one JSON object on the last line of standard output.", negative=()),

@@ -35,7 +35,8 @@ class DataConfig:
 
     name: str = "digits"
     """digits (built in, 8x8 grey), cifar10, cifar100, imagenet, places365, image_folder (train/ and val/ with a folder
-    a class), synthetic, or your own factory "package.module:make_dataset"."""
+    a class), synthetic, or your own factory "package.module:make_dataset". A source that gives it starts without the
+    path and options of those below it."""
     path: str = ""
     """Folder of the dataset's files (cifar10, cifar100, image folders); empty: the dataset needs none."""
     augment: Literal["none", "crop", "flip_crop", "affine", "area_crop", "area_crop_hsl"] = "none"
@@ -261,13 +262,13 @@ class ProfileConfig:
 class Config:
     """Everything about a run. `gross` counts for `anabranch gross` alone.
 
-    `Config()` is the default run: a Multi-ResNet of depth 14, k = 4, on the digits, randomly distorted.
+    `Config()` is a Multi-ResNet of depth 14, k = 4, on the digits.
     """
 
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig("multi_resnet", {"depth": 14, "num_branches": 4})
     )
-    data: DataConfig = field(default_factory=lambda: DataConfig(augment="affine", crop_padding=1))
+    data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -281,8 +282,8 @@ class Config:
     def from_dict(cls, *layers: Mapping[str, Any]) -> Config:
         """The defaults, overlaid with each layer in turn ({section: {field: value}}, as TOML gives it).
 
-        Options are overlaid key by key. A layer that names a model or a dataset starts that section anew: what stands
-        below belongs to another one. Raises FieldError on an unknown key or a value of another type.
+        Options are overlaid key by key. A layer that names a model or a dataset drops the options and the path
+        below it: they belong to another one. Raises FieldError on an unknown key or a value of another type.
         """
         merged: dict[str, dict[str, Any]] = asdict(cls())
         for layer in layers:
@@ -294,7 +295,8 @@ class Config:
                 }
                 if "options" in hints:
                     if "name" in given:
-                        merged[section] = asdict(SECTIONS[section]())
+                        plain = asdict(SECTIONS[section]())
+                        merged[section] |= {name: plain[name] for name in _OF_A_NAME & plain.keys()}
                     values["options"] = {**merged[section]["options"], **values.get("options", {})}
                 merged[section].update(values)
         return cls(**{section: SECTIONS[section](**values) for section, values in merged.items()})
@@ -314,5 +316,6 @@ class Config:
         check_rules(self)
 
 
+_OF_A_NAME = {"options", "path"}  # a model's and a dataset's own
 SECTIONS: dict[str, type[Any]] = get_type_hints(Config)
 """Section name → its dataclass."""

@@ -110,7 +110,8 @@ def config_from_flags(
 ) -> Config:
     """The file's (or the default's) configuration under what flags and environment gave.
 
-    made_plan: a run that is resumed goes on with the plan that was made for it; else with a new one made alike.
+    default: digits counts for its own dataset alone; with another the fields' defaults do. made_plan: a run that is
+    resumed goes on with the plan that was made for it; else with a new one made alike.
     """
     _check_environment()
     sections: dict[str, dict[str, Any]] = {}
@@ -122,6 +123,11 @@ def config_from_flags(
     resume = sections.get("checkpoint", {}).get("resume", "")
     if not name_or_path and resume not in ("", "auto"):
         return load_resumed(Path(resume), sections, made_plan=made_plan)
+    dataset = sections.get("data", {}).get("name", DEFAULT_CONFIG)
+    if not name_or_path and default == DEFAULT_CONFIG != dataset:  # digits is a recipe for the digits
+        config = Config.from_dict(sections)
+        config.check()
+        return config
     return load_config(name_or_path or default, sections)
 
 

@@ -117,6 +117,10 @@ def test_wrong_input_in_a_process(tmp_path: Path) -> None:
 def test_defaults() -> None:
     assert config_of() == load_config("digits")
     assert config_of("cifar10-multi-resnet-20-k4") == load_config("cifar10-multi-resnet-20-k4")
+    assert config_of("--data", "digits") == load_config("digits")
+    # digits is a recipe for the digits: with another dataset it is what --help says
+    assert config_of("--data", "mine:data") == Config.from_dict({"data": {"name": "mine:data"}})
+    assert config_of("cifar10-multi-resnet-20-k4", "--data", "cifar100").data.augment == "flip_crop"
 
 
 def test_short_flags_are_the_fields() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from anabranch.blocks import build
 from anabranch.runtime import config as config_module
 from anabranch.runtime import gross_config
-from anabranch.runtime.config import SECTIONS, Config, ModelConfig
+from anabranch.runtime.config import SECTIONS, Config, DataConfig, ModelConfig
 from anabranch.runtime.config_file import line_of, load_config, load_resumed, shipped_configs
 from anabranch.runtime.config_rules import RANGES, mesh_axes
 from anabranch.runtime.errors import ConfigError
@@ -44,8 +44,9 @@ def test_every_field_is_documented_and_every_number_has_a_range() -> None:
 
 
 def test_the_default_run_is_the_shipped_digits() -> None:
+    data = {"augment": "affine", "crop_padding": 1}
     assert load_config("digits") == Config.from_dict(
-        {"optimizer": {"weight_decay": 2e-3}, "train": {"label_smoothing": 0.1}}
+        {"data": data, "optimizer": {"weight_decay": 2e-3}, "train": {"label_smoothing": 0.1}}
     )
     assert Config().model == ModelConfig("multi_resnet", {"depth": 14, "num_branches": 4})
 
@@ -125,6 +126,17 @@ def test_a_named_model_drops_the_options_below(name: str) -> None:
     assert Config.from_dict({"model": {"name": name}}).model.options == {}
     above = {"model": {"name": name, "options": {"depth": 20}}}
     assert Config.from_dict({"model": {"options": {"width": 2}}}, above).model.options == {"depth": 20}
+
+
+def test_a_named_dataset_drops_the_options_and_path_below() -> None:
+    """What a dataset does not own stays: how it is augmented."""
+    below = {
+        "data": {"name": "a:b", "path": "/b", "options": {"x": 1}, "augment": "flip_crop", "eval_crops": 10}
+    }
+    data = Config.from_dict(below, {"data": {"name": "cifar100"}}).data
+    assert (data.name, data.path, data.options, data.augment) == ("cifar100", "", {}, "flip_crop")
+    assert data.eval_crops == 10
+    assert Config.from_dict({"data": {"name": "cifar100"}}).data == DataConfig("cifar100")
 
 
 def test_types_are_checked_and_widened() -> None:
