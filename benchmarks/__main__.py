@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
+
+from anabranch.runtime.flags import whole_numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 app = App(name="bench", help="Measure one case; its record goes to benchmarks/results/.")
+Count = Annotated[int, Parameter(converter=whole_numbers, validator=Number(gte=1))]
+FromZero = Annotated[int, Parameter(converter=whole_numbers, validator=Number(gte=0))]
+Positive = Annotated[float, Parameter(validator=Number(gt=0))]
 Json = Annotated[
     bool,
     Parameter(help="Print the record as one JSON object on the last line of standard output.", negative=()),
@@ -27,13 +34,13 @@ Out = Annotated[
 def table5(
     *,
     rows: str = "",
-    rounds: int = 9,
-    steps: int = 1,
+    rounds: Count = 9,
+    steps: Count = 1,
     precision: Literal["fp32", "bf16", "both"] = "fp32",
-    workers: int = 2,
+    workers: Count = 2,
     variants: str = "",
-    fold: int = 1,
-    plan_budget_s: float = 20.0,
+    fold: Count = 1,
+    plan_budget_s: Positive = 20.0,
     compiled: Annotated[bool, Parameter(name="--compile", negative=())] = False,
     predict: Annotated[bool, Parameter(negative=())] = False,
     resume: Annotated[bool, Parameter(negative=())] = False,
@@ -90,12 +97,12 @@ def table5(
 @app.command
 def scaling(
     *,
-    depth: int = 20,
-    num_branches: int = 4,
-    batch_size: int = 32,
-    most: int = 8,
-    rounds: int = 16,
-    plan_budget_s: float = 20.0,
+    depth: Count = 20,
+    num_branches: Count = 4,
+    batch_size: Count = 32,
+    most: Count = 8,
+    rounds: Count = 16,
+    plan_budget_s: Positive = 20.0,
     out: Out = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -134,7 +141,12 @@ def scaling(
 
 @app.command
 def collectives(
-    *, workers: int = 2, rounds: int = 20, out: Out = None, json: Json = False, quiet: Quiet = False
+    *,
+    workers: Annotated[Count, Parameter(validator=Number(gte=2))] = 2,
+    rounds: Count = 20,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Our four collectives and the library's by message size and group: latency and bandwidth.
 
@@ -172,9 +184,9 @@ def _end(record: dict[str, Any], json: bool, console: Console) -> None:
 @app.command
 def data_parallel(
     *,
-    rounds: Annotated[int, Parameter(help="Interleaved rounds of both sides.")] = 40,
-    steps: Annotated[int, Parameter(help="Steps of each side in a round.")] = 3,
-    batch_size: Annotated[int, Parameter(help="Samples a step over both workers.")] = 32,
+    rounds: Annotated[Count, Parameter(help="Interleaved rounds of both sides.")] = 40,
+    steps: Annotated[Count, Parameter(help="Steps of each side in a round.")] = 3,
+    batch_size: Annotated[Count, Parameter(help="Samples a step over both workers.")] = 32,
 ) -> None:
     """Our step against torch DDP of the same network, all blocks split by samples, two CPU workers."""
     from anabranch.benchmarks import data_parallel as case
@@ -190,8 +202,8 @@ def data_parallel(
 @app.command
 def shared_basis(
     *,
-    epochs: Annotated[int, Parameter(help="Passes over the digits.")] = 20,
-    seeds: Annotated[int, Parameter(help="Pairs of runs.")] = 3,
+    epochs: Annotated[Count, Parameter(help="Passes over the digits.")] = 20,
+    seeds: Annotated[Count, Parameter(help="Pairs of runs.")] = 3,
 ) -> None:
     """Shared bases with and without the orthogonality regularizer: ‖B·Bᵀ − I‖ in the end."""
     from anabranch.benchmarks import shared_basis as case
@@ -204,8 +216,8 @@ def shared_basis(
 @app.command
 def gross_rank(
     *,
-    seeds: Annotated[int, Parameter(help="Searches.")] = 3,
-    repeats: Annotated[int, Parameter(help="Times each configuration is tuned alone.")] = 2,
+    seeds: Annotated[Count, Parameter(help="Searches.")] = 3,
+    repeats: Annotated[Count, Parameter(help="Times each configuration is tuned alone.")] = 2,
 ) -> None:
     """GroSS: rank correlation between the series' accuracy and that of configurations tuned alone."""
     from anabranch.benchmarks import gross_rank as case
@@ -216,12 +228,12 @@ def gross_rank(
 
 
 Resume = Annotated[bool, Parameter(help="Leave out cases that the record has.", negative=())]
-Workers = Annotated[int, Parameter(help="Worker processes.")]
-Rounds = Annotated[int, Parameter(help="Interleaved rounds of what is compared.")]
+Workers = Annotated[Count, Parameter(help="Worker processes.")]
+Rounds = Annotated[Count, Parameter(help="Interleaved rounds of what is compared.")]
 
 
 @app.command
-def digits(*, seeds: Annotated[int, Parameter(help="Runs.")] = 3) -> None:
+def digits(*, seeds: Annotated[Count, Parameter(help="Runs.")] = 3) -> None:
     """The default run: test accuracy, seconds of training, start to first step."""
     from anabranch.benchmarks import digits as case
 
@@ -234,7 +246,7 @@ def digits(*, seeds: Annotated[int, Parameter(help="Runs.")] = 3) -> None:
 
 
 @app.command
-def data_wait(*, steps: Annotated[int, Parameter(help="Of the run.")] = 200) -> None:
+def data_wait(*, steps: Annotated[Count, Parameter(help="Of the run.")] = 200) -> None:
     """The default run: what part of a step its workers wait for the batch."""
     from anabranch.benchmarks import data_wait as case
 
@@ -261,7 +273,7 @@ def prediction(*, workers: Workers = 2, rounds: Rounds = 16, resume: Resume = Fa
 
 
 @app.command
-def search_growth(*, rounds: Annotated[int, Parameter(help="Searches of each size.")] = 3) -> None:
+def search_growth(*, rounds: Annotated[Count, Parameter(help="Searches of each size.")] = 3) -> None:
     """Seconds of the search over numbers of blocks and of devices, with and without memory that binds."""
     from anabranch.benchmarks import search_growth as case
 
@@ -316,11 +328,11 @@ def faults(
 @app.command
 def random_faults(
     *,
-    kills: Annotated[int, Parameter(help="SIGKILLs of one run.")] = 30,
-    mean_gap_s: Annotated[float, Parameter(help="Mean of the exponential gaps between them.")] = 6.0,
-    steps: Annotated[int, Parameter(help="Of the run; they must last for all kills.")] = 1500,
-    spares: Annotated[int, Parameter(help="Warm spares.")] = 0,
-    seed: Annotated[int, Parameter(help="Of moments and ranks.")] = 0,
+    kills: Annotated[Count, Parameter(help="SIGKILLs of one run.")] = 30,
+    mean_gap_s: Annotated[Positive, Parameter(help="Mean of the exponential gaps between them.")] = 6.0,
+    steps: Annotated[Count, Parameter(help="Of the run; they must last for all kills.")] = 1500,
+    spares: Annotated[FromZero, Parameter(help="Warm spares.")] = 0,
+    seed: Annotated[FromZero, Parameter(help="Of moments and ranks.")] = 0,
 ) -> None:
     """Kills at random moments of one run: weights at the end, steps a second kept."""
     from anabranch.benchmarks import random_faults as case
@@ -338,7 +350,7 @@ def random_faults(
 
 @app.command
 def mixing(
-    *, mbit_per_s: Annotated[float, Parameter(help="Rate of the wire.")] = 40.0, rounds: Rounds = 8
+    *, mbit_per_s: Annotated[Positive, Parameter(help="Rate of the wire.")] = 40.0, rounds: Rounds = 8
 ) -> None:
     """Two hosts behind a slow wire (namespaces; root): the automatic plan against all-data and all-branch."""
     from anabranch.benchmarks import mixing as case
@@ -390,7 +402,7 @@ def save_stall(
     *,
     rounds: Rounds = 12,
     width: Annotated[
-        int, Parameter(help="Of 12 square layers, a multiple of 1,024; 2,048: 50 M parameters.")
+        Count, Parameter(help="Of 12 square layers, a multiple of 1,024; 2,048: 50 M parameters.")
     ] = 2048,
 ) -> None:
     """What a step pays for a checkpoint begun at it, against the copy to the host's memory alone; 1 and 2 workers."""
@@ -430,10 +442,10 @@ def fused(*, rounds: Rounds = 24) -> None:
 @app.command
 def launches(
     *,
-    batch: Annotated[int, Parameter(help="Samples a step.")] = 32,
-    branches: Annotated[int, Parameter(help="Of each block.")] = 4,
+    batch: Annotated[Count, Parameter(help="Samples a step.")] = 32,
+    branches: Annotated[Count, Parameter(help="Of each block.")] = 4,
     precision: Annotated[Literal["fp32", "bf16"], Parameter(help="Of the step.")] = "fp32",
-    fold: Annotated[int, Parameter(help="Divide the depth by 1, 2, 3, 6, 9 or 18.")] = 1,
+    fold: Annotated[Literal[1, 2, 3, 6, 9, 18], Parameter(help="Divide the depth by it.")] = 1,
     rounds: Rounds = 9,
     compiled: Annotated[
         bool, Parameter(name="--compile", help="Also: blocks through torch.compile.", negative=())
@@ -502,4 +514,6 @@ def _print_ratios(record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    from anabranch.runtime.cli import main
+
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.benchmarks.record import RESULTS, write_record
+from anabranch.runtime.errors import ConfigError
 
 _WARM_UP = 5  # steps that set kernels and threads up
 _ASKED = 0.01
 
 
 def run(*, steps: int = 200, folder: Path = RESULTS) -> dict[str, Any]:
-    """`anabranch train` for so many steps; writes the record. Raises RuntimeError when the run fails.
+    """`anabranch train` for so many steps; writes the record.
 
     Of each rank the median and the 90th percentile, over the steps, of seconds waited ÷ seconds of the same step; a
-    step that begins an epoch counts too.
+    step that begins an epoch counts too. Raises ConfigError for too few steps, RuntimeError when the run fails.
     """
     if steps < 2 * _WARM_UP:
-        raise ValueError(
+        raise ConfigError(
             f"--steps is {steps}: take at least {2 * _WARM_UP}, the first {_WARM_UP} do not count"
         )
     with tempfile.TemporaryDirectory() as place:

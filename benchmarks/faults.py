@@ -28,6 +28,7 @@ from anabranch.benchmarks.host_faults import run_on_hosts
 from anabranch.benchmarks.injector import empty
 from anabranch.benchmarks.record import RESULTS, environment, write_record
 from anabranch.cluster import connect
+from anabranch.runtime.errors import ConfigError
 
 LIMIT_S = 240.0
 _TMPFS_BYTES = 24 * 2**20
@@ -45,7 +46,7 @@ def run(
     console = console or Console()
     wanted = [c for c in cells() if not only or any(fnmatch.fnmatch(c.name, p) for p in only)]
     if not wanted:
-        raise ValueError(
+        raise ConfigError(
             f"no cell is called {', '.join(only)}: fault_cells.py has them all; patterns work, as in kill-*"
         )
     record, path = _recorded(folder) if resume or only else {}, folder / "faults.json"

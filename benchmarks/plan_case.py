@@ -22,6 +22,7 @@ from anabranch.benchmarks.workers import run_workers
 from anabranch.blocks import build
 from anabranch.blocks.convert import prepare
 from anabranch.runtime.config import Config
+from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.loss import cross_entropy
 from anabranch.runtime.plan_step import StepSetting
 from anabranch.schedulers import BranchPlacement, Cluster, Device, ModelSpec, Plan
@@ -82,11 +83,11 @@ class Case:
             )
 
     def check(self, workers: int) -> None:
-        """Raises ValueError or RuntimeError where the hosts cannot be made, or the workers not halved."""
+        """Raises ConfigError where the hosts cannot be made, or the workers not halved."""
         if self.mbit_per_s and workers % 2:
-            raise ValueError(f"{workers} workers are no two equal hosts ({self}): give an even number")
+            raise ConfigError(f"{workers} workers are no two equal hosts ({self}): give an even number")
         if self.mbit_per_s and (reason := why_not()):
-            raise RuntimeError(f"{self}: {reason}")
+            raise ConfigError(f"{self}: {reason}")
 
     def __str__(self) -> str:
         options = ", ".join(f"{key} {value}" for key, value in self.options.items())

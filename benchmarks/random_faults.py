@@ -17,6 +17,7 @@ from typing import Any
 from anabranch.benchmarks.fault_judge import judge, started, weights
 from anabranch.benchmarks.fault_runs import finish, prepare, run, start, traces
 from anabranch.benchmarks.record import RESULTS, write_record
+from anabranch.runtime.errors import ConfigError
 
 _STEPS_PER_EPOCH = 20
 TORCHFT_KEPT = 0.82  # of the steps were committed, at one failure a minute on 300 GPUs (its authors)
@@ -28,7 +29,7 @@ def run_random(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains on 2x2 twice; the second time a random worker is killed at exponential gaps. Writes the record.
 
-    mean_gap_s: from one kill to the next one, whatever the run does then. Raises RuntimeError where fewer than `kills`
+    mean_gap_s: from one kill to the next one, whatever the run does then. Raises ConfigError where fewer than `kills`
     fit into the run: give it more steps.
     """
     flags = [
@@ -59,7 +60,9 @@ def run_random(
         ended = finish(disturbed, process, max(1.0, limit_s - (time.monotonic() - begun)), begun)
         outcome = judge(disturbed, (), ended, wanted, limit_s, flags)
         if outcome.outcome == "recovered" and len(made) < kills:
-            raise RuntimeError(f"{steps} steps were done after {len(made)} kills: give it more steps")
+            raise ConfigError(
+                f"--steps is {steps}: they were done after {len(made)} of {kills} kills; give it more"
+            )
         plain_s, disturbed_s = seconds(plain)[0], seconds(disturbed)[0]
         quiet_s = seconds(disturbed)[1]
     cost_s = (disturbed_s - quiet_s) / max(1, len(made))

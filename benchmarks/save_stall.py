@@ -29,6 +29,7 @@ from anabranch.blocks.network import Network
 from anabranch.runtime import checkpoints as saving
 from anabranch.runtime.agreement import on_all_ranks
 from anabranch.runtime.checkpoints import Checkpoints
+from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.intervals import median_interval
 from anabranch.runtime.keyed_state import held_elsewhere_too, written_by_this_rank
 from anabranch.runtime.model_spec import spec_of
@@ -51,8 +52,10 @@ def run(
     """Measures and writes the record; a row for each number of workers, rank 0's seconds.
 
     width: of the network's 12 square linear layers, a multiple of 1,024; 2,048: 50 M parameters, 201 MB, and as much of
-    momentum. Checkpoints are written to the system's folder for temporary files.
+    momentum. Checkpoints are written to the system's folder for temporary files. Raises ConfigError for another width.
     """
+    if width % _SIZE**2:
+        raise ConfigError(f"--width is {width}: give a multiple of {_SIZE**2:,}")
     rows = []
     for num in workers:
         with tempfile.TemporaryDirectory() as place:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from anabranch.runtime.errors import ConfigError
+
 _NETWORK = 0x40000000  # CLONE_NEWNET of <sched.h>; os.setns is Python 3.12's
 _BURST = "32kb"  # what may leave at once; small, so that the rate holds for small messages too
 
@@ -78,9 +80,9 @@ def why_not() -> str:
 
 @contextmanager
 def two_hosts(mbit_per_s: float) -> Iterator[tuple[Host, Host]]:
-    """Two namespaces, a wire of `mbit_per_s` each way between them; gone afterwards. Raises RuntimeError: `why_not`."""
+    """Two namespaces, a wire of `mbit_per_s` each way between them; gone afterwards. Raises ConfigError: `why_not`."""
     if reason := why_not():
-        raise RuntimeError(reason)
+        raise ConfigError(reason)
     key = os.getpid() % 10_000
     hosts = [
         Host(f"anabranch-{key}-{end}", f"10.77.7.{i + 1}", f"ab{key}{end}") for i, end in enumerate("ab")

@@ -22,7 +22,13 @@ from cyclopts.config import Env
 
 from anabranch.runtime.config_file import require_section, shipped_configs
 from anabranch.runtime.errors import ConfigError
-from anabranch.runtime.flags import ENV_PREFIX, config_from_flags, with_config_flags, with_gross_flags
+from anabranch.runtime.flags import (
+    ENV_PREFIX,
+    config_from_flags,
+    whole_numbers,
+    with_config_flags,
+    with_gross_flags,
+)
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
 from anabranch.runtime.numerics import few_bits
 from anabranch.runtime.plain_json import plain_json
@@ -73,6 +79,7 @@ class Call:
     quiet: bool = False
 
 
+WHOLE = Parameter(converter=whole_numbers)
 ConfigName = Annotated[
     str,
     Parameter(
@@ -125,7 +132,7 @@ def verify(
     config: ConfigName = "",
     /,
     *,
-    steps: int | None = None,
+    steps: Annotated[int | None, WHOLE] = None,
     float64: Float64 = False,
     tolerance: float | None = None,
     json: Json = False,
@@ -160,7 +167,7 @@ def profile(
     config: ConfigName = "",
     /,
     *,
-    steps: int = 20,
+    steps: Annotated[int, WHOLE] = 20,
     json: Json = False,
     quiet: Quiet = False,
     **given: Any,
@@ -269,7 +276,7 @@ def evaluate(
     /,
     *,
     checkpoint: Checkpoint = "",
-    crops: int = 0,
+    crops: Annotated[int, WHOLE] = 0,
     data_path: DataPath = "",
     json: Json = False,
     quiet: Quiet = False,

@@ -87,22 +87,22 @@ def _flag(hint: Any, names: list[str], group: Group, doc: str) -> Parameter:
         name=names,
         group=group,
         help=doc,
-        converter=_whole_numbers if hint is int or (many and int in get_args(hint)) else None,
+        converter=whole_numbers if hint is int or (many and int in get_args(hint)) else None,
         consume_multiple=many,
         negative_iterable=(),
         show_choices=get_origin(hint) is Literal and "" not in get_args(hint),
     )
 
 
-def _whole_numbers(hint: Any, tokens: Sequence[Token]) -> int | tuple[int, ...]:
-    """cyclopts would round 1.5 to 2."""
+def whole_numbers(hint: Any, tokens: Sequence[Token]) -> int | tuple[int, ...]:
+    """A flag's converter of whole numbers, one or for a tuple many: cyclopts would round 1.5 to 2."""
     numbers = []
     for token in tokens:
         try:
             numbers.append(int(token.value))
         except ValueError:
             raise CoercionError(msg=f'"{token.value}" is not a whole number', token=token) from None
-    return numbers[0] if hint is int else tuple(numbers)
+    return tuple(numbers) if get_origin(hint) is tuple else numbers[0]
 
 
 def config_from_flags(

@@ -284,6 +284,53 @@ def test_wrong_input(arguments: list[str], message: str, capsys: pytest.CaptureF
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table5", "--rounds", "0"], "--rounds. Must be >= 1"),
+        (["table5", "--steps", "1.5"], '"1.5" is not a whole number'),
+        (["collectives", "--workers", "1"], "--workers. Must be >= 2"),  # there is no group: an empty record
+        (["never-slower", "--rounds", "-1"], "--rounds. Must be >= 1"),
+        (["random-faults", "--mean-gap-s", "0"], "--mean-gap-s. Must be > 0"),
+        (["launches", "--fold", "4"], "--fold"),
+        (["data-wait", "--steps", "9"], "--steps is 9: take at least 10"),
+        (["save-stall", "--width", "2000"], "--width is 2000: give a multiple of 1,024"),
+        (["faults", "--cells", "nothing"], "no cell is called nothing"),
+    ],
+)
+def test_wrong_input_is_no_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from anabranch.runtime.cli import main
+
+    assert main(["bench", *arguments]) == 2
+    assert message in (said := capsys.readouterr().err)
+    assert said.startswith("error: ")
+
+
+def test_cases_run_by_the_command_line() -> None:
+    """`python -m anabranch.benchmarks` ends as `anabranch bench` does."""
+    command = [sys.executable, "-m", "anabranch.benchmarks", "faults", "--cells", "nothing"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: no cell is called nothing")
+
+
+def test_every_whole_number_is_whole() -> None:
+    """cyclopts itself would round it: the words are refused that it would take."""
+    from anabranch.benchmarks.__main__ import app as cases
+    from anabranch.runtime.cli import app
+
+    num = 0
+    for one in (app, cases):
+        for name in {*one} - {"bench", "--help", "-h", "--version"}:
+            for argument in one[name].assemble_argument_collection():
+                if argument.hint is int:
+                    num += 1
+                    assert argument.parameter.converter, f"{name} {argument.name}"
+    assert num > 50
+
+
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; from anabranch.runtime.cli import main;"

@@ -78,6 +78,8 @@ def test_list() -> None:
     [
         (["trian"], 'Unknown command "trian". Did you mean "train"?'),
         (["train", "--epoch", "3"], "Unknown option: --epoch. Did you mean --epochs?"),
+        (["eval", "r", "--crops", "9.6"], 'Invalid value for --crops: "9.6" is not a whole number'),
+        (["verify", "--steps", "1.5"], 'Invalid value for --steps: "1.5" is not a whole number'),
         (["train", "--epochs", "1.5"], 'Invalid value for --epochs: "1.5" is not a whole number'),
         (
             ["train", "--lr-schedule.milestones", "1", "x"],
