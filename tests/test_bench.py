@@ -166,6 +166,20 @@ def test_ranks_that_are_not_here_are_predicted() -> None:
     assert (entry["predicted"], entry["label"]) == (True, "predicted")
 
 
+def test_one_plan_is_not_timed_twice_for_the_better() -> None:
+    """Where ranks are not here data parallelism takes the place of a slower plan, but not of itself."""
+    data = {"samples_s": [1.0, 2.0, 3.0], "mesh": "2x1"}
+    for same_as, seconds, is_replaced in (
+        ("", 2.5, True),
+        ("", 1.5, False),
+        ("e", 2.5, True),
+        ("d", 2.5, False),
+    ):
+        auto = {"samples_s": [seconds], "same_as": same_as}
+        expected = {**data, "same_as": "d_shared"} if is_replaced else auto
+        assert table5._chosen(auto, data, "d_shared") == expected
+
+
 def test_the_baseline_waits_for_no_bucket_before_its_last() -> None:
     for (by_gloo, by_memory), did in run_ranks(2, baselines):
         torch.testing.assert_close(by_memory, by_gloo)
