@@ -82,7 +82,7 @@ def run_random(
         "kept_at_one_a_minute_predicted": 1 - cost_s / 60,
         "torchft_kept_at_one_a_minute": TORCHFT_KEPT,
     }
-    return {**record, "path": str(write_record(f"random-faults{'-spares' * (spares > 0)}", record, folder))}
+    return {**record, "path": str(write_record(f"random_faults{'_spares' * (spares > 0)}", record, folder))}
 
 
 def _kill_one(folder: Path, dice: random.Random) -> dict[str, Any] | None:

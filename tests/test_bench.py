@@ -23,6 +23,7 @@ from rich.console import Console
 
 from anabranch.benchmarks import collectives, data_parallel, scaling, step_parts, table5, table5_report
 from anabranch.benchmarks.plain_resnet import plain_pre_resnet
+from anabranch.benchmarks.record import RESULTS
 from anabranch.benchmarks.table5_sides import VARIANTS, Row, faster_format, network_of, setting_of
 from anabranch.blocks import build
 from anabranch.blocks.errors import ModelError
@@ -354,6 +355,10 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     for case in ("table5", "scaling", "collectives", "data-parallel"):
         assert case in done.stdout
+
+
+def test_records_are_named_as_the_readme_says() -> None:
+    assert not [path.name for path in RESULTS.glob("*") if "-" in path.name]
 
 
 def test_the_mean_is_of_the_papers_rows() -> None:
