@@ -1,14 +1,25 @@
-"""What every test shares. One thread a process: the suite starts many, and two cores are all it asks for."""
+"""What every test shares: one thread a process, no GPU, and nothing of what the shell that started it is about."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import re
 import secrets
 import shutil
+import sys
 import tempfile
 
-# Read when torch and its libraries load: set before any test module imports them. Spawned ranks inherit it.
+# Flags of a run, another cluster, a job's rank, colours: the suite may run in a batch job, or on a cluster's node.
+_INHERITED = re.compile(
+    r"ANABRANCH_(?!TEST_CACHE$)|(SLURM|TORCHELASTIC|MASTER)_|(RAY_ADDRESS|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE"
+    r"|(GLOO|NCCL)_SOCKET_IFNAME|(FORCE|NO)_COLOR|COLUMNS)$"
+)
+for variable in filter(_INHERITED.match, list(os.environ)):
+    del os.environ[variable]
+
+# Two cores are all the suite asks for, and it starts many processes, which inherit this.
+# Read when torch and its libraries load: set before any test module imports them.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
@@ -59,10 +70,27 @@ _LONG = (
 )
 
 
+def _opted_in(config: pytest.Config) -> bool:
+    return "optin" in config.getoption("markexpr")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m optin` no GPU is seen: what is tested is the same on every machine. torch looks when it is asked."""
+    if not _opted_in(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """A test's random numbers are its own, whichever ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Opt-in tests run with `-m optin` only; the longest files begin, so that no process waits for one at the end."""
     items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
-    if "optin" not in config.getoption("markexpr"):
+    if not _opted_in(config):
         for item in items:
             if item.get_closest_marker("optin"):
                 item.add_marker(pytest.mark.skip(reason="opt in: run it with -m optin"))

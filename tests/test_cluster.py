@@ -288,6 +288,9 @@ def ray_cluster() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="ab") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)  # where Ray's test cluster notes its address
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.delenv(
+            "CUDA_VISIBLE_DEVICES", raising=False
+        )  # Ray offers no more GPUs than it lists, faked ones too
         temp_dir = Path(folder, "ray")
         temp_dir.mkdir()
         from ray.cluster_utils import Cluster
