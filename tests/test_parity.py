@@ -114,15 +114,18 @@ CASES = [
 
 # At a rate of 0.1 trajectories in bf16 are apart after three steps, how far depends on the processor's kernels.
 NEAR = {"optimizer": {"lr": 0.01}}
-# Rounding of the arithmetic that trains, not of the plan: bounds are stated, not derived.
+# What is chosen by timing would round otherwise on a busy machine.
+FUSED = {**EVERYTHING, "execution": "fused"}
+# Rounding of the arithmetic that trains, not of the plan: bounds are stated, not derived. In fp32 one gate of a ReLU
+# that turns out otherwise, as on another processor, is felt in every gradient: one step, and a wide bound.
 ROUNDED = [
     Case(
         "basic",
         (1, 2),
         ((5, 0), (3, 2), S, (2, 3)),
         "ss",
-        trial={**EVERYTHING, "precision": "fp32"},
-        bound=1e-3,
+        trial={**FUSED, "precision": "fp32", "steps": 1},
+        bound=0.87,
     ),
     Case("basic4", (1, 2), ((3, 1),), "ss", trial={"wire": "bf16", "precision": "fp32", **NEAR}),
     Case(
@@ -137,27 +140,31 @@ ROUNDED = [
         (1, 2),
         ((3, 2), (5, 0), S, (2, 3)),
         "rr",
-        trial={**EVERYTHING, "precision": "bf16", "steps": 1},
+        trial={**FUSED, "precision": "bf16", "steps": 1},
     ),
-    Case("basic", (1, 2), ((3, 2),), "ss", trial={**EVERYTHING, "precision": "bf16", **NEAR}),
+    Case("basic", (1, 2), ((3, 2),), "ss", trial={**FUSED, "precision": "bf16", **NEAR}),
     Case(
         "basic",
         (1, 2),
         (S, (3, 2), S, (2, 3)),
         "ss",
-        trial={"precision": "fp32", "num_samples": 32},
-        bound=1e-3,
+        trial={"precision": "fp32", "steps": 1},
+        bound=0.87,
     ),
-    Case("tuple", (2, 2), ((2, 1), S), "rr", trial={"precision": "fp32"}, bound=5e-3),
+    # no ReLU; the gradient of a bias before BatchNorm is rounding alone
+    Case("tuple", (2, 2), ((2, 1), S), "rr", trial={"precision": "fp32"}, bound=1.7e-2),
     Case("basic", (1, 2), ((5, 0), (3, 2), S, (2, 3)), "ss", trial={"precision": "bf16", **NEAR}),
     Case("unequal", (2, 2), ((2, 1), S, S), "rr", trial={"precision": "bf16", **NEAR}),
     # a bias before BatchNorm, whose gradient is rounding alone
-    Case("unequal", (1, 2), ((2, 1), S, S), "rr", trial={**EVERYTHING, "precision": "bf16", "steps": 1}),
+    Case("unequal", (1, 2), ((2, 1), S, S), "rr", trial={**FUSED, "precision": "bf16", "steps": 1}),
 ]
 
 # bfloat16: four times what three steps showed at most, of 60 networks and samples (loss 0.005, statistic 0.006,
 # gradient 1.05, change 0.53); the first step's bound is `verify`'s own.
 BF16 = {"loss": 2e-2, "statistic": 2.4e-2, "gradient": 4.0, "change": 2.0}
+# float32: so do these, and each row's own bound of all kinds (60 networks and samples: loss 2.4e-7, statistic 1.5e-6,
+# any 0.22 with ReLUs, 4.2e-3 without).
+FP32 = {"loss": 1e-6, "statistic": 6e-6}
 
 _BATCH = 9
 
@@ -224,7 +231,7 @@ def test_parity_in_less_precision(case: Case) -> None:
             assert report.max_relative_difference <= HALF_TOLERANCE, report
     else:
         assert report.max_relative_difference <= case.bound, report
-        assert report.by_kind["loss"] <= 1e-6, report
+        assert all(report.by_kind[kind] <= bound for kind, bound in FP32.items()), report
 
 
 def test_exchanges_of_a_group_come_in_one_order() -> None:
