@@ -28,6 +28,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from privileges import may_mount
 
 from anabranch.cluster import ClusterError, checks, connect
 from anabranch.cluster.checks import Check, NodeReport
@@ -269,7 +270,7 @@ def _plant_packages(site: Path, **versions: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # A second node with everything wrong that one can have, in a file system of its own where this user may make one.
 
-OWN_MOUNTS = os.geteuid() == 0
+OWN_MOUNTS = may_mount()
 MOUNTS = """
 mount --make-rprivate /
 mount -t tmpfs none "$0/not_shared"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from family_cases import train
+from privileges import may_mount
 from ranks import run_ranks
 
 from anabranch.benchmarks import fault_judge, fault_runs
@@ -96,7 +97,7 @@ def test_a_fault_is_survived(index: int, survived: Outcome) -> None:
 @pytest.mark.optin
 @pytest.mark.parametrize("cell", [cell for cell in cells() if not cell.void], ids=lambda cell: cell.name)
 def test_cell(cell: Cell, bench: Bench) -> None:
-    if (cell.hosts or any(fault.kind == "disk" for fault in cell.faults)) and os.geteuid() != 0:
+    if (cell.hosts or any(fault.kind == "disk" for fault in cell.faults)) and not may_mount():
         pytest.skip("namespaces and mounts need root")
     outcome = bench.run(cell)
     assert outcome.outcome in cell.promise, outcome.said
@@ -190,7 +191,7 @@ def test_seconds_and_steps_are_the_traces(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_full(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
+    if not may_mount():
         pytest.skip("mounting a small file system needs root")
     from anabranch.benchmarks.faults import small_disk
     from anabranch.benchmarks.injector import empty

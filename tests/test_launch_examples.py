@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]  # Ray's own dependency
+from privileges import may_mount
 
 import anabranch.cluster
 from anabranch.runtime.cli import main, parse
@@ -229,7 +230,7 @@ def alone(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.optin
-@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+@pytest.mark.skipif(not may_mount(), reason="namespaces need root")
 @pytest.mark.parametrize("script", [SYMMETRIC, JOB], ids=["symmetric-run", "job"])
 def test_really_run(script: str, tmp_path: Path) -> None:
     done = alone(script, tmp_path)

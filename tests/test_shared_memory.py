@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from privileges import may_become
 from ranks import run_ranks
 from torch import Tensor
 
@@ -181,6 +182,9 @@ def test_a_killed_rank_is_seen_at_once() -> None:
     group.close()
 
 
+NOBODY = 65_534
+
+
 def meddles(names: Connection, user: int) -> None:
     """A process of another user: takes rank 1's place before rank 1 does, if it is let."""
     os.setuid(user)
@@ -194,12 +198,12 @@ def meddles(names: Connection, user: int) -> None:
             names.send(b"")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user: needs root")
+@pytest.mark.skipif(not may_become(NOBODY), reason="becomes another user: needs root")
 def test_another_users_process_is_refused() -> None:
     pipes = [mp.Pipe() for _ in range(2)]
     context = mp.get_context("forkserver")
     rank_1 = context.Process(target=waits, args=(pipes[0][1],), daemon=True)
-    stranger = context.Process(target=meddles, args=(pipes[1][1], 65_534), daemon=True)
+    stranger = context.Process(target=meddles, args=(pipes[1][1], NOBODY), daemon=True)
     for process, (_, theirs) in zip((rank_1, stranger), pipes, strict=True):
         process.start()
         theirs.close()
