@@ -8,7 +8,8 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,16 +236,22 @@ def save_tested(rank: int, world_size: int, run_dir: Path, accuracies: dict[int,
         saved.finish(network)
 
 
-def save_until_killed(rank: int, world_size: int, run_dir: Path, delay_s: float) -> None:
-    """Saves checkpoint after checkpoint, noting each finished one, and is killed after delay_s."""
+def save_until_killed(rank: int, world_size: int, run_dir: Path, moments: Sequence[float]) -> None:
+    """Saves checkpoint after checkpoint, noting each finished one, and is killed so many saves later.
+
+    moments: by rank, after its second save, in times of that one.
+    """
     here = tuple_place(world_size)
     newest = Checkpoints(run_dir).newest()
     first = 1 if newest is None else stamped(newest) + 1
     torch.distributed.barrier()  # none starts to save while another still looks
-    threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
     for step in itertools.count(first):
+        begun = time.monotonic()
         save_stamped(run_dir, here, step)
         (run_dir / f"finished-{rank}").write_text(f"{step:09d}")
+        if step == first + 1:
+            delay_s = moments[rank] * (time.monotonic() - begun)
+            threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def crash_everywhere(rank: int, world_size: int, folder: Path, damaged: bool) -> tuple[int, int]:

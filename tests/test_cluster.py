@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from resource import getpagesize
 from typing import Any
 
 import pytest
@@ -200,9 +201,11 @@ def test_environment() -> None:
 
 
 FAULTS = """
-import sys, threading
+import ctypes, sys, threading
 from resource import RUSAGE_SELF, getrusage
 from anabranch.cluster.environment import keep_freed_memory
+PR_SET_THP_DISABLE = 41  # a huge page is one fault
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 def fill():
     for megabytes in (20, 3, 40):
         bytearray(megabytes * 2**20).find(1)  # writes nothing: the system clears each page that is new
@@ -225,8 +228,9 @@ def test_freed_memory_is_kept() -> None:
         int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout)
         for how in ("keep", "")
     )
-    assert kept < 100
-    assert given_back > 10_000, "or this test shows nothing"
+    pages = 5 * 63 * 2**20 // getpagesize()
+    assert kept < 0.01 * pages
+    assert given_back > 0.1 * pages, "or this test shows nothing"
 
 
 def test_no_cluster_at_the_address() -> None:
@@ -403,7 +407,8 @@ def test_ray_is_outside_the_step(ray_hosts: tuple[Host, ...]) -> None:
         ]
         assert len({status["pid"] for status in seen[-1]}) == 2
     most = 2 + max(result["seconds"] for result in results)
-    assert 2 <= len(seen) <= most, "3 s of steps are watched about once a second, and at the end"
+    stepping = [statuses for statuses in seen if all("step" in status for status in statuses)]
+    assert 2 <= len(stepping) <= most, "3 s of steps are watched about once a second, and at the end"
     assert all(status["seen_s"] < most for status in seen[-1])
     once, twice = ({k: v for k, v in made.items() if not k.startswith("watch")} for made in calls)
     for made in (once, twice):

@@ -6,13 +6,14 @@ import hashlib
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 
+from anabranch.runtime import pace
 from anabranch.runtime.durable import write_copies
-from anabranch.runtime.pace import Pace
 from anabranch.runtime.tensor_file import _DTYPES, save_file
 
 TENSORS = {
@@ -51,25 +52,32 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_thread_rests_three_times_what_it_computed_until_it_is_waited_for() -> None:
-    pace, seconds, first_is_over = Pace(), list[float](), threading.Event()
+def test_a_thread_rests_three_times_what_it_computed_until_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, asked = [100.0], list[float | None]()
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            asked.append(timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(pace, "time", SimpleNamespace(thread_time=lambda: now[0]))
+    own = pace.Pace()
+    monkeypatch.setattr(own, "_hurried", Event())
 
     def work() -> None:
-        pace.start()
-        for _ in range(3):
-            begun = time.thread_time()
-            while time.thread_time() < begun + 0.1:
-                pass
-            begun = time.perf_counter()
-            pace.rest()
-            seconds.append(time.perf_counter() - begun)
-            first_is_over.set()
+        own.start()
+        for computed_s in (0.001, 0.002, 1e6, 1e6):
+            now[0] += computed_s
+            own.rest()
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    assert first_is_over.wait(60)
-    pace.hurry()  # in the second round, or its rest
-    thread.join()
-    first, _, last = seconds
-    assert first >= 0.3
-    assert last < 0.1
+    while len(asked) < 3:
+        time.sleep(0.001)
+    assert thread.is_alive()
+    own.hurry()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert asked == pytest.approx([0.003, 0.006, 3e6, 3e6])
