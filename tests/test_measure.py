@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,28 +67,31 @@ def measured(
     torch.set_num_threads(1)
     cluster = cluster_of(world_size)
     devices = [str(device) for device in cluster.devices]
-    whole = PreactResidual.branches
+    whole, exchanges = PreactResidual.branches, Trial.exchanges
+    alike = set[bool]()
 
     def slowed(self: PreactResidual, h: Tensor) -> Tensor:
         begun = time.perf_counter()
         s = whole(self, h)
         if rank == 1 and slow and torch.is_grad_enabled():
-            time.sleep(
-                slow * (time.perf_counter() - begun) + 0.02
-            )  # of it, half must be more than an exchange takes on a busy machine
+            time.sleep(slow * (time.perf_counter() - begun) + 0.02)
         return s
+
+    def told(self: Trial, **options: bool) -> Iterator[tuple[int, float]]:
+        alike.update(options.values())
+        return exchanges(self, **options)
 
     fewest = mock.patch.object(measure, "_MOST", measure._LEAST)
     sizes = mock.patch.object(measure_links, "_SIZES", (1024, 16_384, 65_536, 2**20))
-    with fewest, sizes, mock.patch.object(PreactResidual, "branches", slowed):
+    branches = mock.patch.object(PreactResidual, "branches", slowed)
+    with fewest, sizes, branches, mock.patch.object(Trial, "exchanges", told):
         costs = measure.measure_costs(case.network(), case.setting(), cluster, devices, budget_s=8)
     path = Path(folder, f"costs-{rank}.json")
     write_costs(costs, path)
-    sums = [group for group in costs.groups if group.collective == "all_reduce"]
     return {
         "path": str(path),
         "speeds": [d.speed for d in with_speeds(cluster, devices, costs).devices],
-        "sum_s": max(sums[0].seconds(num_bytes) for num_bytes in (16_384, 32_768, 65_536)),
+        "alike": alike,
     }
 
 
@@ -121,12 +125,38 @@ def test_costs_are_the_networks_and_the_same_on_all_ranks(tmp_path: Path) -> Non
 
 
 def test_a_slow_worker_is_found(tmp_path: Path) -> None:
-    """And what the other waits for it is not taken for the time of their exchange."""
+    """And exchanges are then not what both took for them."""
     case = replace(SHORT, options={"depth": 8, "num_branches": 4})  # of which both can have equally many
     found = run_ranks(2, measured, str(tmp_path), 3.0, case)[0]
     assert found["speeds"][0] == 1.0
     assert found["speeds"][1] < 0.7
-    assert found["sum_s"] < 0.008  # half of the waiting is more
+    assert found["alike"] == {False}
+
+
+@pytest.mark.parametrize(
+    ("alike", "is_even", "expected"),
+    [(True, True, [3.0, 4.0]), (False, True, [1.0, 3.0]), (True, False, [1.0, 3.0])],
+)
+def test_an_exchange_is_as_long_as_for_the_rank_that_waits_for_none(
+    alike: bool, is_even: bool, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another is slower, or has more to do; else they wait by turns, and all of that is the exchange's."""
+    everyone = [[[(8, 1.0), (8, 5.0)]], [[(8, 5.0), (8, 3.0)]]]  # two exchanges of one step, by rank
+    spans = [Span("forward", "b", "all_reduce", num, 0.0, seconds) for num, seconds in everyone[0][0]]
+    spans.append(Span("forward", "b", "all_gather", 8, 0.0, 9.0))
+
+    def gathered(mine: Any, device: torch.device) -> Any:
+        assert mine == everyone[0]
+        return everyone
+
+    monkeypatch.setattr("anabranch.runtime.measure_trial.gather_json", gathered)
+    trial: Any = SimpleNamespace(
+        spans=[spans],
+        is_even=is_even,
+        parallel=torch.nn.Linear(1, 1),
+        mesh=SimpleNamespace(branch=2),
+    )
+    assert list(Trial.exchanges(trial, alike=alike)) == [(8, seconds) for seconds in expected]
 
 
 def test_speeds_are_of_a_sample() -> None:
