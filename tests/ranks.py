@@ -25,12 +25,12 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 100.0,
+    timeout_s: float = 280.0,
     backend: str = "gloo",
 ) -> list[Any]:
     """[function(rank, world_size, *args) on each rank]; raises AssertionError with a failed rank's traceback.
 
-    backend: "nccl": all ranks on the first GPU.
+    timeout_s: just below pytest's own, which finds what hangs. backend: "nccl": all ranks on the first GPU.
     """
     pipes: list[Connection] = []
     processes = []

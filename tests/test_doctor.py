@@ -221,7 +221,7 @@ def test_faults_of_a_process_are_named(tmp_path: Path) -> None:
             env={**environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "ib7"},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=280,
             check=True,
         )
     told = json.loads(done.stdout.splitlines()[-1])

@@ -156,7 +156,7 @@ def test_torchrun(tmp_path: Path) -> None:
         str(tmp_path),
     )
     process = start("", *run)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     results = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     share = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -210,7 +210,7 @@ def test_srun_and_the_error_is_said_once() -> None:
     common = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
     common |= {"SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
     ranks = [start(WORKER, "raise", SLURM_PROCID=str(rank), **common) for rank in range(2)]
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    errors = [process.communicate(timeout=280)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     last = [error.strip().split("WorkerError: ")[-1] for error in errors]
     assert last[0].startswith("rank 0 on host")

@@ -238,14 +238,14 @@ def test_exchanges_of_a_group_come_in_one_order() -> None:
     """Of the last block one column holds nothing: its gradients' buckets must not come behind the exchanges of
     BatchNorms whose groups span all ranks, while the other column's come before them."""
     case = Case("basic4", (2, 2), (S, S, (2, 2), (4, 0)), "ss", trial={"bn_batch_size": 16})
-    for report in run_ranks(4, with_small_buckets, case, timeout_s=60):
+    for report in run_ranks(4, with_small_buckets, case):
         assert report.max_relative_difference <= case.bound, report
 
 
 def test_a_tied_weight_leaves_after_its_last_use() -> None:
     """Its gradients are not put off: a bucket would leave with the first."""
     case = Case("tied", (2, 2), ((2, 2),), "ss", trial={"overlap": "on"})
-    for report in run_ranks(4, with_small_buckets, case, timeout_s=60):
+    for report in run_ranks(4, with_small_buckets, case):
         assert report.max_relative_difference <= case.bound, report
 
 

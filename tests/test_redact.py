@@ -62,7 +62,7 @@ def test_a_run_that_fails_tells_no_secret(tmp_path: Path, launcher: str) -> None
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100, check=False
+        command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 1, done.stderr[-2000:]
     assert "https://***@host/x?token=***" in done.stderr

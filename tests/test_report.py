@@ -130,7 +130,7 @@ def browse(page: Path, folder: Path, *flags: str) -> tuple[str, str, list[str], 
          "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1400,900",
          f"--user-data-dir={folder / 'user'}",
          f"--log-net-log={log}", "--enable-logging=stderr", "--dump-dom", *flags, page.as_uri()],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=280, check=True,
     )  # fmt: skip
     seconds = time.perf_counter() - begun
     started = re.findall(r'"params":\{[^{}]*"url":"([^"]+)"', log.read_text())

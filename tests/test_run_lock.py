@@ -38,7 +38,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    process.communicate(timeout=60)
+    process.communicate(timeout=280)
 
 
 def test_in_use_and_free_again(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_run_is_stopped_from_another_terminal(tmp_path: Path, capsys: pytest.C
         status = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert (status["state"], status["alive"]) == ("stopped", False)
         assert status["checkpoint"]
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=280)
     finally:
         process.kill()
     assert process.returncode == 143, err

@@ -66,7 +66,7 @@ def trained(rank: int, world_size: int, case: Case) -> dict[str, int]:
 @pytest.mark.timeout(300)
 def test_replicas_are_the_same_bits_after_200_steps() -> None:
     case = Case("tuple", (2, 2), ((2, 1), S), "sr", trial={"precision": "fp32", "batch_size": 8})
-    sums = run_ranks(4, trained, case, timeout_s=250)
+    sums = run_ranks(4, trained, case)
     check_replicas(dict(enumerate(sums)))
     of_all = set.intersection(*map(set, sums))
     assert len(of_all) >= 10
