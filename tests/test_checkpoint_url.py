@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from importlib.util import find_spec
@@ -117,6 +118,24 @@ def test_rank_0_makes_the_folder_that_the_driver_made_on_another_host(tmp_path: 
         file.on_warning("written")
         file.close()
         assert "written" in (tmp_path / f"run{from_step}/metrics.jsonl").read_text()
+
+
+def test_a_run_goes_on_from_its_url_in_an_empty_folder(tmp_path: Path) -> None:
+    """As on another machine; the same losses as undisturbed."""
+
+    def losses(name: str, *more: str) -> list[tuple[int, float]]:
+        folder = tmp_path / name
+        flags = ["--launcher", "none", "--model.options.depth", "8", "--mesh.execution", "fused"]
+        flags += ["--mesh.memory-format", "contiguous", "--train.eval-every-epochs", "0", *more]
+        assert main(["train", *flags, "--run-dir", str(folder)]) == 0
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines if line["kind"] == "step"]
+
+    at = ["--checkpoint.url", f"file://{tmp_path}/bucket"]
+    whole = losses("whole", "--train.max-steps", "4")
+    assert losses("here", *at, "--train.max-steps", "2") == whole[:2]
+    assert losses("there", *at, "--train.max-steps", "4", "--resume", "auto") == whole[2:]
+    assert not (tmp_path / "there" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("url", "shared"), [("", Path("/runs/a")), ("file:///bucket", None)])

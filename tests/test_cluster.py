@@ -483,27 +483,22 @@ def test_the_doctor_names_what_is_wrong_and_nothing_else(ray_hosts: tuple[Host, 
         call = parse(["doctor", "--run-dir", str(tmp_path / "run"), "--launch.port", port, "--quiet"])
         assert call is not None
         result, exit_code = run(call)
+        if "no answer" in str(result):  # a node on a busy machine: once more
+            result, exit_code = run(call)
     assert exit_code == 1
     assert result is not None
     big, small = (host.name for host in ray_hosts)
     # whether Ray asks for its token depends on what this process did before
     told = {(each["name"], each["host"]): each for each in result["checks"] if each["name"] != "token"}
     failed = {key: check["found"] for key, check in told.items() if not check["ok"]}
-    assert failed.keys() >= {("GPUs", big), ("GPUs", small), ("port", big)}
-    slow = failed.keys() - {
-        ("GPUs", big),
-        ("GPUs", small),
-        ("port", big),
-    }  # on a busy machine a node may not answer
-    if any("no answer" in failed[key] for key in slow):
-        return
+    assert failed.keys() == {("GPUs", big), ("GPUs", small), ("port", big)}, failed
     assert failed["GPUs", big].startswith("Ray offers 4 GPUs, torch sees ")
     assert failed["port", big] == f"launch.port {port} is in use on {big}"
     assert all(check["remedy"] for check in told.values() if not check["ok"])
     everywhere = ("answers", "versions", "interface", "clock", "disk", "run folder")
     passed = {(name, host) for name in everywhere for host in (big, small)}
     passed |= {("cluster", ""), ("room", ""), ("route", small), ("all-reduce", "")}
-    assert (told.keys() - failed.keys(), slow) == (passed, set())
+    assert told.keys() - failed.keys() == passed
     assert not list(tmp_path.iterdir()), "it leaves nothing"
 
 

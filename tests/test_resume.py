@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
 
 from anabranch.blocks import build
 from anabranch.runtime import Trainer, commands
@@ -18,6 +20,7 @@ from anabranch.runtime.assemble import make_network
 from anabranch.runtime.callbacks import Callback
 from anabranch.runtime.checkpoint import Checkpoint
 from anabranch.runtime.checkpoints import Checkpoints
+from anabranch.runtime.cli import main
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import load_config, load_resumed
 from anabranch.runtime.data.load import load_data
@@ -25,8 +28,11 @@ from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.held_out import keep_out
 from anabranch.runtime.launch import alone
+from anabranch.runtime.mesh import Mesh
+from anabranch.runtime.parallel_network import ParallelNetwork, parallelize
 from anabranch.runtime.position import falls_due
 from anabranch.runtime.run_folder import RunFolder
+from anabranch.schedulers import Plan
 
 SMALL: dict[str, dict[str, Any]] = {  # three steps an epoch
     "model": {"name": "multi_resnet", "options": {"depth": 8, "num_branches": 2}},
@@ -54,6 +60,45 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     train(config(folder))
     return folder
+
+
+def test_what_was_learned_is_tested_and_exported_by_commands(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert main(["eval", str(run), "--json"]) == 0
+    tested = json.loads(capsys.readouterr().out)
+    *_, last = [line["test_accuracy"] for line in lines if line["kind"] == "evaluation"]
+    assert (tested["test_accuracy"], Path(tested["checkpoint"]).name) == (last, "step-000004")
+    file = tmp_path / "model.safetensors"
+    assert main(["export", str(run), "--output", str(file), "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    tensors = load_file(file)
+    assert (exported["num_tensors"], exported["bytes"]) == (len(tensors), file.stat().st_size)
+    network = build("multi_resnet", depth=8, num_branches=2, in_channels=1)
+    network.load_state_dict(tensors, strict=True)
+    assert main(["eval", str(tmp_path / "none"), "--json"]) == 2
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_verify_as_a_command_names_the_worst_block(
+    planted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def doubled(network: nn.Module, plan: Plan, mesh: Mesh) -> ParallelNetwork:
+        parallel = parallelize(network, plan, mesh)
+        if planted:
+            (weight, *_) = parallel.blocks.get_submodule("stage2.block1").parameters()
+            weight.register_hook(lambda gradient: 2 * gradient)
+        return parallel
+
+    monkeypatch.setattr("anabranch.runtime.verify.parallelize", doubled)
+    flags = ["--launcher", "none", "--plan", "data", "--model.options.depth", "8", "--steps", "1"]
+    flags += ["--mesh.execution", "fused", "--mesh.memory-format", "contiguous", "--float64"]
+    assert main(["verify", *flags, "--json"]) == (1 if planted else 0)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["max_relative_difference"] > 1e-9) == planted
+    assert told["by_kind"]["loss"] <= 1e-9
+    assert not planted or "blocks.stage2.block1." in told["worst"]
 
 
 def test_eval_of_a_run_whose_settings_need_more_workers(run: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from rich.console import Console
 from anabranch.cluster import WorkerError, connect, placement, ray_calls
 from anabranch.runtime import commands
 from anabranch.runtime.callbacks import Callback
+from anabranch.runtime.cli import main
 from anabranch.runtime.config import Config
 from anabranch.runtime.config_file import load_resumed
 from anabranch.runtime.errors import CheckpointError, ConfigError, DataError
@@ -482,22 +483,26 @@ def test_torchrun_starts_the_same_worker(tmp_path: Path, undisturbed: Path) -> N
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
-def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both commands on the user's files, and the script; of each a few steps."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    module, plan, _script = re.findall(r"```\w+\n(.*?)```", readme, re.DOTALL)
+    module, plan, script = re.findall(r"```\w+\n(.*?)```", readme, re.DOTALL)
     (tmp_path / "mine.py").write_text(module)
     (tmp_path / "plan.toml").write_text(plan)
     monkeypatch.chdir(tmp_path)
-    chosen = Config.from_dict(
-        {
-            "model": {"name": "mine:MyNet"},
-            "data": {"name": "mine:make_dataset"},
-            "train": {"max_steps": 3},
-            "mesh": {"plan": "plan.toml"},
-            "launch": {"run_dir": str(tmp_path / "run")},
-        }
-    )
-    assert train(chosen)["steps"] == 3
+    monkeypatch.syspath_prepend(tmp_path)
+    few = {"verify": ["--steps", "1"], "train": ["--train.max-steps", "3"]}
+    commands = re.findall(r"^    anabranch (\w+) (.*mine:MyNet.*)$", readme, re.MULTILINE)
+    assert {verb for verb, _ in commands} == few.keys()
+    for verb, flags in commands:
+        assert main([verb, *flags.split(), *few[verb], "--json"]) == 0
+        told = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert told["num_compared"] > 20 if verb == "verify" else told["steps"] == 3
+    exec(script.replace('"epochs": 1', '"max_steps": 3'), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
+    sys.modules.pop("mine")
 
 
 SLOWER = """
