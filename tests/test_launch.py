@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from anabranch.cluster.environment import hold_port
 from anabranch.cluster.errors import ClusterError, WorkerError
 from anabranch.cluster.worker_context import WorkerContext
 from anabranch.runtime.launch import alone, choose_launcher, from_environment, run_here
@@ -60,12 +61,6 @@ def start(script: str, *args: str, **environ: str) -> subprocess.Popen[str]:
         env={**clean, **environ},
         start_new_session=True,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -148,10 +143,9 @@ def test_torchrun(tmp_path: Path) -> None:
     run = (
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        str(free_port()),
         str(script),
         str(tmp_path),
     )
@@ -208,9 +202,12 @@ def test_a_run_of_one_process_takes_all_cores_or_what_the_user_set(own: str) -> 
 def test_srun_and_the_error_is_said_once() -> None:
     """Two tasks as srun starts them. Rank 1 raises: rank 0 says that it lost a rank, not what gloo said."""
     common = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
-    common |= {"SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
-    ranks = [start(WORKER, "raise", SLURM_PROCID=str(rank), **common) for rank in range(2)]
-    errors = [process.communicate(timeout=280)[1] for process in ranks]
+    held = hold_port()
+    assert held is not None
+    with held:
+        common |= {"SLURM_NODELIST": "localhost", "MASTER_PORT": str(held.getsockname()[1])}
+        ranks = [start(WORKER, "raise", SLURM_PROCID=str(rank), **common) for rank in range(2)]
+        errors = [process.communicate(timeout=280)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1]
     last = [error.strip().split("WorkerError: ")[-1] for error in errors]
     assert last[0].startswith("rank 0 on host")

