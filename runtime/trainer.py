@@ -175,7 +175,9 @@ class Trainer:
         told: how the ranks that go on run it. generation: whose groups they are.
         """
         self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
-        if generation is not None:  # from here on ranks wait for one another as in training: loading takes time
+        if (
+            generation is not None
+        ):  # from here on ranks wait for one another as in training: loading takes time
             generation.formed(self.mesh)
         if not self._is_set_up:
             network = in_precision(self.config, self._network)
