@@ -179,8 +179,7 @@ class Checkpoints:
 
         When it returns the checkpoint is on the disk. Raises as `save`, for what failed in between.
         """
-        pending, self._pending = self._pending, None
-        failed, self._failed = self._failed, None
+        pending, failed = self._pending, self._failed
         if pending is not None:
             pending.hurry()
         try:
@@ -189,6 +188,8 @@ class Checkpoints:
             if pending is not None:
                 pending.give_up(str(error))
             raise
+        finally:  # not before: `settle` may come meanwhile
+            self._pending = self._failed = None
 
     def _finish(self, network: ParallelNetwork, pending: PendingSave | None, failed: OSError | None) -> str:
         mesh, device = network.mesh, next(network.parameters()).device
@@ -232,7 +233,7 @@ class Checkpoints:
         return self._pending is not None and self._pending.is_under_way
 
     def held(self) -> AbstractContextManager[None]:
-        """Within the context the save that was begun is not ended: the newest checkpoint stays that. Of this rank."""
+        """Within the context the save that was begun removes no older checkpoint. Of this rank."""
         return self._pending.held() if self._pending else nullcontext()
 
     def settle(self, wait_s: float) -> None:

@@ -68,8 +68,8 @@ class PendingSave:
         self._given_up = ""
         self._decides = (
             threading.Condition()
-        )  # held while the manifest is written: given up is a save before, or not
-        self._is_held = self._ending = False
+        )  # held while rank 0 ends it: given up it is before, or not at all
+        self._is_held = self._is_whole = self._ending = False
         self._deadline = float("inf")
         # Not a daemon: a program that ends (of an error, too) first finishes what it has begun to save.
         self._thread = threading.Thread(target=self._run, name=f"save {folder.name} on rank {rank}")
@@ -91,7 +91,7 @@ class PendingSave:
     @property
     def is_under_way(self) -> bool:
         """Whether it may still come to something."""
-        return self._thread.is_alive() and not self._given_up
+        return self._thread.is_alive() and not self._given_up and not self._is_whole
 
     def hurry(self) -> None:
         """Somebody will wait for it: it leaves no time to the training any more."""
@@ -113,7 +113,7 @@ class PendingSave:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within the context there is no manifest more than at its beginning, unless the process is to end."""
+        """Within the context no older checkpoint goes for it, nor where it is then given up."""
         with self._decides:
             self._is_held = True
         try:
@@ -139,12 +139,14 @@ class PendingSave:
             if self._commit is not None:
                 records = {self._rank: record, **{rank: self._record_of(rank) for rank in self._others}}
                 with self._decides:
-                    self._decides.wait_for(lambda: not self._is_held or self._given_up or self._ending)
                     self._check()
                     for rank in self._others:
                         self.folder.delete(self._record_name(rank))
                     self._commit(records)
-                self._after()
+                    self._is_whole = True
+                    self._decides.wait_for(lambda: not self._is_held or self._given_up or self._ending)
+                if not self._given_up:
+                    self._after()
             elif record["sums"] or record["file"]:
                 self._tell(record)
         except Exception as error:

@@ -276,7 +276,7 @@ class Trainer:
                     text = f"rank {context.rank} could not join again: {type(error).__name__}: {error}"
                     context.publish(warning=text, not_joined=text)
             context.publish(phase="waiting for a lost rank")
-            # meanwhile the newest checkpoint stays that: the order may be to go back to it
+            # meanwhile no checkpoint goes: the order may be to go back to it
             with self.checkpoints.held() if self.checkpoints else nullcontext():
                 self._obey(context.await_order(**self._state()))
 

@@ -294,7 +294,7 @@ def test_a_newcomer_opens_no_checkpoint_but_one_to_go_back_to(
     monkeypatch.setattr(worker, "Trainer", lambda *_, **__: SimpleNamespace(fit=dict))
     config = Config.from_dict(CONFIG)
     plan = make_plan(config, spec_of(make_network(config, load_data("digits"))), local_cluster(1, "here"))
-    worker.train_worker(Job("train", config, plan, str(tmp_path), "retired", str(tmp_path)), context)
+    worker.train_worker(Job("train", config, plan, str(tmp_path), "retired", str(tmp_path / "gone")), context)
     assert opened == (["newest"] if action == "rewind" else [])
 
 
