@@ -115,8 +115,8 @@ def test_its_gradient_is_four_times_the_residual_times_the_basis() -> None:
 
 def test_descent_makes_bases_orthonormal() -> None:
     network = share_bases(cifar_resnet(14, width=4), 4, 1, own_in_basis=True)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
-    for _ in range(200):
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02)  # at 0.05 most draws diverge
+    for _ in range(400):
         optimizer.zero_grad()
         penalty = one_device_penalty(network, OrthogonalityPenalty(1.0, "sum"))
         penalty.backward()
