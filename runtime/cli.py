@@ -30,7 +30,7 @@ from anabranch.runtime.flags import (
     with_gross_flags,
 )
 from anabranch.runtime.interrupts import Interrupted, Stopped, Terminated
-from anabranch.runtime.numerics import few_bits
+from anabranch.runtime.numerics import is_exact, tolerance_of
 from anabranch.runtime.plain_json import plain_json
 from anabranch.runtime.redact import redacted, shielded
 
@@ -97,7 +97,6 @@ Checkpoint = Annotated[str, Parameter(help="Name of a checkpoint in RUN/checkpoi
 ListConfigs = Annotated[bool, Parameter(help="Show the shipped configurations and end.", negative=())]
 Explain = Annotated[bool, Parameter(help="Say for each stage when which split pays.", negative=())]
 Float64 = Annotated[bool, Parameter(help="Compute in float64.", negative=())]
-HALF_TOLERANCE = 0.8  # of one step; in bf16 0.04 to 0.52 was seen, a gradient that counts twice is 1 off
 Json = Annotated[
     bool,
     Parameter(help="Print the result as one JSON object on the last line of standard output.", negative=()),
@@ -146,17 +145,17 @@ def verify(
     Parameters
     ----------
     steps
-        Training steps to compare; default 3, and 1 in bf16 and tf32, whose rounding grows from step to step.
+        Training steps to compare; default 3 with --float64, else 1: what is rounded grows from step to step.
     tolerance
         Largest relative difference that passes; default 1e-9 with --float64, 0.8 in bf16 (--train.precision or
-        --mesh.wire) and tf32 (a gradient counted twice is 1 off), else 1e-3.
+        --mesh.wire) and tf32, else 0.25. A gradient counted twice is 1 off; what is less shows with --float64.
     """
     made = config_from_flags(config, given)
-    rounds = not float64 and few_bits(made.train.precision, made.mesh.wire)
+    numbers = "fp64" if float64 else made.train.precision, made.mesh.wire
     if tolerance is None:
-        tolerance = 1e-9 if float64 else HALF_TOLERANCE if rounds else 1e-3
+        tolerance = tolerance_of(*numbers)
     if steps is None:
-        steps = 1 if rounds else 3
+        steps = 3 if is_exact(*numbers) else 1
     arguments = {"config": made, "steps": steps, "float64": float64, "tolerance": tolerance}
     return Call("verify", arguments, json, quiet)
 

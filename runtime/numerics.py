@@ -22,12 +22,23 @@ def use_numerics(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def few_bits(precision: str, wire: str) -> bool:
-    """Whether `verify` compares loosely in a `train.precision` over a `mesh.wire`: 8 or 10 bits lose what cancels.
+def is_exact(precision: str, wire: str) -> bool:
+    """Whether a network trained in a `train.precision` over a `mesh.wire` shows, where it differs, another function.
 
-    For tf32 nothing was measured: it is taken for bf16, which has fewer bits.
+    In fewer bits than float64's it may be another order of summation, by which a ReLU's gate turns out otherwise.
     """
-    return precision in ("bf16", "tf32") or wire == "bf16"
+    return precision == "fp64" and wire == "fp32"
+
+
+def tolerance_of(precision: str, wire: str) -> float:
+    """The relative difference, as `verify` measures it, that rounding makes at most: of one step where not exact.
+
+    A gradient that counts twice is 1 off. Seen of Multi-ResNets of 8 to 110 layers and of small ones: in fp32 up to
+    0.042, in bf16, computed with or sent, 0.04 to 0.52. In tf32 nothing was measured: it has 10 bits, bf16 has 8.
+    """
+    if is_exact(precision, wire):
+        return 1e-9
+    return 0.8 if precision in ("bf16", "tf32") or wire == "bf16" else 0.25
 
 
 def slowness(precision: str, device_type: str) -> str:

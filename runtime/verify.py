@@ -25,7 +25,7 @@ from anabranch.runtime.deal import Deal, deal_step
 from anabranch.runtime.execution import how_to_run, is_ours
 from anabranch.runtime.loss import LossFunction, cross_entropy
 from anabranch.runtime.mesh import Mesh
-from anabranch.runtime.numerics import few_bits
+from anabranch.runtime.numerics import is_exact
 from anabranch.runtime.optimizer import make_optimizer
 from anabranch.runtime.parallel_network import ParallelNetwork, branch_tensors, parallelize
 from anabranch.runtime.reference import ReferenceStep
@@ -122,7 +122,7 @@ def verify_plan(
         clip_norm=trial.optimizer.clip_norm,
         penalty=trial.penalty,
     )
-    measure = _HALF if few_bits(trial.precision, trial.wire) else _EXACT
+    measure = _EXACT if is_exact(trial.precision, trial.wire) else _ROUNDED
     compare = _Comparison(like, parallel, mesh, device, measure)
     before = {n: p.detach().clone() for n, p in parallel.named_parameters()}
     ref_before = {n: p.detach().clone() for n, p in reference.network.named_parameters()} if reference else {}
@@ -198,7 +198,7 @@ class _Measure:
 
 
 _EXACT = _Measure(lambda t: t.abs().max(), 1e-4)
-_HALF = _Measure(lambda t: t.square().mean().sqrt(), 1e-2)
+_ROUNDED = _Measure(lambda t: t.square().mean().sqrt(), 1e-2)
 
 
 @dataclass

@@ -389,6 +389,7 @@ def _sabotaged(rank: int, world_size: int, case: Case, defect: str) -> Report:
     changed: dict[str, tuple[object, str, object]] = {
         "gradient summed twice": (runtime, "copy_to_branches", summed_twice),
         "gradient summed twice, in bf16": (runtime, "copy_to_branches", summed_twice),
+        "gradient summed twice, in fp32": (runtime, "copy_to_branches", summed_twice),
         "no copy_to_branches": (runtime, "copy_to_branches", lambda h, *others: h),
         "gradient of own rows only at a fused edge": (runtime, "reduce_to_samples", skip_of_own_rows),
         "dropout by local row": (RankBatch, "with_samples", local_ids),
