@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class _Current(threading.local):
 
 
 _current = _Current()
+# By module, of its last forward pass. Not kept by the module, which can be copied and saved: a layout cannot.
+_last: WeakKeyDictionary[nn.Module, BatchLayout | None] = WeakKeyDictionary()
 
 
 def current_layout() -> BatchLayout | None:
@@ -85,9 +88,9 @@ def layout_for(module: nn.Module) -> BatchLayout | None:
     """
     layout = _current.layout
     if layout is None and is_running_again():
-        return module.__dict__.get("_last_layout")
+        return _last.get(module)
     if not torch.compiler.is_compiling():  # a graph changes no state
-        module.__dict__["_last_layout"] = layout
+        _last[module] = layout
     return layout
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterable
 
@@ -547,3 +549,13 @@ def test_a_users_checkpoint_around_several_sums_is_refused() -> None:
     """A rank without branches would stop running it again before the others' sums."""
     with pytest.raises(AssertionError, match="checkpoint of your own runs sums of 0 again"):
         run_ranks(2, parity, [Case("checkpointed row", (1, 2), ((2, 0),), "rr")], timeout_s=60)
+
+
+def test_a_layer_that_has_run_is_copied_and_saved() -> None:
+    """The layout that it ran under, which holds connections of a process, goes with neither."""
+    ours, _ = _pair()
+    sync = GroupSync(0, (3,), 0, 1, lambda values: values)
+    with batch_layout(BatchLayout((3,), 3, sync=sync)):
+        ours(_x(3))
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(again.weight, ours.weight)
