@@ -238,12 +238,12 @@ class Trainer:
         """
         if self._is_compiled or (self.config.mesh.compile == "off" and not self.how_to_run.compiled):
             return
-        self._is_compiled = True
         self.context.publish(phase="compiling")
         self.how_to_run = compile_blocks(
             self.network, self.how_to_run, *self._input(), precision=self.config.train.precision,
             on_eager=lambda text: self.context.publish(warning=text),
         )  # fmt: skip
+        self._is_compiled = True  # not before: of ranks that lost one meanwhile all begin again
         self.context.publish(phase="building", compiled=self.how_to_run.compiled)
 
     def _fit(self) -> dict[str, Any]:
