@@ -1,7 +1,7 @@
 """A user's model whose module kills, stops, hangs, cuts off or breaks a rank at an exact moment of training, once.
 
 What and when is in FAULTS, a JSON file in the working directory: [{"rank", "step", "moment", "how"}, …]. Each fires
-once: its marker file says that it has.
+once: its marker file says that it has. "after_save": not before that step's checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from anabranch.blocks import build
+from anabranch.runtime.manifest import MANIFEST
 from anabranch.runtime.reducer import GradientReducer
 from anabranch.runtime.step import TrainStep
 from anabranch.runtime.trainer import Trainer
@@ -40,6 +41,8 @@ def fire(trainer: Trainer, moment: str) -> None:
             continue
         marker.write_text(str(time.time()))
         how = fault["how"]
+        if "after_save" in fault:  # which is written behind the training, as slowly as the disk is
+            wait_for_checkpoint(trainer, fault["after_save"])
         if how == "raise":
             raise ValueError("a user's bug")
         if how == "hang":
@@ -57,6 +60,14 @@ def fire(trainer: Trainer, moment: str) -> None:
         if how == "exit":
             os._exit(137)
         os.kill(os.getpid(), signal.Signals[how])
+
+
+def wait_for_checkpoint(trainer: Trainer, step: int) -> None:
+    assert trainer.run_dir is not None, "of a run"
+    manifest = Path(trainer.run_dir, "checkpoints", f"step-{step:06d}", MANIFEST)
+    until = time.monotonic() + 120
+    while not manifest.exists() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def around(owner: type, name: str, before: str = "", after: str = "") -> None:

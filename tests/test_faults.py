@@ -120,7 +120,7 @@ def test_killed_ranks_are_replaced_without_a_trace(
 def test_without_a_peer_all_go_back_to_the_checkpoint(
     run: Run, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
-    found = run("alone", "1x2", [fault(1, 6, "forward")])
+    found = run("alone", "1x2", [{**fault(1, 6, "forward"), "after_save": 4}])
     assert [(f["action"], f["resumed_from"], f["lost_steps"]) for f in found["failures"]] == [
         ("rewind", 4, 2)
     ]
