@@ -17,7 +17,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,6 +187,8 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             if pending is not None:
                 pending.give_up(str(error))
+                with suppress(OSError, RuntimeError):  # its own error, or that the groups were given up
+                    pending.join(self._on_wait)  # the next save removes what it is writing
             raise
         finally:  # not before: `settle` may come meanwhile
             self._pending = self._failed = None

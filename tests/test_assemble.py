@@ -117,9 +117,13 @@ def test_ranks_that_torchrun_started_find_an_automatic_plan(monkeypatch: pytest.
     found = '[mesh]\ndata = 1\nbranch = 2\n[[blocks]]\nmatch = "*"\nsplit = "branch"\ncounts = [3, 1]\n'
     monkeypatch.setattr(worker, "_devices", lambda context: cluster(a=2).devices)
     monkeypatch.setattr(worker, "_automatic", lambda *_: {"plan": found})
+    kept: list[tuple[int, int]] = []
+    monkeypatch.setattr(worker, "make_mesh", lambda data, branch, device: (data, branch))
+    monkeypatch.setattr(worker, "leave_meshes", lambda but: kept.append(but))
     context: Any = SimpleNamespace(world_size=2, device="cpu")
     plan = worker._agreed_plan(Job("verify", config, None), make_data(config), context)
     assert (plan.data, plan.branch) == (1, 2)
+    assert kept == [(1, 2)], "of the meshes that were tried"
 
 
 def test_devices_that_are_not_there_are_told(tmp_path: Path) -> None:
