@@ -57,8 +57,9 @@ def automatic_plan(
 
     devices: by rank. mesh, partial: what the user settled. costs_file: to read; "" looks in the cache, then measures.
     Returns plain data, the same on all ranks: plan (TOML), chosen, search_s, gap, notes, costs (path, "" where what was
-    measured could not be kept), and plans: of each candidate name, plan, predicted_step_s, memory_bytes by rank,
-    measured_step_s, samples_s, ratio and interval_95 against data parallelism, error (predicted ÷ measured - 1).
+    measured could not be kept), costs_json (what that file holds), and plans: of each candidate name, plan,
+    predicted_step_s, memory_bytes by rank, measured_step_s, samples_s, ratio and interval_95 against data parallelism,
+    error (predicted ÷ measured - 1).
 
     Raises PlanError where no plan is possible, or the cost file is another network's or hardware's.
     """
@@ -86,6 +87,7 @@ def automatic_plan(
         "notes": list(found.notes),
         "label": costs.label,
         "costs": path,
+        "costs_json": format_costs(costs),
         "plans": rows,
     }
 

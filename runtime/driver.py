@@ -37,7 +37,8 @@ from anabranch.runtime.recovery_policy import check_replicas_wanted, recovery_of
 from anabranch.runtime.redact import redacted
 from anabranch.runtime.run_record import RunRecord
 from anabranch.schedulers import Cluster, ModelSpec, Plan, parse_plan
-from anabranch.schedulers.cost_file import read_costs
+from anabranch.schedulers.cost_file import parse_costs, read_costs
+from anabranch.schedulers.costs import Costs
 from anabranch.schedulers.registry import make_request
 from anabranch.schedulers.wording import first_few
 
@@ -59,6 +60,7 @@ class Driver:
 
     plan: Plan | None = None
     cluster: Cluster | None = None
+    costs: Costs | None = None  # by which an automatic plan was found
     is_auto = False
     _asks_devices = False  # a person said which; else only their hosts count
     _pins: tuple[PinRule, ...] = ()
@@ -191,8 +193,8 @@ class Driver:
     def find_plan(self) -> dict[str, Any] | None:
         """Measures, plans and times plans on the workers; from then on `plan` is the one chosen.
 
-        What `automatic_plan` returns; None where there is nothing to choose (one worker), or no driver's choice.
-        Raises Interrupted or Terminated when told to stop.
+        What `automatic_plan` returns, but for the costs, which are in `costs`; None where there is nothing to choose
+        (one worker), or no driver's choice. Raises Interrupted or Terminated when told to stop.
         """
         from anabranch.runtime.assemble import settle
 
@@ -205,6 +207,7 @@ class Driver:
             run_dir = self.config.launch.run_dir
             saved = f", the checkpoint is saved; go on with: anabranch train --resume {run_dir}"
             raise stopped_by(reason)(f"stopped while planning{saved if self._replans else ''}", run_dir)
+        self.costs = parse_costs(result.pop("costs_json"), result["costs"])
         self.plan = parse_plan(result["plan"]).resolve(self.model, self.cluster)
         check_replicas_wanted(self.config, self.plan)
         self.config = settle(self.config, self.plan)

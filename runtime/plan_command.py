@@ -41,15 +41,11 @@ def plan_here(config: Config, explained: bool, output: Path, console: Console) -
             _write(output, driver.plan, _partial(config), console)
             return {"plan": format_plan(driver.plan), "predicted_step_s": None, "measured_step_s": None,
                     "data_parallel_step_s": None, "search_s": 0.0, "memory_bytes": None}  # fmt: skip
-        assert driver.cluster is not None, "with a plan"
-        if not outcome["costs"]:
-            raise ConfigError(
-                "what was measured cannot be kept in ~/.cache/anabranch: set XDG_CACHE_HOME to a folder that can be "
-                "written"
-            )
-        costs = read_costs(outcome["costs"])
+        cluster, costs = driver.cluster, driver.costs
+        assert cluster is not None, "with a plan"
+        assert costs is not None, "with an automatic one"
         by_rank = [name for row in driver.plan.devices or () for name in row]
-        cluster = with_speeds(driver.cluster, by_rank, costs)
+        cluster = with_speeds(cluster, by_rank, costs)
         train = driver.config.train
         batch = Batch(train.batch_size, train.bn_batch_size, train.accumulation)
         rows = {row["name"]: row for row in outcome["plans"]}

@@ -23,6 +23,8 @@ from anabranch.runtime.job import Job, Kind
 from anabranch.runtime.run_folder import RunFolder
 from anabranch.runtime.run_record import run_status
 from anabranch.schedulers import Cluster, Device, PlanError, read_plan
+from anabranch.schedulers.cost_file import format_costs
+from anabranch.schedulers.costs import Costs
 
 
 def configured(**sections: dict[str, Any]) -> Config:
@@ -156,7 +158,10 @@ def planning(monkeypatch: pytest.MonkeyPatch, run_dir: Path, asked: str) -> Driv
         assert stop is not None
         if asked:
             stop(asked)
-        return [{"stopped": "replan"} if job.kind == "train" else {"plan": "[mesh]\ndata = 2\nbranch = 1\n"}]
+        plan, costs = "[mesh]\ndata = 2\nbranch = 1\n", format_costs(Costs(()))
+        # measured on another host: the file is not here
+        found = {"plan": plan, "costs": "/elsewhere/costs.json", "costs_json": costs}
+        return [{"stopped": "replan"} if job.kind == "train" else found]
 
     monkeypatch.setattr(driver_module, "run_on_ray", run_on_ray)
     mesh = {"plan": "auto", "replan": True}
@@ -190,6 +195,7 @@ def test_a_run_that_is_planned_anew_goes_on(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(driver_module, "parse_plan", lambda text: read_plan(tmp_path / "plan.toml"))
         (tmp_path / "plan.toml").write_text('[mesh]\ndata = 2\nbranch = 1\nscheduler = "data"\n')
         driver.plan_again()
+        assert driver.costs == Costs(()), "of a file that this host need not see"
         status = run_status(tmp_path)
     assert (status["what"], status["alive"]) == ("planning", True)
 
