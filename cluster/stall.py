@@ -16,16 +16,17 @@ class Stall:
 
     def __init__(self, hang_s: float) -> None:
         self.hang_s = hang_s
-        self._seen: tuple[int, list[str], list[float], float] = (-1, [], [], time.monotonic())
+        self._seen: tuple[int, list[str], list[float]] = (-1, [], [])
+        self._since = time.monotonic()
         self._step_times: deque[float] = deque(maxlen=25)
 
     def begin(self) -> None:
         """The ranks have just been ordered on."""
-        self._seen = (-1, [], [], time.monotonic())
+        self._seen, self._since = (-1, [], []), time.monotonic()
 
     def excuse(self, seconds: float) -> None:
         """So long nobody looked: that does not count."""
-        self._seen = (*self._seen[:3], self._seen[3] + seconds)
+        self._since += seconds
 
     @property
     def step_s(self) -> float:
@@ -38,14 +39,14 @@ class Stall:
         step, now = step_of(statuses), time.monotonic()
         phases = [str(status.get("phase")) for status in statuses]
         waits = [float(status.get("store_wait_s", 0.0)) for status in statuses]
-        if (step, phases, waits) != self._seen[:3] or not set(phases) <= {"training", "evaluating", "saving"}:
-            self._seen = (step, phases, waits, now)
+        if (step, phases, waits) != self._seen or not set(phases) <= {"training", "evaluating", "saving"}:
+            self._seen, self._since = (step, phases, waits), now
             self._step_times.extend(s["step_time_s"] for s in statuses[:1] if "step_time_s" in s)
             return 0.0
         limit = max(self.hang_s, _HANG_STEPS * self.step_s)
         if set(phases) != {"training"}:  # tests and checkpoints may take many steps' time
             limit *= _HANG_STEPS
-        stood = now - self._seen[3]
+        stood = now - self._since
         return stood if stood >= limit else 0.0
 
 

@@ -175,10 +175,8 @@ class Trainer:
         told: how the ranks that go on run it. generation: whose groups they are.
         """
         self.mesh = make_mesh(self.plan.data, self.plan.branch, self.device.type)
-        if (
-            generation is not None
-        ):  # from here on ranks wait for one another as in training: loading takes time
-            generation.formed(self.mesh)
+        if generation is not None:
+            generation.formed(self.mesh)  # from here on ranks wait as long as in training: loading takes time
         if not self._is_set_up:
             network = in_precision(self.config, self._network)
             if self.run_dir and (problem := not_kept(network.state_dict())):
@@ -347,10 +345,8 @@ class Trainer:
             self.checkpoints = self._checkpoints()
             self.context.settle = self.checkpoints.settle if self.checkpoints else self.context.settle
             self._record(self.run_dir, self.position)
-        elif (
-            self.run_dir and (self.context.rank == 0) != self._leads
-        ):  # it is, or was until now, another's to tell
-            self._record(self.run_dir, self.position)
+        elif self.run_dir and (self.context.rank == 0) != self._leads:
+            self._record(self.run_dir, self.position)  # it is, or was until now, another's to tell
         self.context.publish(step=self.position.done, not_joined=None)
         if self.position.done == self.last_step:
             self._resumed()

@@ -69,9 +69,9 @@ class Report:
     """max_relative_difference: of all tensors; worst: which one. by_kind: loss, gradient, change, statistic.
 
     A tensor's relative difference is max|a−b| ÷ max(max|b|, 1e-4 × the largest max|·| among tensors of its
-    kind). Where bf16 or tf32 computes or travels, roots of mean squares take the place of these maxima and 1e-2
-    that of 1e-4: an element's rounding may be as large as the element, and what cancels (the gradient of a bias
-    before BatchNorm) is rounding alone.
+    kind). Where not all is float64, roots of mean squares take the place of these maxima and 1e-2 that of 1e-4:
+    an element's rounding may be as large as the element (a ReLU's gate turns out otherwise), and what cancels
+    (the gradient of a bias before BatchNorm) is rounding alone.
     """
 
     max_relative_difference: float
