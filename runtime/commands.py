@@ -24,6 +24,7 @@ from anabranch.runtime.driver import Driver
 from anabranch.runtime.errors import ConfigError
 from anabranch.runtime.interrupts import stopped_by
 from anabranch.runtime.launch import choose_launcher, leads
+from anabranch.runtime.numerics import is_exact
 from anabranch.runtime.plan_report import print_candidates
 from anabranch.runtime.position import check_steps
 from anabranch.runtime.progress import print_placement, print_status
@@ -130,7 +131,8 @@ def verify(
         result = driver.run("verify", "verifying", steps=steps)
     if result is None:
         return None
-    passed, exact = result["max_relative_difference"] <= tolerance, config.train.precision == "fp64"
+    passed = result["max_relative_difference"] <= tolerance
+    exact = is_exact(config.train.precision, config.mesh.wire)
     verdict = "NOT the same function" if not passed else "same function" if exact else "same up to rounding"
     console.print(
         f"{verdict}: largest relative difference {result['max_relative_difference']:.2e} "
@@ -138,7 +140,7 @@ def verify(
         highlight=False,
         soft_wrap=True,
     )
-    if not passed and not exact:
+    if not passed and config.train.precision != "fp64":
         text = "few samples to a BatchNorm group round as much by themselves: --float64 tells an error from rounding"
         console.print(text, highlight=False, soft_wrap=True)
     return {**result, "tolerance": tolerance, "passed": passed}
