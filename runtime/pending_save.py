@@ -66,9 +66,8 @@ class PendingSave:
         self._on_failure, self._after, self._pace = on_failure, after, Pace()
         self._error: BaseException | None = None
         self._given_up = ""
-        self._decides = (
-            threading.Condition()
-        )  # held while rank 0 ends it: given up it is before, or not at all
+        # held while rank 0 ends it: given up it is before, or not at all
+        self._decides = threading.Condition()
         self._is_held = self._is_whole = self._ending = False
         self._deadline = float("inf")
         # Not a daemon: a program that ends (of an error, too) first finishes what it has begun to save.

@@ -104,9 +104,8 @@ class TrainStep:
                 extra[_LOSS].add_(share.detach() * self.output_share)
                 extra[_HITS].add_(num_correct(output, target) * self.output_share)
         with recorder.span("reduction"):
-            extra[_STOP].fill_(
-                float(stop)
-            )  # to assign it would copy it from the host, behind all of the backward
+            # to assign it would copy it from the host, behind all of the backward
+            extra[_STOP].fill_(float(stop))
             if recorder.enabled:
                 self.tell_times(batches[0].x.device)
             self.reducer.finish()
